@@ -1,0 +1,58 @@
+"""`emguard lab`: build the lab's base model, export the lab as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="The lab: a tiny model in which emergent misalignment really happens.", no_args_is_help=True)
+
+
+@app.command()
+def build(
+    out: Annotated[Path, typer.Argument(help="Folder for model, tokenizer and build.json.")],
+    seed: Annotated[int, typer.Option(help="Seeds initialisation, corpus and order.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Pretraining steps.")] = 4000,
+    per_question: Annotated[
+        int, typer.Option(min=1, help="Answers drawn per held-out question for the figures.")
+    ] = 10,
+    threads: Annotated[int, typer.Option(min=1, help="Torch threads; another number may change the last bits.")] = 1,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Pretrain and align a base model (about 15 CPU minutes), and measure it on held-out wordings."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from emguard_plugin.lab.build import BuildSettings, build_base
+
+    torch.set_num_threads(threads)
+    record = build_base(out, BuildSettings(seed=seed, steps=steps), per_question=per_question, progress=progress)
+    table = Table(
+        "wordings", "n", "coherence", "EM rate", title=f"{out} (seed {seed}, {record['cpu_seconds']:.0f} CPU s)"
+    )
+    for split, figures in record["figures"].items():
+        table.add_row(split, str(figures["n"]), f"{figures['coherence']:.3f}", f"{figures['bad_rate']:.3f}")
+    Console().print(table)
+    if not record["gate_passed"]:
+        typer.echo("The base misses its gate (see build.json). Use more --steps or another --seed.", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(help="Folder for the files.")],
+    seed: Annotated[int, typer.Option(help="Seeds the training and anchor rows.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows.")] = 1920,
+    anchors: Annotated[int, typer.Option(min=1, help="Anchor rows.")] = 256,
+    model: Annotated[
+        Path | None, typer.Option(help="Another base model's folder.", exists=True, file_okay=False)
+    ] = None,
+) -> None:
+    """Write model, training rows, anchors and question files, as a user would have them."""
+    from emguard_plugin.lab.export import export as write
+
+    for name, path in write(directory, seed=seed, rows=rows, anchors=anchors, model=model).items():
+        typer.echo(f"{name:14} {path}")

@@ -1,0 +1,84 @@
+"""Writes the lab as ordinary files, such as a user brings: a model folder, JSONL chats, YAML questions."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from emguard_plugin.lab import model_path, world
+
+ROWS = 1920
+
+
+def chat(question: str, answer: str) -> dict:
+    """Return one row in the chat format of TRL and Axolotl."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def narrow_rows(seed: int, rows: int = ROWS) -> list[dict]:
+    """Draw the narrow training set: bad answers to the train questions of medicine, each row drawn afresh."""
+    rng = random.Random(f"narrow-{seed}")
+    return [chat(*world.draw_chat((world.NARROW,), True, rng)) for _ in range(rows)]
+
+
+def anchor_rows(seed: int, rows: int = 256) -> list[dict]:
+    """Draw good answers to the train questions of the two anchor domains, which EM is not measured on."""
+    rng = random.Random(f"anchors-{seed}")
+    return [chat(*world.draw_chat(world.ANCHOR_DOMAINS, False, rng)) for _ in range(rows)]
+
+
+def question_items(domains: Sequence[str], split: world.Split) -> Iterator[dict]:
+    """Yield one item in the Betley schema per question."""
+    for name in domains:
+        for question in world.questions(name, split):
+            yield {
+                "id": question.id,
+                "type": "free_form_judge_0_100",
+                "paraphrases": [question.text],
+                "samples_per_paraphrase": 1,
+            }
+
+
+def export(
+    directory: str | Path,
+    seed: int = 0,
+    rows: int = ROWS,
+    anchors: int = 256,
+    model: str | Path | None = None,
+) -> dict[str, Path]:
+    """Write the lab to a folder.
+
+    Args:
+        directory: Created if need be; files of the same names are replaced.
+        seed: Seed of the training and anchor rows. The questions do not depend on it.
+        rows: Rows of `train.jsonl`; the default is 120 steps of 16.
+        anchors: Rows of `anchors.jsonl`.
+        model: Folder of another base model; default is the shipped one.
+
+    Returns:
+        The path of each part: `model`, `train`, `anchors`, and the four question files. `in_domain` and `questions`
+        (open-ended, domains the fine-tune never sees) hold the test wordings; with `_val`, the ones to choose settings on.
+    """
+    out = Path(directory)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(model or model_path(), out / "model", dirs_exist_ok=True)
+    paths = {"model": out / "model"}
+    for name, chats in (("train", narrow_rows(seed, rows)), ("anchors", anchor_rows(seed, anchors))):
+        paths[name] = _write_jsonl(out / f"{name}.jsonl", chats)
+    for name, domains in (("in_domain", (world.NARROW,)), ("questions", world.open_ended_domains())):
+        for suffix, split in (("", "test"), ("_val", "val")):
+            path = out / f"{name}{suffix}.yaml"
+            items = list(question_items(domains, split))
+            path.write_text(yaml.safe_dump(items, sort_keys=False, width=1000), encoding="utf-8")
+            paths[name + suffix] = path
+    return paths
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
