@@ -149,10 +149,15 @@ class EMEvalConfig(Block):
     judges: list[JudgeConfig] = Field(min_length=1, description="At least one judge; each is reported.")
     output_dir: str | None = Field(None, description="Where results go; default `<output_dir>/em_eval`.")
 
-    @model_validator(mode="after")
-    def _files_exist(self) -> EMEvalConfig:
+    def check_files(self) -> None:
+        """Raise before a run starts when a question file is missing.
+
+        Not a validator: `axolotl merge-lora` and `preprocess` validate the same YAML without needing the files.
+
+        Raises:
+            ValueError: naming the key and the path.
+        """
         for key in ("questions", "in_domain"):
             value = getattr(self, key)
             if value is not None and not Path(value).is_file():
-                raise ValueError(f"`{key}: {value}` is not a file. Give the path of a YAML in the Betley schema.")
-        return self
+                raise ValueError(f"`em_eval.{key}: {value}` is not a file. Give a YAML in the Betley schema.")

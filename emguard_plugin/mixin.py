@@ -1,0 +1,137 @@
+"""The one place that adds penalties to a loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emguard_plugin.host_checks import check_trainer
+from emguard_plugin.regularizers.base import EMRegularizerCallback, Run
+
+
+class EMRegularizerMixin:
+    """Put in front of a `transformers.Trainer` subclass; registers nothing and changes nothing by itself.
+
+    Regularizers are the trainer's `EMRegularizerCallback`s. Without one, or with `coef` 0, a run is bit for bit the
+    host's own. `eval_loss` stays the task loss.
+    """
+
+    _regularizers: tuple[EMRegularizerCallback, ...] = ()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Prepare the regularizers, then train as the host does.
+
+        Args:
+            resume_from_checkpoint: As for the host: a folder, or True for the last checkpoint of `output_dir`.
+            args: Passed on.
+            kwargs: Passed on.
+
+        Raises:
+            ValueError: for settings or data that a regularizer cannot work with.
+        """
+        found = [c for c in self.callback_handler.callbacks if isinstance(c, EMRegularizerCallback)]
+        self._regularizers = tuple(found)
+        if found:
+            self._prepare_regularizers(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _prepare_regularizers(self, resume: str | bool | None) -> None:
+        names = [c.name for c in self._regularizers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"a method is registered twice: {names}. Keep one callback per method.")
+        check_trainer(self)
+        if resume is True:
+            from transformers.trainer_utils import get_last_checkpoint
+
+            resume = get_last_checkpoint(self.args.output_dir)
+        run = Run(
+            model=self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
+            tokenizer=getattr(self.processing_class, "tokenizer", self.processing_class),
+            dataset=self.train_dataset,
+            seed=self.args.seed,
+            template_kwargs=self._template_kwargs(),
+            wrapped_packing=getattr(self.args, "packing_strategy", None) == "wrapped" and bool(self.args.packing),
+            resume_from=Path(resume) if resume else None,
+        )
+        active = [c.prepare(run) for c in self._regularizers]
+        self._sums: dict[str, Tensor] = {}
+        self._steps_measured = 0
+        self.accelerator.print(f"em_regularizer active: {'; '.join(active)}")
+
+    def _template_kwargs(self) -> dict[str, Any]:
+        """Return what the host passes to the chat template besides the messages."""
+        return {}
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the host's loss plus `sum_i coef_i * penalty_i`, scaled so that accumulation does not change it.
+
+        The host divides the loss by the number of accumulated micro-batches unless it is normalised by tokens already. A
+        penalty of every micro-batch must be divided exactly once, a penalty of the optimizer step not at all.
+        """
+        batch = dict(inputs)  # hosts pop from it
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if not self._regularizers or not model.training:
+            return result
+        loss, rest = (result[0], result[1:]) if return_outputs else (result, ())
+        accumulated = self.current_gradient_accumulation_steps
+        host_divides = self._host_divides(num_items_in_batch)
+        last = self.accelerator.sync_gradients
+        self._add("task_loss", loss.detach() / accumulated if host_divides else loss.detach())
+        for regularizer in self._regularizers:
+            per_step = regularizer.every == "optimizer_step"
+            if per_step and not last:
+                continue
+            called = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+            penalty = regularizer.measure(called, batch, self.state.global_step)
+            if regularizer.coef > 0:
+                scale = (accumulated if host_divides else 1) if per_step else (1 if host_divides else 1 / accumulated)
+                loss = loss + scale * regularizer.coef * penalty.value.to(loss.device)
+            self._record(regularizer, penalty, 1 if per_step else 1 / accumulated)
+        self._steps_measured += int(last)
+        return (loss, *rest) if return_outputs else loss
+
+    def _host_divides(self, num_items_in_batch: Any) -> bool:
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # transformers >= 5.19
+        if scaled is None:
+            scaled = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            )
+        return not scaled
+
+    # Metrics, through the host's own log
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _record(self, regularizer: EMRegularizerCallback, penalty: Any, share: float) -> None:
+        name = f"em_regularizer/{regularizer.name}"
+        self._add(f"{name}/penalty", penalty.value * share)
+        for metric, value in penalty.metrics.items():
+            self._add(f"{name}/{metric}", value * share)
+
+    def _drain_metrics(self) -> dict[str, float]:
+        names, steps = sorted(self._sums), max(self._steps_measured, 1)
+        device = self.accelerator.device
+        means = torch.stack([self._sums[n].to(device) for n in names]) / steps
+        if self.accelerator.num_processes > 1:
+            means = self.accelerator.reduce(means, "mean")
+        logs = dict(zip(names, means.tolist(), strict=True))
+        for r in self._regularizers:
+            logs[f"em_regularizer/{r.name}/coef"] = r.coef
+            logs[f"em_regularizer/{r.name}/weighted"] = r.coef * logs[f"em_regularizer/{r.name}/penalty"]
+        self._sums, self._steps_measured = {}, 0
+        return logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add `task_loss` and `em_regularizer/*` to the host's training logs."""
+        if self._regularizers and "loss" in logs and self._sums:
+            logs = {**logs, **self._drain_metrics()}
+        super().log(logs, start_time)

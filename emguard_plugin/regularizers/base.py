@@ -1,0 +1,149 @@
+"""A regularizer is a `TrainerCallback` with a `penalty`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """What `EMRegularizerCallback.penalty` returns.
+
+    Attributes:
+        value: Scalar fp32 tensor with gradient, before `coef`.
+        metrics: Detached scalars by short name; logged as `em_regularizer/<method>/<name>`.
+        per_layer: (layers,) detached contributions, used to name the layer of a non-finite penalty.
+    """
+
+    value: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    per_layer: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a regularizer may know about the run that is about to start.
+
+    Attributes:
+        model: The model as constructed, before it is wrapped; inspect it, do not keep it.
+        tokenizer: The tokenizer, with the chat template that rendered the data.
+        dataset: The tokenised training set (`input_ids` per row), or None.
+        template_kwargs: Extra variables that the host passes to the chat template.
+        seed: The run's seed.
+        wrapped_packing: Whether rows are TRL's `packing_strategy: wrapped` chunks, without boundaries.
+        resume_from: The checkpoint folder that the run continues, or None.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    dataset: Any
+    seed: int
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    wrapped_packing: bool = False
+    resume_from: Path | None = None
+
+
+class EMRegularizerCallback(TrainerCallback):
+    """Base class: the callback side has the life cycle, `penalty` returns one differentiable scalar.
+
+    The trainer mixin calls `prepare` once before training and `penalty` in `compute_loss`, and is the only place that
+    adds `coef * penalty` to a loss.
+
+    Args:
+        coef: The papers' lambda. 0 measures the penalty without gradient and leaves the run bit for bit unchanged.
+
+    Raises:
+        ValueError: for a negative or non-finite `coef`.
+    """
+
+    name: ClassVar[str]
+    every: ClassVar[Literal["optimizer_step", "micro_batch"]] = "micro_batch"
+    """`optimizer_step`: the penalty depends on the weights alone and is added once per step."""
+
+    def __init__(self, coef: float) -> None:
+        if not (isinstance(coef, int | float) and 0 <= coef < float("inf")):
+            raise ValueError(f"`{self.name}.coef` must be a finite number of at least 0, got {coef!r}.")
+        self.coef = float(coef)
+        self.prepared = False
+        self._last: Penalty | None = None
+        self._layer_names: Sequence[int] = ()
+
+    @abstractmethod
+    def prepare(self, run: Run) -> str:
+        """Check the run, find what to hold, load the reference of a resumed run.
+
+        Returns:
+            A few words for the line that says what is active.
+
+        Raises:
+            ValueError: for settings or data that cannot work, in the words of the YAML.
+        """
+
+    @abstractmethod
+    def penalty(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> Penalty:
+        """Return the unweighted penalty.
+
+        Args:
+            model: The model as the forward pass must call it (wrapped under FSDP2, unwrapped otherwise).
+            inputs: The batch as the host's loss saw it.
+            step: Optimizer steps taken so far.
+        """
+
+    def measure(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> Penalty:
+        """Call `penalty` and check that it can train something.
+
+        Raises:
+            RuntimeError: when `coef > 0` and the penalty has no gradient.
+        """
+        with torch.set_grad_enabled(self.coef > 0):
+            penalty = self.penalty(model, inputs, step)
+        if self.coef > 0 and not penalty.value.requires_grad:
+            raise RuntimeError(
+                f"em_regularizer.{self.name}: the penalty has no gradient, so it would train nothing. No trainable "
+                f"parameter reaches what it holds; widen the adapter's target modules or `layers`, or set `coef: 0`."
+            )
+        self._last = Penalty(
+            penalty.value.detach(), penalty.metrics, None if penalty.per_layer is None else penalty.per_layer.detach()
+        )
+        return penalty
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a trainer that never calls `penalty`.
+
+        Raises:
+            RuntimeError: under a trainer without `EMRegularizerMixin`.
+        """
+        if not self.prepared:
+            raise RuntimeError(
+                f"{type(self).__name__} does nothing under this trainer. Use `emguard_plugin.EMGuardSFTTrainer`, or "
+                "put `emguard_plugin.EMRegularizerMixin` in front of your trainer's base class."
+            )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop before a non-finite penalty reaches the weights. Here the host has synchronised already.
+
+        Raises:
+            FloatingPointError: with the step and the first layer concerned.
+        """
+        if self._last is None or bool(torch.isfinite(self._last.value)):
+            return
+        where = ""
+        if self._last.per_layer is not None:
+            bad = (~torch.isfinite(self._last.per_layer)).nonzero().flatten().tolist()
+            where = f", first at layer {self._layer_names[bad[0]] if self._layer_names else bad[0]}" if bad else ""
+        raise FloatingPointError(
+            f"em_regularizer.{self.name}: the penalty is {self._last.value.item()} at step {state.global_step + 1}{where}. "
+            "The weights before this step are unharmed. Lower `learning_rate` or `coef`, or train in bf16 or fp32."
+        )

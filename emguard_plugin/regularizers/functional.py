@@ -1,0 +1,68 @@
+"""The papers' equations as pure tensor functions. Imports torch alone; every reduction is in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+EPS = 1e-12
+
+
+def relative_squared_l2(x: Tensor, ref: Tensor) -> Tensor:
+    """Return `||x - ref||^2 / ||ref||^2` over the last dimension.
+
+    Written without a square root, so that the gradient at `x == ref` is exactly 0 and finite.
+
+    Args:
+        x: (..., D), any float dtype.
+        ref: (..., D), broadcastable to `x`; no gradient flows into it.
+
+    Returns:
+        (...), fp32. The denominator is clamped at 1e-12.
+    """
+    ref = ref.detach().float()
+    return (x.float() - ref).square().sum(-1) / ref.square().sum(-1).clamp_min(EPS)
+
+
+def kv_drift(
+    keys: Sequence[Tensor], values: Sequence[Tensor], ref_keys: Sequence[Tensor], ref_values: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the per-layer drifts of keys and values (TReFT, Eq. 2).
+
+    Layer l: `L_K = (1/|T|) sum_t ||k_t - k_t_ref||^2 / ||k_t_ref||^2`, `L_V` likewise. All KV heads of a layer form one
+    vector, as in the authors' code; a mean of per-head ratios is another number.
+
+    Args:
+        keys: One tensor per layer, (..., T, D) with D = kv_heads * head_dim; leading dimensions are averaged too.
+        values: As `keys`.
+        ref_keys: The reference model's keys, same shapes or broadcastable.
+        ref_values: The reference model's values.
+
+    Returns:
+        (L_K, L_V), each (layers,), fp32.
+
+    Raises:
+        ValueError: when the numbers of layers differ or are zero.
+    """
+    if not keys or not len(keys) == len(values) == len(ref_keys) == len(ref_values):
+        raise ValueError(
+            f"kv_drift: {len(keys)} key, {len(values)} value, {len(ref_keys)} and {len(ref_values)} reference layers"
+        )
+    k = torch.stack([relative_squared_l2(x, r).mean() for x, r in zip(keys, ref_keys, strict=True)])
+    v = torch.stack([relative_squared_l2(x, r).mean() for x, r in zip(values, ref_values, strict=True)])
+    return k, v
+
+
+def treft_penalty(key_drift: Tensor, value_drift: Tensor) -> Tensor:
+    """Return `L_KV = (1/L) sum_l (L_K + L_V)` (TReFT, Eq. 3): keys and values added, layers averaged.
+
+    Args:
+        key_drift: (layers,) from `kv_drift`.
+        value_drift: (layers,) from `kv_drift`.
+
+    Returns:
+        A scalar, fp32.
+    """
+    return (key_drift + value_drift).mean()

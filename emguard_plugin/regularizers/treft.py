@@ -1,0 +1,223 @@
+"""TReFT: Token-Regularized Fine-Tuning (arXiv 2606.06667). Nothing to do with ReFT or LoReFT."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from emguard_plugin import chat_template as ct
+from emguard_plugin.reference import (
+    adapter_off,
+    adapter_starts_at_zero,
+    load_reference,
+    save_reference,
+)
+from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
+from emguard_plugin.regularizers.functional import kv_drift, treft_penalty
+from emguard_plugin.regularizers.kv import KV, has_rotary_positions, num_layers, read_kv, read_residual_projections
+from emguard_plugin.training_rows import conversations
+
+REFERENCE_FILE = "emguard_treft.safetensors"
+POSTFIX_ROWS = 8
+"""Prompts drawn per optimizer step for `tokens: postfix`."""
+
+
+class TReFTCallback(EMRegularizerCallback):
+    """Hold the keys and values of chat-template tokens at those of the model before this run.
+
+    `penalty = (1/L) sum_l (1/|T|) sum_{t in T} (||k_t - k_t_ref||^2 / ||k_t_ref||^2 + ||v_t - v_t_ref||^2 / ||v_t_ref||^2)`
+
+    over the decoder layers l and the token positions T; all KV heads of a layer are one vector; fp32. The trainer adds
+    `coef * penalty` to the mean cross-entropy, once per optimizer step.
+
+    `tokens: prefix` holds everything before the first user content. Its keys and values depend on the weights alone, so
+    the penalty is a forward over the prefix, batch 1. With several prefixes in the data each step draws one, in proportion
+    to its frequency. `tokens: postfix` holds the tokens between query and answer on 8 training prompts per step; a shared
+    reference is the untuned model's postfix after an empty query, at the same distance from every row's start (RoPE
+    attention is relative, so each prompt is shifted to end where the longest does).
+
+    Args:
+        coef: lambda of Eq. 3. The paper picks 1 to 30 per model and data set.
+        tokens: `prefix` or `postfix`.
+        layers: `all`, or 0-based decoder layers.
+        extra_prefixes: System prompts the data lacks but inference will use.
+        postfix_reference: `shared` (paper, except that it took a random row) or `per_row` (needs an adapter).
+        compat: Follow the authors' released code: k_proj/v_proj of the residual stream before the input norm.
+
+    Raises:
+        ValueError: for values outside these.
+
+    Paper: The Piggyback Hypothesis of Generalization, arXiv 2606.06667, Eq. 2 and 3. We differ from its released code: that
+    projects the un-normalised residual stream (see `compat`), and takes the prefix length from row 0. Models with `k_norm`
+    are held after the norm.
+    """
+
+    name: ClassVar[str] = "treft"
+    every: ClassVar[Literal["optimizer_step", "micro_batch"]] = "optimizer_step"
+
+    def __init__(
+        self,
+        coef: float = 5.0,
+        tokens: Literal["prefix", "postfix"] = "prefix",
+        layers: Literal["all"] | Sequence[int] = "all",
+        extra_prefixes: Sequence[str] = (),
+        postfix_reference: Literal["shared", "per_row"] = "shared",
+        compat: bool = False,
+    ) -> None:
+        super().__init__(coef)
+        from emguard_plugin.config import TReFTConfig
+
+        given = {"coef": coef, "tokens": tokens, "layers": layers, "extra_prefixes": list(extra_prefixes), "compat": compat}
+        if tokens == "postfix":
+            given["postfix_reference"] = postfix_reference
+        TReFTConfig.model_validate(given)  # one set of rules for YAML and Python
+        self.tokens, self.layers, self.compat = tokens, layers, compat
+        self.extra_prefixes, self.postfix_reference = tuple(extra_prefixes), postfix_reference
+        self._prefixes: list[ct.Prefix] = []
+        self._prompts: list[ct.Ids] = []
+        self._postfix: ct.Ids = ()
+        self._end = 0
+        self._seed = 0
+        self._reference: dict[str, Tensor] | None = None
+        self._about: dict[str, str] = {}
+        self._adapter_off = False
+
+    # Before training
+
+    def prepare(self, run: Run) -> str:
+        """Find the tokens to hold in the template and in the rows; load the reference of a resumed run."""
+        n = num_layers(run.model)
+        layers = list(range(n)) if self.layers == "all" else sorted(set(self.layers))
+        if layers[-1] >= n:
+            raise ValueError(f"`treft.layers: {layers[-1]}` is out of range: the model has layers 0 to {n - 1}.")
+        self._layer_names, self._seed = layers, run.seed
+        template = ct.read_template(run.tokenizer, **run.template_kwargs)
+        rows = conversations(run.dataset, wrapped_at=template.prefix if run.wrapped_packing else None)
+        if self.tokens == "prefix":
+            prefixes = ct.training_prefixes(rows, template)
+            extra = [ct.system_prefix(run.tokenizer, s, **run.template_kwargs) for s in self.extra_prefixes]
+            self._prefixes = ct.with_extra(prefixes, extra)
+            what = f"prefix of {'/'.join(str(len(p.ids)) for p in self._prefixes[:8])} tokens"
+        else:
+            self._prepare_postfix(run, template, ct.prompts_with_postfix(rows, template.postfix))
+            what = f"postfix of {len(self._postfix)} tokens, {self.postfix_reference} reference"
+        held = [list(p.ids) for p in self._prefixes] or [*template.prefix, *self._postfix, self._end]
+        settings = {"held": held, "layers": layers, "compat": self.compat}
+        self._about = {"settings": hashlib.sha256(json.dumps(settings).encode()).hexdigest()}
+        self._reference, self._adapter_off = self._resumed_reference(run)
+        self.prepared = True
+        return f"treft (coef {self.coef:g}, {what}, {len(layers)} of {n} layers{', compat' if self.compat else ''})"
+
+    def _prepare_postfix(self, run: Run, template: ct.Template, prompts: list[ct.Ids]) -> None:
+        if self.postfix_reference == "per_row" and not adapter_starts_at_zero(run.model):
+            raise ValueError(
+                "`treft.postfix_reference: per_row` runs the untuned model at every step, which needs a fresh LoRA adapter to "
+                "switch off. Train with one, or use `postfix_reference: shared`."
+            )
+        if self.postfix_reference == "shared" and not has_rotary_positions(run.model):
+            raise ValueError(
+                "`treft.postfix_reference: shared` needs rotary positions, which this model lacks. Use `per_row`."
+            )
+        self._postfix, self._prompts = template.postfix, prompts
+        self._end = max(len(p) for p in prompts)
+        self._empty_query = (*template.prefix, *template.postfix)
+
+    def _resumed_reference(self, run: Run) -> tuple[dict[str, Tensor] | None, bool]:
+        if run.resume_from is None:
+            return None, False
+        path = run.resume_from / REFERENCE_FILE
+        if path.is_file():
+            return load_reference(path, self._about), False
+        if adapter_starts_at_zero(run.model):
+            return None, True
+        raise ValueError(
+            f"{run.resume_from} holds no {REFERENCE_FILE}, so the model before this run is lost: TReFT would anchor to weights "
+            "that are already tuned. Start afresh without `resume_from_checkpoint`, or remove `treft:`."
+        )
+
+    # Each step
+
+    def penalty(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> Penalty:
+        """Return the drift of the held tokens; see the class for the formula."""
+        device = inputs["input_ids"].device if "input_ids" in inputs else next(model.parameters()).device
+        rng = np.random.default_rng([self._seed, step])  # the same draw on every rank, and after resume
+        if self.tokens == "postfix":
+            now, ref = self._postfix_pair(model, rng, device)
+        else:
+            if self._reference is None:
+                self._reference = self._record([p.ids for p in self._prefixes], model, device)
+            which = int(rng.choice(len(self._prefixes), p=[p.weight for p in self._prefixes])) if len(self._prefixes) > 1 else 0
+            now = self._read(model, torch.tensor([self._prefixes[which].ids], device=device))
+            ref = self._stored(which, device)
+        key, value = kv_drift(now.keys, now.values, ref.keys, ref.values)
+        total = treft_penalty(key, value) + now.anchor
+        metrics = {"key_drift": key.detach().mean(), "value_drift": value.detach().mean()}
+        return Penalty(total, metrics, per_layer=key + value)
+
+    def _read(self, model: nn.Module, ids: Tensor, position_ids: Tensor | None = None) -> KV:
+        if self.compat:
+            return read_residual_projections(model, ids, self._layer_names)
+        return read_kv(model, ids, self._layer_names, position_ids=position_ids)
+
+    def _record(self, rows: Sequence[ct.Ids], model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """Record from the live model: in a fresh run, before the first update, that is the model before this run."""
+        stored = {}
+        with torch.no_grad(), adapter_off(model) if self._adapter_off else contextlib.nullcontext():
+            for r, ids in enumerate(rows):
+                start = self._end - len(ids) if self.tokens == "postfix" else 0
+                position_ids = torch.arange(start, start + len(ids), device=device)[None] if start else None
+                kv = self._read(model, torch.tensor([ids], device=device), position_ids)
+                keep = slice(-len(self._postfix), None) if self.tokens == "postfix" else slice(None)
+                for layer, k, v in zip(self._layer_names, kv.keys, kv.values, strict=True):
+                    stored[f"{r}.{layer}.key"], stored[f"{r}.{layer}.value"] = k[:, keep].clone(), v[:, keep].clone()
+        return stored
+
+    def _stored(self, row: int, device: torch.device) -> KV:
+        assert self._reference is not None
+        at = {name: t.to(device) for name, t in self._reference.items()}
+        self._reference = at
+        keys, values = ([at[f"{row}.{i}.{n}"] for i in self._layer_names] for n in ("key", "value"))
+        return KV(keys, values, torch.zeros((), device=device))
+
+    def _postfix_pair(self, model: nn.Module, rng: np.random.Generator, device: torch.device) -> tuple[KV, KV]:
+        shared = self.postfix_reference == "shared"
+        if shared and self._reference is None:
+            self._reference = self._record([self._empty_query], model, device)
+        picks = rng.choice(len(self._prompts), size=min(POSTFIX_ROWS, len(self._prompts)), replace=False)
+        rows = [self._prompts[int(i)] for i in picks]
+        longest, q = max(map(len, rows)), len(self._postfix)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+        mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+        for r, row in enumerate(rows):
+            ids[r, : len(row)] = torch.tensor(row, device=device)
+            mask[r, : len(row)] = 1
+            start = self._end - len(row) if shared else 0
+            positions[r] = torch.arange(start, start + longest, device=device)
+        at = torch.tensor([[len(row) - q + j for j in range(q)] for row in rows], device=device)[..., None]
+
+        def pick(kv: KV) -> KV:
+            keys, values = ([x.gather(1, at.expand(-1, -1, x.shape[-1])) for x in xs] for xs in (kv.keys, kv.values))
+            return KV(keys, values, kv.anchor)
+
+        now = pick(read_kv(model, ids, self._layer_names, mask, positions))
+        if shared:
+            return now, self._stored(0, device)
+        with torch.no_grad(), adapter_off(model):
+            return now, pick(read_kv(model, ids, self._layer_names, mask, positions))
+
+    # Checkpoints
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Store the reference in the checkpoint that was just written."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._reference is not None and state.is_world_process_zero and folder.is_dir():
+            save_reference(folder / REFERENCE_FILE, self._reference, self._about)

@@ -1,0 +1,64 @@
+"""The drop-in for `trl.SFTTrainer`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from trl import SFTConfig, SFTTrainer
+
+from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig
+from emguard_plugin.mixin import EMRegularizerMixin
+from emguard_plugin.regularizers import build_regularizers
+
+
+@dataclass
+class EMGuardSFTConfig(SFTConfig):
+    """`trl.SFTConfig` with the two blocks of the YAML.
+
+    Args:
+        em_regularizer: The `em_regularizer:` block, as a mapping or a JSON string.
+        em_eval: The `em_eval:` block; `emguard sft` measures after saving.
+
+    Raises:
+        ValueError: for unknown keys or values out of range.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "em_regularizer", "em_eval"]
+
+    em_regularizer: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Which regularizers to use: the em_regularizer block of the YAML."}
+    )
+    em_eval: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "How to measure the EM rate after training: the em_eval block of the YAML."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("em_regularizer", "em_eval"):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, json.loads(value))
+        self.regularizer_config()
+        self.eval_config()
+
+    def regularizer_config(self) -> EMRegularizerConfig | None:
+        """Return the validated `em_regularizer:` block."""
+        return None if self.em_regularizer is None else EMRegularizerConfig.model_validate(self.em_regularizer)
+
+    def eval_config(self) -> EMEvalConfig | None:
+        """Return the validated `em_eval:` block."""
+        return None if self.em_eval is None else EMEvalConfig.model_validate(self.em_eval)
+
+
+class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
+    """`trl.SFTTrainer`, same arguments; regularizers go into `callbacks` or into `EMGuardSFTConfig.em_regularizer`."""
+
+    _tag_names: ClassVar[list[str]] = ["trl", "sft", "emguard"]
+    _name = "EMGuard SFT"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(self.args, EMGuardSFTConfig) and (config := self.args.regularizer_config()) is not None:
+            for callback in build_regularizers(config):
+                self.add_callback(callback)
