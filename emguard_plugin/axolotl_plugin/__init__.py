@@ -1,0 +1,1 @@
+"""The Axolotl side: the only folder that imports axolotl."""

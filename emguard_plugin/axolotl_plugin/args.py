@@ -1,0 +1,32 @@
+"""The YAML keys that Axolotl's config model gains. Pydantic only: read before Axolotl's own checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field, model_validator
+
+from emguard_plugin.axolotl_plugin.conflicts import find_conflicts
+from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig
+
+
+class EMGuardArgs(BaseModel):
+    """Mixed into Axolotl's config model, so names are prefixed."""
+
+    em_regularizer: EMRegularizerConfig | None = Field(
+        default=None,
+        json_schema_extra={"description": "Hold what a narrow fine-tune should not change. See emguard."},
+    )
+    em_eval: EMEvalConfig | None = Field(
+        default=None, json_schema_extra={"description": "Measure the EM rate after the model is saved. See emguard."}
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def emguard_refuse_conflicts(cls, data: Any) -> Any:
+        """Refuse settings that cannot work, when a model is about to be trained."""
+        if isinstance(data, dict) and not data.get("merge_lora") and not data.get("is_preprocess"):
+            conflicts = find_conflicts(data)
+            if conflicts:
+                raise ValueError("em_regularizer: " + " | ".join(conflicts))
+        return data

@@ -1,0 +1,62 @@
+"""Axolotl settings that cannot work with a regularizer. Needs no axolotl: `emguard check` uses it too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+PLUGIN_NAMES = ("emguard_plugin.EMGuardPlugin", "emguard_plugin.axolotl_plugin.plugin.EMGuardPlugin")
+# Plugins that bring a trainer class of their own, and the key that switches it on (None: always).
+TRAINER_PLUGINS = {
+    "axolotl.integrations.kd.KDPlugin": "kd_trainer",
+    "axolotl.integrations.diffusion.DiffusionPlugin": None,
+    "axolotl.integrations.hatchery.HatcheryPlugin": None,
+}
+
+
+def listed_plugins(cfg: Mapping[str, Any]) -> list[str]:
+    """Return the YAML's `plugins:` as a list of strings."""
+    plugins = cfg.get("plugins") or []
+    return [plugins] if isinstance(plugins, str) else [str(p) for p in plugins]
+
+
+def find_conflicts(cfg: Mapping[str, Any], world_size: int | None = None) -> list[str]:
+    """Return what in a YAML cannot work with `em_regularizer:`, each with the change to make.
+
+    Args:
+        cfg: The raw YAML.
+        world_size: Number of processes; default from the environment.
+
+    Returns:
+        One sentence per conflict; empty when there is no `em_regularizer:` block.
+    """
+    if not cfg.get("em_regularizer"):
+        return []
+    found = []
+    for key in ("rl", "reward_model", "process_reward_model"):
+        if cfg.get(key):
+            found.append(f"`{key}: {cfg[key]}` trains with another trainer; only SFT is supported. Remove `{key}`.")
+    if cfg.get("model_config_type") == "mamba":
+        found.append("Mamba keeps no keys and values. Remove `em_regularizer`.")
+    for key in ("tensor_parallel_size", "context_parallel_size"):
+        if (cfg.get(key) or 1) > 1:
+            found.append(f"`{key}: {cfg[key]}` splits keys and values over devices. Set `{key}: 1`.")
+    if (cfg.get("fsdp") or cfg.get("fsdp_config")) and str(cfg.get("fsdp_version") or 1) == "1":
+        found.append("FSDP version 1 is not supported. Set `fsdp_version: 2`.")
+    if cfg.get("adapter") in ("prompt", "prefix", "p-tuning", "ptuning", "llama-adapter"):
+        found.append(f"`adapter: {cfg['adapter']}` adds virtual tokens before the chat template. Use `lora` or `qlora`.")
+    world = world_size if world_size is not None else int(os.environ.get("WORLD_SIZE", "1"))
+    kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
+    if world > 1 and cfg.get("gradient_checkpointing") and kwargs.get("use_reentrant"):
+        found.append(
+            "`gradient_checkpointing_kwargs: {use_reentrant: true}` on several GPUs gives wrong gradients with a second "
+            "forward pass. Set `use_reentrant: false`."
+        )
+    ours = next((i for i, p in enumerate(listed_plugins(cfg)) if p in PLUGIN_NAMES), None)
+    for i, plugin in enumerate(listed_plugins(cfg)):
+        name = plugin if plugin.startswith("axolotl.") else f"axolotl.integrations.{plugin}"
+        if name in TRAINER_PLUGINS and (TRAINER_PLUGINS[name] is None or cfg.get(TRAINER_PLUGINS[name])):
+            order = "would win over" if ours is None or i < ours else "expects its own trainer instead of"
+            found.append(f"the plugin {plugin} {order} emguard's trainer. Remove one of the two.")
+    return found

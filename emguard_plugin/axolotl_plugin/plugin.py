@@ -1,0 +1,85 @@
+"""YAML -> validated config -> callbacks -> trainer, and the post-train hook.
+
+Axolotl keeps plugins of earlier configs in one process, so every hook first asks whether *this* config has our block.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.logging import get_logger
+
+from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, misspelt_blocks
+
+LOG = get_logger(__name__)
+
+
+def _block(cfg: Any, name: str) -> dict[str, Any] | None:
+    block = cfg.get(name)
+    return block.to_dict() if hasattr(block, "to_dict") else block
+
+
+class EMGuardPlugin(BasePlugin):
+    """`plugins: [emguard_plugin.EMGuardPlugin]`."""
+
+    def get_input_args(self) -> str:
+        """Return the path of the pydantic class that adds our keys."""
+        return "emguard_plugin.axolotl_plugin.args.EMGuardArgs"
+
+    def register(self, cfg: Any) -> None:
+        """Read the raw YAML, before unknown keys are dropped.
+
+        Raises:
+            ValueError: for a misspelt block.
+        """
+        from emguard_plugin.axolotl_plugin.conflicts import PLUGIN_NAMES, listed_plugins
+
+        if not set(listed_plugins(cfg)) & set(PLUGIN_NAMES):
+            return
+        for key, meant in misspelt_blocks(list(cfg)).items():
+            raise ValueError(f"unknown key `{key}:`. Did you mean `{meant}:`? Axolotl would drop it and train unguarded.")
+        if cfg.get("em_regularizer") is None:
+            LOG.warning("EMGuardPlugin is listed but there is no `em_regularizer:` block: this run is NOT regularized.")
+        if cfg.get("em_eval") and not cfg.get("merge_lora"):
+            EMEvalConfig.model_validate(_block(cfg, "em_eval")).check_files()
+        reentrant_default = cfg.get("gradient_checkpointing") and not cfg.get("gradient_checkpointing_kwargs")
+        if cfg.get("em_regularizer") and reentrant_default and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            LOG.info("em_regularizer: setting gradient_checkpointing_kwargs to {use_reentrant: false}")
+            cfg["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+
+    def get_trainer_cls(self, cfg: Any) -> type | None:
+        """Return our trainer when a regularizer is asked for."""
+        if not cfg.em_regularizer:
+            return None
+        from emguard_plugin.axolotl_plugin.trainer import AxolotlEMGuardTrainer
+
+        return AxolotlEMGuardTrainer
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """Return the regularizers.
+
+        Raises:
+            RuntimeError: when another plugin's trainer won.
+        """
+        if not cfg.em_regularizer:
+            return []
+        from emguard_plugin.mixin import EMRegularizerMixin
+        from emguard_plugin.regularizers import build_regularizers
+
+        if not isinstance(trainer, EMRegularizerMixin):
+            raise RuntimeError(
+                f"em_regularizer: the trainer is {type(trainer).__name__}, which another plugin brought; it would never add a "
+                "penalty. Remove that plugin, or `em_regularizer:`."
+            )
+        return build_regularizers(EMRegularizerConfig.model_validate(_block(cfg, "em_regularizer")))
+
+    def post_train_unload(self, cfg: Any) -> None:
+        """Measure the EM rate of the saved model, on rank 0, in a process of its own."""
+        if not cfg.em_eval or int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) != 0:
+            return
+        from emguard_plugin.evaluation.post_train import measure_saved_model
+
+        config = EMEvalConfig.model_validate(_block(cfg, "em_eval"))
+        measure_saved_model(config, cfg.output_dir, base=cfg.base_model)

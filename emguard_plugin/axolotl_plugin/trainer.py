@@ -1,0 +1,40 @@
+"""Axolotl's SFT trainer with penalties."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.core.trainers.base import AxolotlTrainer
+
+from emguard_plugin.mixin import EMRegularizerMixin
+
+
+class AxolotlEMGuardTrainer(EMRegularizerMixin, AxolotlTrainer):
+    """`AxolotlTrainer` plus `EMRegularizerMixin`.
+
+    `EMGuardPlugin` selects it. Naming it as `trainer_cls: emguard_plugin.AxolotlEMGuardTrainer` as well makes a missing or
+    misspelt plugin an error: Axolotl skips a plugin that it cannot import, but not a trainer.
+    """
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, unless the plugin that reads `em_regularizer:` is absent.
+
+        Raises:
+            RuntimeError: when this trainer runs without `EMGuardPlugin`.
+        """
+        from axolotl.integrations.base import PluginManager
+
+        from emguard_plugin.axolotl_plugin.plugin import EMGuardPlugin
+
+        plugins = PluginManager.get_instance().plugins
+        listed = self.axolotl_cfg.plugins or []
+        if not any(isinstance(p, EMGuardPlugin) and name in listed for name, p in plugins.items()):
+            raise RuntimeError(
+                "`trainer_cls: emguard_plugin.AxolotlEMGuardTrainer` without the plugin: any `em_regularizer:` block was "
+                "dropped. Add `plugins: [emguard_plugin.EMGuardPlugin]`."
+            )
+        return super().train(*args, **kwargs)
+
+    def _template_kwargs(self) -> dict[str, Any]:
+        kwargs = self.axolotl_cfg.chat_template_kwargs
+        return dict(kwargs) if kwargs else {}
