@@ -27,7 +27,7 @@ def measure_saved_model(config: EMEvalConfig, model: str | Path, base: str | Non
     out = Path(config.output_dir or Path(model) / "em_eval")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(config.model_dump(), indent=2))
+        (out / "config.json").write_text(json.dumps(config.model_dump(exclude_unset=True), indent=2))
         command = [sys.executable, "-m", "emguard_plugin.cli", "eval", str(model)]
         command += ["--config", str(out / "config.json"), "--output-dir", str(out)]
         command += ["--base", str(base)] if base else []

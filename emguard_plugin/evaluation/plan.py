@@ -1,0 +1,158 @@
+"""What an evaluation will do, decided and checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emguard_plugin.config import EMEvalConfig
+from emguard_plugin.evaluation import judges as judging
+from emguard_plugin.evaluation import models, store
+from emguard_plugin.evaluation.questions import Question, load_questions, suite_hash
+from emguard_plugin.evaluation.rates import THRESHOLDS
+from emguard_plugin.evaluation.sampler import Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PACKAGES = ("emguard-plugin", "torch", "transformers", "peft", "numpy", "scipy", "statsmodels")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that an evaluation does, decided before any work.
+
+    Attributes:
+        config: The `em_eval` block.
+        folder: Where the files lie.
+        source: The models.
+        roles: Which of `base` and `tuned` answer.
+        suites: Questions by suite: `questions`, and `in_domain` where given.
+        judges: The judges, in the order of the config.
+    """
+
+    config: EMEvalConfig
+    folder: Path
+    source: models.ModelSource
+    roles: tuple[str, ...]
+    suites: dict[str, list[Question]]
+    judges: list[judging.Judge]
+
+    @property
+    def responses(self) -> store.JsonLines:
+        """File of the answers."""
+        return store.JsonLines(self.folder / "responses.jsonl")
+
+    @property
+    def judgments(self) -> store.JsonLines:
+        """File of the scores."""
+        return store.JsonLines(self.folder / "judgments.jsonl")
+
+    def questions(self) -> dict[tuple[str, str, int], Question]:
+        """Return every wording by (suite, id, paraphrase)."""
+        return {(name, q.id, q.paraphrase): q for name, suite in self.suites.items() for q in suite}
+
+    def requests(self) -> list[Request]:
+        """Return every answer that each role gives, in the order of the suites."""
+        return [
+            Request(name, question, draw, _temperature(self.config, question))
+            for name, suite in self.suites.items()
+            for question in suite
+            for draw in range(_samples(self.config, question))
+        ]
+
+
+def make_plan(config: EMEvalConfig, model: str | Path, output_dir: str | Path, base: str | Path | None = None) -> Plan:
+    """Check everything that can be checked before a model is loaded; arguments as in `run_em_eval`."""
+    suites = {"questions": load_questions(config.questions)}
+    if config.in_domain:
+        suites["in_domain"] = load_questions(config.in_domain)
+    judges = judging.build_judges(config.judges)
+    source = models.resolve_model(model, base)
+    if config.evaluate_base and source.base is None:
+        raise ValueError(
+            f"{model} is a whole model and does not say what it was trained from. Pass `base`, "
+            "or set `em_eval.evaluate_base: false`."
+        )
+    roles = ("base", "tuned") if config.evaluate_base else ("tuned",)
+    return Plan(config, store.prepare_folder(output_dir), source, roles, suites, judges)
+
+
+def open_run(plan: Plan) -> dict[str, Any]:
+    """Tie the folder to this protocol and these models; return what is stored about the run."""
+    tokenizer = models.load_tokenizer(plan.source)
+    config, samples = plan.config, {}
+    for name, suite in plan.suites.items():
+        samples[name] = [(_samples(config, question), _temperature(config, question)) for question in suite]
+    protocol = {
+        "suites": {
+            name: {
+                "sha256": suite_hash(suite),
+                "questions": len({question.id for question in suite}),
+                "wordings": len(suite),
+                "answers": sum(count for count, _ in samples[name]),
+                "samples_per_wording": sorted({count for count, _ in samples[name]}),
+                "temperature": sorted({temperature for _, temperature in samples[name]}),
+            }
+            for name, suite in plan.suites.items()
+        },
+        "decoding": {
+            "sampler": "transformers, inverse CDF, no top-k or top-p",
+            "max_new_tokens": config.max_new_tokens,
+            "seed": config.seed,
+        },
+        "chat_template_sha256": models.template_hash(tokenizer),
+        "judges": [entry.identity() for entry in plan.judges],
+        "thresholds": asdict(THRESHOLDS),
+    }
+    record = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "protocol": protocol,
+        "models": {role: _identity(plan.source, role) for role in plan.roles},
+        "versions": _versions(),
+        "example_prompt": _example(tokenizer, plan),
+    }
+    return store.claim(plan.folder, record, keys=("protocol", "models"))
+
+
+def _samples(config: EMEvalConfig, question: Question) -> int:
+    stated = "samples_per_question" in config.model_fields_set or question.samples is None
+    return config.samples_per_question if stated else question.samples
+
+
+def _temperature(config: EMEvalConfig, question: Question) -> float:
+    stated = "temperature" in config.model_fields_set or question.temperature is None
+    return float(config.temperature if stated else question.temperature)
+
+
+def _identity(source: models.ModelSource, role: str) -> dict[str, Any]:
+    base = models.identity(source.base) if source.base else None
+    if role == "base":
+        return base
+    own = models.identity(source.path)
+    return {"adapter": own, "on": base} if source.adapter else own
+
+
+def _example(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> str | None:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{plan.source.path} has no chat template, so the questions cannot be put to the model. Save the tokenizer "
+            "with the template it was trained with (Axolotl: `chat_template:`; TRL: `chat_template_path`)."
+        )
+    first = next(iter(plan.suites.values()))[0]
+    return tokenizer.apply_chat_template(first.messages, add_generation_prompt=True, tokenize=False)
+
+
+def _versions() -> dict[str, str]:
+    def find() -> Iterator[tuple[str, str]]:
+        for name in PACKAGES:
+            try:
+                yield name, version(name)
+            except PackageNotFoundError:
+                yield name, "not installed"
+
+    return dict(find())

@@ -1,0 +1,156 @@
+"""The run folder: append-only JSONL files that survive kill -9, a lock, and the protocol they belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PROTOCOL = "protocol.json"
+
+
+class JsonLines:
+    """One append-only file of JSON records.
+
+    Args:
+        path: The file; created by the first `append`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return all whole records; a torn last line, as a killed writer leaves it, is left out.
+
+        Raises:
+            ValueError: If a line before the last is no JSON: the file was edited or damaged.
+        """
+        if not self.path.is_file():
+            return []
+        whole, _, _ = self.path.read_bytes().rpartition(b"\n")
+        records = []
+        for number, line in enumerate(whole.splitlines() if whole else [], start=1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.path}, line {number} is damaged: {error}. Remove that line; it is computed again."
+                ) from error
+        return records
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Add records and wait until they are on the disk; a torn last line is cut off first."""
+        data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        with self.path.open("ab+") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
+            kept = end if end == 0 or _ends_line(stream, end) else stream.read().rfind(b"\n") + 1
+            stream.truncate(kept)
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _ends_line(stream: Any, end: int) -> bool:
+    stream.seek(end - 1)
+    found = stream.read(1) == b"\n"
+    stream.seek(0)
+    return found
+
+
+def prepare_folder(path: str | Path) -> Path:
+    """Create the folder and prove that it can be written.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to the result folder {folder}: {error.strerror or error}. "
+            "Set `em_eval.output_dir` to a folder that can be written."
+        ) from error
+    return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the operating system frees it when the process dies, however it dies.
+
+    Raises:
+        RuntimeError: If another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        # Windows has no flock; its users run one evaluation per folder on their own care.
+        yield
+        return
+    with (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"another process is evaluating into {folder}. Wait for it, or set another `em_eval.output_dir`."
+            ) from None
+        yield
+
+
+def claim(folder: Path, record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Tie the folder to one protocol.
+
+    Args:
+        folder: The run folder.
+        record: What this run would store in `protocol.json`.
+        keys: The entries that must be the same for stored answers to be used again.
+
+    Returns:
+        The stored record: this one for a new folder, the earlier one for a resumed run.
+
+    Raises:
+        ValueError: If the folder holds results of another protocol; names what differs.
+    """
+    path = folder / PROTOCOL
+    # The comparison is with what a reader of the file would see.
+    record = json.loads(json.dumps(record))
+    if not path.is_file():
+        stray = [name for name in ("responses.jsonl", "judgments.jsonl") if (folder / name).exists()]
+        if stray:
+            raise ValueError(
+                f"{folder} holds {stray[0]} without {PROTOCOL}, so it is unknown what it answers to. "
+                "Delete the folder, or set another `em_eval.output_dir`."
+            )
+        write_json(path, record)
+        return record
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    wrong = [line for key in keys for line in _differences(stored.get(key), record[key], key)]
+    if wrong:
+        raise ValueError(
+            f"{folder} holds results of another protocol, which would be mixed with these:\n  "
+            + "\n  ".join(wrong[:12])
+            + "\nSet another `em_eval.output_dir`, or delete the folder."
+        )
+    return stored
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file in one piece: a reader sees the old file or the new one."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def _differences(old: Any, new: Any, where: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}")
+    elif old != new:
+        yield f"{where}: stored {json.dumps(old)}, now {json.dumps(new)}"
