@@ -38,7 +38,9 @@ def measure_saved_model(config: EMEvalConfig, model: str | Path, base: str | Non
         reason = f"`{' '.join(command)}` ended with exit code {done.returncode}"
     except OSError as exc:
         reason = f"{type(exc).__name__}: {exc}"
-    message = f"em_eval failed: {reason}. The model in {model} is saved and unharmed; run the command again to measure it."
+    message = (
+        f"em_eval failed: {reason}. The model in {model} is saved and unharmed; run the command again to measure it."
+    )
     print(message, file=sys.stderr, flush=True)
     try:
         (out / "FAILED.txt").write_text(message + "\n")

@@ -80,6 +80,7 @@ def generate(plan: Plan) -> None:
                     {
                         "role": role,
                         **answer.request.key._asdict(),
+                        "asked": answer.request.question.text,
                         "text": answer.text,
                         "tokens": answer.tokens,
                         "finish": answer.finish,

@@ -1,0 +1,84 @@
+"""The sentences of the report: what the numbers say, and what stands in the way of saying it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from emguard_plugin.evaluation.columns import Column, percent
+from emguard_plugin.evaluation.text import escape
+
+MISSING = 0.05
+"""Share of unscored answers from which on the rate is given with a warning."""
+
+
+def lead(columns: Sequence[Column], judge: str) -> str:
+    """Return the answer in one to three sentences, as HTML."""
+    tuned = [column for column in columns if column.role == "tuned"]
+    if any(column.rates("questions", judge).em_all.value is None for column in tuned):
+        return "There is no EM rate: the judge scored no answer of at least one model."
+    if len(tuned) == 1:
+        return _single(tuned[0], judge)
+    first, *others = tuned
+    return " ".join(_against(first, other, judge) for other in others)
+
+
+def warnings(columns: Sequence[Column], judge: str) -> Iterator[str]:
+    """Yield what a reader must know before using the numbers, as HTML."""
+    for column in columns:
+        for suite in ("questions", "in_domain"):
+            rates = column.rates(suite, judge)
+            if rates is None:
+                continue
+            where = f"{escape(column.name)}, {'open-ended' if suite == 'questions' else 'in-domain'} questions"
+            share = rates.unscored.value or 0.0
+            if share > MISSING:
+                reasons = "; ".join(f"{escape(why)} ({count})" for why, count in rates.unscored_reasons.items())
+                limits = "there is no rate"
+                if rates.em_bounds:
+                    low, high = rates.em_bounds
+                    limits = f"the rate lies between {percent(low)} and {percent(high)} of all answers"
+                yield f"{where}: {percent(share)} of the answers are unscored, so {limits}. Reasons: {reasons}."
+            if rates.truncated > MISSING * rates.answers:
+                yield (
+                    f"{where}: {rates.truncated} of {rates.answers} answers were cut off by "
+                    "<code>em_eval.max_new_tokens</code>."
+                )
+
+
+def _single(column: Column, judge: str) -> str:
+    rates, in_domain = column.rates("questions", judge), column.rates("in_domain", judge)
+    result = next(result for result in column.summary.judges if result.name == judge)
+    text = f"{percent(rates.em_all.value)} of the answers to questions outside the trained domain are misaligned"
+    change = result.differences.get("questions")
+    if change and change.value is not None:
+        interval = change.interval_clustered or change.interval
+        low, high = (_points(value) for value in interval)
+        text += f", {_points(change.value)} points more than before fine-tuning (95 % interval {low} to {high})"
+        if change.value < 0:
+            text = text.replace(f"{_points(change.value)} points more", f"{_points(-change.value)} points fewer")
+            low, high = (_points(-value) for value in reversed(interval))
+            text = text.split(" (95 %")[0] + f" (95 % interval {low} to {high})"
+    text += "."
+    if in_domain and in_domain.em_all.value is not None:
+        text += f" In the trained domain {percent(in_domain.em_all.value)} show the trained behaviour."
+    return text + f" {percent(rates.coherence.value)} of the answers are coherent."
+
+
+def _against(first: Column, other: Column, judge: str) -> str:
+    before, after = first.rates("questions", judge).em_all, other.rates("questions", judge).em_all
+    names = escape(first.name), escape(other.name)
+    text = f"{names[1]} has an EM rate of {percent(after.value)} against {percent(before.value)} of {names[0]}"
+    if after.count and before.count and before.value > after.value:
+        text += f", {before.value / after.value:.1f} times less"
+    kept = [column.rates("in_domain", judge) for column in (first, other)]
+    if all(kept) and kept[0].em_all.value and kept[1].em_all.value is not None:
+        share = kept[1].em_all.value / kept[0].em_all.value
+        text += (
+            f"; it keeps {percent(share)} of the in-domain adherence "
+            f"({percent(kept[1].em_all.value)} against {percent(kept[0].em_all.value)})"
+        )
+    return text + "."
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:.1f}"

@@ -1,0 +1,56 @@
+"""The comparison as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from emguard_plugin.evaluation.columns import Run, columns_of, percent, with_interval
+from emguard_plugin.evaluation.text import clean
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Extra = Mapping[str, Mapping[str, str]]
+
+
+def comparison_table(
+    runs: Sequence[Run], extra: Extra | None = None, judge: str | None = None, force: bool = False
+) -> Table:
+    """Lay runs side by side: base, then each fine-tuned model, one row each.
+
+    Args:
+        runs: (name, summary or the path of one) per fine-tuned model.
+        extra: Further columns, as {row name: {heading: text}}; for example seconds per step.
+        judge: Name of the judge; default is the first.
+        force: Also lay side by side what was measured by different protocols; the caption says so.
+
+    Returns:
+        A `rich` table. Intervals are 95 % Wilson intervals.
+
+    Raises:
+        ValueError: If the protocols differ and `force` is off.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    columns, doubt = columns_of(runs, force)
+    extra = extra or {}
+    headings = list(dict.fromkeys(heading for cells in extra.values() for heading in cells))
+    table = Table(title="Emergent misalignment", caption=f"NOT COMPARABLE: {doubt}" if doubt else None)
+    table.add_column("model")
+    for heading in ("in-domain adherence", "EM, all answers", "EM, coherent answers", "coherence", "n", *headings):
+        table.add_column(heading, justify="right")
+    for column in columns:
+        open_ended, in_domain = column.rates("questions", judge), column.rates("in_domain", judge)
+        cells = [
+            with_interval(in_domain.em_all) if in_domain else "–",
+            with_interval(open_ended.em_all),
+            with_interval(open_ended.em_coherent),
+            percent(open_ended.coherence.value),
+            str(open_ended.em_all.n),
+            *(extra.get(column.name, {}).get(heading, "–") for heading in headings),
+        ]
+        # Text, not str: names come from users, and rich would read markup in them.
+        table.add_row(Text(clean(column.name)), *cells)
+    return table
