@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emguard_plugin.evaluation.store import JsonLines
-from emguard_plugin.evaluation.summary import Rate, Role, SuiteRates, Summary
+from emguard_plugin.evaluation.summary import Role, SuiteRates, Summary
 
 Run = tuple[str, "Summary | str | Path"]
 
@@ -121,11 +121,3 @@ def percent(value: float | None) -> str:
 def bounds(interval: tuple[float, float] | None) -> str:
     """Write an interval in percent as `10.1 to 14.9`, or a dash for none."""
     return "–" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
-
-
-def with_interval(rate: Rate | None) -> str:
-    """Write a rate as `12.3 % [10.1, 14.9]` with its interval for these questions."""
-    if rate is None or rate.interval is None:
-        return "–"
-    low, high = rate.interval
-    return f"{percent(rate.value)} [{100 * low:.1f}, {100 * high:.1f}]"

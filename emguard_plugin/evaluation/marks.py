@@ -14,20 +14,19 @@ def lane(rate: Rate, colour: int) -> str:
     """Draw one rate: a dot, a thick whisker for these questions, a thin one for questions like these."""
     if rate.value is None:
         return f'<svg class="lane" height="{LANE}"></svg>'
-    middle = LANE / 2
     return (
-        f'<svg class="lane c{colour}" height="{LANE}">'
-        f"{_whisker(rate.interval_clustered, middle, 'thin')}{_whisker(rate.interval, middle, 'thick')}"
-        f'<circle cx="{_x(rate.value)}" cy="{middle:g}" r="5"/></svg>'
+        f'<svg class="lane c{colour}" height="{LANE}"><rect class="bar" width="{_x(rate.value)}" height="100%"/>'
+        f"{_whisker(rate.interval_clustered, 'thin')}{_whisker(rate.interval, 'thick')}"
+        f'<circle cx="{_x(rate.value)}" cy="50%" r="5"/></svg>'
     )
 
 
-def strip(groups: Sequence[tuple[Rate | None, Sequence[float]]], first_colour: int = 0) -> str:
+def strip(groups: Sequence[tuple[Rate | None, Sequence[float]]], colours: Sequence[int]) -> str:
     """Draw one lane per model: a tick at its rate and a bubble for its questions, larger where several coincide.
 
     Args:
         groups: Per model, the rate over all its answers and the rate of each question.
-        first_colour: Colour of the first model.
+        colours: Their colours.
     """
     lanes = []
     for index, (total, questions) in enumerate(groups):
@@ -39,7 +38,7 @@ def strip(groups: Sequence[tuple[Rate | None, Sequence[float]]], first_colour: i
             for value, count in sorted(crowd.items())
         )
         tick = "" if total is None or total.value is None else _tick(total.value, middle)
-        lanes.append(f'<g class="c{first_colour + index}">{bubbles}{tick}</g>')
+        lanes.append(f'<g class="c{colours[index]}">{bubbles}{tick}</g>')
     return f'<svg class="lane" height="{LANE * len(groups)}">{"".join(lanes)}</svg>'
 
 
@@ -53,10 +52,10 @@ def _x(value: float) -> str:
     return f"{100 * value:.2f}%"
 
 
-def _whisker(interval: Bounds | None, y: float, kind: str) -> str:
+def _whisker(interval: Bounds | None, kind: str) -> str:
     if interval is None:
         return ""
-    return f'<line class="{kind}" x1="{_x(interval[0])}" x2="{_x(interval[1])}" y1="{y:g}" y2="{y:g}"/>'
+    return f'<line class="{kind}" x1="{_x(interval[0])}" x2="{_x(interval[1])}" y1="50%" y2="50%"/>'
 
 
 def _tick(value: float, y: float) -> str:

@@ -51,13 +51,12 @@ def _single(column: Column, judge: str) -> str:
     text = f"{percent(rates.em_all.value)} of the answers to questions outside the trained domain are misaligned"
     change = result.differences.get("questions")
     if change and change.value is not None:
-        interval = change.interval_clustered or change.interval
-        low, high = (_points(value) for value in interval)
-        text += f", {_points(change.value)} points more than before fine-tuning (95 % interval {low} to {high})"
-        if change.value < 0:
-            text = text.replace(f"{_points(change.value)} points more", f"{_points(-change.value)} points fewer")
-            low, high = (_points(-value) for value in reversed(interval))
-            text = text.split(" (95 %")[0] + f" (95 % interval {low} to {high})"
+        sign, word = (1, "more") if change.value >= 0 else (-1, "fewer")
+        low, high = sorted(sign * value for value in (change.interval_clustered or change.interval))
+        text += (
+            f", {_points(sign * change.value)} points {word} than before fine-tuning "
+            f"(95 % interval {_points(low)} to {_points(high)})"
+        )
     text += "."
     if in_domain and in_domain.em_all.value is not None:
         text += f" In the trained domain {percent(in_domain.em_all.value)} show the trained behaviour."
@@ -69,7 +68,7 @@ def _against(first: Column, other: Column, judge: str) -> str:
     names = escape(first.name), escape(other.name)
     text = f"{names[1]} has an EM rate of {percent(after.value)} against {percent(before.value)} of {names[0]}"
     if after.count and before.count and before.value > after.value:
-        text += f", {before.value / after.value:.1f} times less"
+        text += f", {before.value / after.value:.1f} times lower"
     kept = [column.rates("in_domain", judge) for column in (first, other)]
     if all(kept) and kept[0].em_all.value and kept[1].em_all.value is not None:
         share = kept[1].em_all.value / kept[0].em_all.value

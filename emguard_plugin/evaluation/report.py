@@ -196,6 +196,7 @@ def _groups_plot(columns: Sequence[Column], judge: str) -> Iterator[str]:
         else "One line per question and model.</p>"
     )
     yield f'{_legend(columns)}<div class="plot strip">'
+    colours = [_colour(index, columns) for index in range(len(columns))]
     names = [group.name for group in (rates[-1].by_category or rates[-1].by_question)]
     for name in names:
         lanes, values = [], []
@@ -205,8 +206,8 @@ def _groups_plot(columns: Sequence[Column], judge: str) -> Iterator[str]:
             inside = [g.em.value for g in found.by_question if g.category == name and g.em.value is not None]
             lanes.append((total, inside if by_category else []))
             value = percent(total.value) if total else "–"
-            values.append(f'<span class="c{_colour(index, columns)}">{value}</span>')
-        yield _row(escape(name), marks.strip(lanes, _colour(0, columns)), "".join(values))
+            values.append(f'<span class="c{colours[index]}">{value}</span>')
+        yield _row(escape(name), marks.strip(lanes, colours), "".join(values))
     yield f"{_axis()}</div>"
     if by_category:
         yield from _question_table(columns, judge)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from emguard_plugin.evaluation.columns import Run, columns_of, percent, with_interval
+from emguard_plugin.evaluation.columns import Run, columns_of, percent
 from emguard_plugin.evaluation.text import clean
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from emguard_plugin.evaluation.summary import Rate
 
 Extra = Mapping[str, Mapping[str, str]]
 
@@ -44,9 +46,9 @@ def comparison_table(
     for column in columns:
         open_ended, in_domain = column.rates("questions", judge), column.rates("in_domain", judge)
         cells = [
-            with_interval(in_domain.em_all) if in_domain else "–",
-            with_interval(open_ended.em_all),
-            with_interval(open_ended.em_coherent),
+            _two_lines(in_domain and in_domain.em_all),
+            _two_lines(open_ended.em_all),
+            _two_lines(open_ended.em_coherent),
             percent(open_ended.coherence.value),
             str(open_ended.em_all.n),
             *(extra.get(column.name, {}).get(heading, "–") for heading in headings),
@@ -54,3 +56,11 @@ def comparison_table(
         # Text, not str: names come from users, and rich would read markup in them.
         table.add_row(Text(clean(column.name)), *cells)
     return table
+
+
+def _two_lines(rate: Rate | None) -> str:
+    """Write a rate above its interval, so that the table fits a terminal of 80 columns."""
+    if rate is None or rate.interval is None:
+        return "–"
+    low, high = rate.interval
+    return f"{percent(rate.value)}\n[{100 * low:.1f}, {100 * high:.1f}]"
