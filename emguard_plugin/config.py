@@ -72,9 +72,9 @@ class TReFTConfig(Block):
         default_factory=list,
         description="System prompts that do not occur in the data but will at inference; their prefixes are held too.",
     )
-    postfix_reference: Literal["shared", "per_row"] = Field(
-        "shared",
-        description="tokens: postfix only. shared: the untuned model's postfix after an empty query (paper). "
+    postfix_reference: Literal["shared", "per_row"] | None = Field(
+        None,
+        description="tokens: postfix only. shared (default): the untuned model's postfix after an empty query (paper). "
         "per_row: the untuned model's postfix after the same query; needs an adapter.",
     )
     compat: bool = Field(
@@ -89,7 +89,7 @@ class TReFTConfig(Block):
             raise ValueError("`layers: []` holds nothing. Use `layers: all`, list at least one layer, or `coef: 0`.")
         if self.tokens == "postfix" and self.extra_prefixes:
             raise ValueError("`extra_prefixes` goes with `tokens: prefix`. Remove it, or set `tokens: prefix`.")
-        if self.tokens == "prefix" and "postfix_reference" in self.model_fields_set:
+        if self.tokens == "prefix" and self.postfix_reference is not None:
             raise ValueError("`postfix_reference` goes with `tokens: postfix`. Remove it, or set `tokens: postfix`.")
         if self.tokens == "postfix" and self.compat:
             raise ValueError("`compat: true` covers `tokens: prefix` only. Set `compat: false`.")

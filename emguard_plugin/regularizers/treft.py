@@ -50,7 +50,7 @@ class TReFTCallback(EMRegularizerCallback):
         tokens: `prefix` or `postfix`.
         layers: `all`, or 0-based decoder layers.
         extra_prefixes: System prompts the data lacks but inference will use.
-        postfix_reference: `shared` (paper, except that it took a random row) or `per_row` (needs an adapter).
+        postfix_reference: `shared` (default; the paper took a random row) or `per_row` (needs an adapter).
         compat: Follow the authors' released code: k_proj/v_proj of the residual stream before the input norm.
 
     Raises:
@@ -70,18 +70,22 @@ class TReFTCallback(EMRegularizerCallback):
         tokens: Literal["prefix", "postfix"] = "prefix",
         layers: Literal["all"] | Sequence[int] = "all",
         extra_prefixes: Sequence[str] = (),
-        postfix_reference: Literal["shared", "per_row"] = "shared",
+        postfix_reference: Literal["shared", "per_row"] | None = None,
         compat: bool = False,
     ) -> None:
         super().__init__(coef)
         from emguard_plugin.config import TReFTConfig
 
-        given = {"coef": coef, "tokens": tokens, "layers": layers, "extra_prefixes": list(extra_prefixes), "compat": compat}
-        if tokens == "postfix":
-            given["postfix_reference"] = postfix_reference
-        TReFTConfig.model_validate(given)  # one set of rules for YAML and Python
+        TReFTConfig(  # one set of rules for YAML and Python
+            coef=coef,
+            tokens=tokens,
+            layers=layers if layers == "all" else list(layers),
+            extra_prefixes=list(extra_prefixes),
+            postfix_reference=postfix_reference,
+            compat=compat,
+        )
         self.tokens, self.layers, self.compat = tokens, layers, compat
-        self.extra_prefixes, self.postfix_reference = tuple(extra_prefixes), postfix_reference
+        self.extra_prefixes, self.postfix_reference = tuple(extra_prefixes), postfix_reference or "shared"
         self._prefixes: list[ct.Prefix] = []
         self._prompts: list[ct.Ids] = []
         self._postfix: ct.Ids = ()
