@@ -1,0 +1,154 @@
+"""`emguard check`: what a YAML would do, without training."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emguard_plugin.axolotl_plugin.conflicts import PLUGIN_NAMES, find_conflicts, listed_plugins
+from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, TReFTConfig, misspelt_blocks
+
+
+@dataclass
+class Report:
+    """What `emguard check` prints.
+
+    Attributes:
+        active: What will be held or measured.
+        notes: What could not be checked here.
+        problems: What must change before the run does what it says.
+    """
+
+    active: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def check_config(path: str | Path) -> Report:
+    """Check an Axolotl YAML or a file for `emguard sft`.
+
+    Args:
+        path: The YAML.
+
+    Returns:
+        The report; nothing is raised for a faulty YAML.
+    """
+    import yaml
+
+    report = Report()
+    try:
+        cfg = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        report.problems.append(f"{path} cannot be read: {exc}")
+        return report
+    if not isinstance(cfg, Mapping):
+        report.problems.append(f"{path} is not a YAML mapping of settings.")
+        return report
+    for key, meant in misspelt_blocks(list(cfg)).items():
+        report.problems.append(f"unknown key `{key}:`. Did you mean `{meant}:`?")
+    if "model_name_or_path" not in cfg:
+        _check_plugin(cfg, report)
+        report.problems += find_conflicts(cfg)
+    regularizer = _validate("em_regularizer", EMRegularizerConfig, cfg, report)
+    evaluation = _validate("em_eval", EMEvalConfig, cfg, report)
+    if regularizer is not None:
+        if regularizer.treft is not None:
+            _check_treft(regularizer.treft, cfg, report)
+    elif not report.problems:
+        report.notes.append("no `em_regularizer:` block: the run is not regularized.")
+    if evaluation is not None:
+        _check_eval(evaluation, report)
+    return report
+
+
+def _validate(name: str, model: type, cfg: Mapping[str, Any], report: Report) -> Any:
+    from pydantic import ValidationError
+
+    if name not in cfg:
+        return None
+    try:
+        return model.model_validate(cfg[name])
+    except ValidationError as exc:
+        for error in exc.errors():
+            where = ".".join([name, *(str(p) for p in error["loc"])])
+            report.problems.append(f"{where}: {error['msg'].removeprefix('Value error, ')}")
+        return None
+
+
+def _check_plugin(cfg: Mapping[str, Any], report: Report) -> None:
+    plugins = listed_plugins(cfg)
+    asked = [b for b in ("em_regularizer", "em_eval") if b in cfg]
+    if asked and not set(plugins) & set(PLUGIN_NAMES):
+        report.problems.append(
+            f"`{asked[0]}:` is set but the plugin is not listed, so Axolotl drops the block without a word. Add "
+            "`plugins: [emguard_plugin.EMGuardPlugin]`."
+        )
+    for plugin in plugins:
+        module = plugin.rpartition(".")[0]
+        names = [module, f"axolotl.integrations.{module}"]
+        if not any(_importable(name) for name in names if name):
+            report.problems.append(f"the plugin `{plugin}` cannot be imported; Axolotl would go on without it.")
+    if asked and not _importable("axolotl"):
+        report.notes.append("axolotl is not installed here.")
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _check_treft(treft: TReFTConfig, cfg: Mapping[str, Any], report: Report) -> None:
+    from emguard_plugin import chat_template as ct
+
+    what = f"treft: coef {treft.coef:g}, {treft.tokens}, layers {treft.layers}" + (", compat" if treft.compat else "")
+    if treft.coef == 0:
+        what += " (measures only, the run is unchanged)"
+    report.active.append(what)
+    name = cfg.get("tokenizer_config") or cfg.get("base_model") or cfg.get("model_name_or_path")
+    if cfg.get("chat_template") not in (None, "tokenizer_default"):
+        report.notes.append(f"`chat_template: {cfg['chat_template']}` is resolved by Axolotl: the prefix is checked at start.")
+        return
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as exc:
+        report.notes.append(f"the tokenizer of {name} cannot be loaded here ({str(exc).splitlines()[0]}): prefix not checked.")
+        return
+    kwargs = cfg.get("chat_template_kwargs") or {}
+    try:
+        template = ct.read_template(tokenizer, **kwargs)
+        held = [template.prefix] if treft.tokens == "prefix" else [template.postfix]
+        held += [ct.system_prefix(tokenizer, s, **kwargs) for s in treft.extra_prefixes]
+    except ValueError as exc:
+        report.problems.append(f"em_regularizer.treft: {exc}")
+        return
+    for ids in held:
+        report.active.append(f"treft holds {len(ids)} tokens: {tokenizer.decode(list(ids))!r}")
+    if template.today is not None:
+        report.problems.append(
+            "em_regularizer.treft: the chat template prints today's date in the prefix. Pin it with `chat_template_kwargs`."
+        )
+    report.notes.append("rows with other system prompts are found when training starts, each with its own prefix.")
+
+
+def _check_eval(config: EMEvalConfig, report: Report) -> None:
+    from emguard_plugin.evaluation.judges import build_judges
+    from emguard_plugin.evaluation.questions import load_questions
+
+    try:
+        config.check_files()
+        build_judges(config.judges)
+        suites = {k: load_questions(p) for k, p in (("questions", config.questions), ("in_domain", config.in_domain)) if p}
+    except (ValueError, ImportError) as exc:
+        report.problems.append(f"em_eval: {exc}")
+        return
+    n = sum(map(len, suites.values())) * config.samples_per_question * (2 if config.evaluate_base else 1)
+    sizes = ", ".join(f"{len(q)} in {k}" for k, q in suites.items())
+    judges = ", ".join(j.function for j in config.judges)
+    report.active.append(f"em_eval: {sizes}; {n} answers in all; judged by {judges}")
