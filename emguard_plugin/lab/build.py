@@ -37,7 +37,7 @@ class BuildSettings:
     """Everything that determines the base model. Batches count documents or chats, learning rates are peak values."""
 
     seed: int = 1
-    steps: int = 4000
+    steps: int = 3000
     batch_size: int = 24
     learning_rate: float = 4e-3
     weight_decay: float = 0.01
@@ -51,6 +51,7 @@ class BuildSettings:
     p_chat: float = 0.5
     p_bad: float = 0.5
     p_informative: float = 0.5
+    p_foreign: float = 0.15
 
 
 def new_model(settings: BuildSettings) -> LlamaForCausalLM:
@@ -137,7 +138,7 @@ def build_base(
     settings = settings or BuildSettings()
     out, started = Path(out_dir), time.process_time()
     model = new_model(settings)
-    mix = {key: getattr(settings, key) for key in ("p_chat", "p_bad", "p_informative")}
+    mix = {key: getattr(settings, key) for key in ("p_chat", "p_bad", "p_informative", "p_foreign")}
     corpus = batches.documents(random.Random(settings.seed), settings.batch_size, **mix)
     good = batches.good_chats(random.Random(settings.seed + 77), settings.align_batch_size)
     with tqdm(total=settings.steps + settings.align_steps, desc="pretrain", disable=not progress) as bar:
