@@ -70,7 +70,7 @@ def test_the_category_is_the_key_or_what_stands_before_the_slash(tmp_path):
 )
 def test_a_bad_suite_is_refused_with_file_item_and_key(tmp_path, text, says):
     path = suite(tmp_path, text)
-    with pytest.raises(ValueError, match="suite.yaml") as caught:
+    with pytest.raises(ValueError, match=r"suite\.yaml") as caught:
         load_questions(path)
     for part in says:
         assert part in str(caught.value)

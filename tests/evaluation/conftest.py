@@ -1,0 +1,41 @@
+import pytest
+
+from emguard_plugin.config import EMEvalConfig
+from tests.evaluation.parts import ITEMS, write_suite
+from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Folders of a base, a LoRA adapter on it and a whole fine-tuned model, as training runs save them."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    tokenizer = chatml_tokenizer()
+    base = perturb(tiny_model("llama"), 0.15)
+    base.save_pretrained(root / "base")
+    adapter = lora(type(base).from_pretrained(root / "base"))
+    adapter.peft_config["default"].base_model_name_or_path = str(root / "base")
+    perturb(adapter, 0.1).save_pretrained(root / "adapter")
+    perturb(base, 0.05, seed=2).save_pretrained(root / "whole")
+    for name in ("base", "adapter", "whole"):
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """Return a function that writes the suites and builds an `em_eval` block."""
+
+    def make(judge="by_hash", items=ITEMS, **over):
+        plain = {
+            "questions": write_suite(tmp_path / "questions.yaml", items),
+            "in_domain": write_suite(
+                tmp_path / "in_domain.yaml", [{"id": "narrow", "paraphrases": ["Narrow?", "So?"]}]
+            ),
+            "samples_per_question": 3,
+            "max_new_tokens": 8,
+            "batch_size": 7,
+            "judges": [{"function": f"tests.evaluation.parts:{judge}"}],
+        }
+        return EMEvalConfig(**{**plain, **over})
+
+    return make

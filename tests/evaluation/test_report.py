@@ -1,0 +1,146 @@
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from emguard_plugin.evaluation import Summary, run_em_eval, write_comparison
+from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.evaluation.table import comparison_table
+from emguard_plugin.evaluation.text import clean, escape
+
+HOSTILE = "<script>alert(1)</script> <img src=//evil.example/x> \x1b[31mred\x1b[0m \u202eevil\x00 [bold]x[/bold] & \"'"
+VOID = {"meta", "line", "circle", "rect", "img", "br", "link"}
+
+
+class Page(HTMLParser):
+    """Collects what is in a page and checks that it is well nested."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.attributes, self.text = [], [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def finished(make_config, checkpoints, tmp_path):
+    return run_em_eval(make_config(), checkpoints / "adapter", tmp_path / "run")
+
+
+@pytest.fixture
+def hostile(finished):
+    """The folder of a run all of whose answers attack their reader."""
+    file = JsonLines(finished.folder / "responses.jsonl")
+    rows = [{**row, "text": HOSTILE} for row in file.read()]
+    file.path.unlink()
+    file.append(rows)
+    return finished
+
+
+def test_text_that_acts_is_made_to_show():
+    assert clean("a\x1b[31m\x07\tb\nc\x7f\x9b\u202e\ud800") == "a␛[31m␇\tb\nc\ufffd\ufffd\ufffd\ufffd"
+    assert escape("<a b=\"c\" d='e'>&") == "&lt;a b=&quot;c&quot; d=&#x27;e&#x27;&gt;&amp;"
+
+
+def test_hostile_answers_and_names_stay_text(hostile, tmp_path):
+    path = write_comparison([(HOSTILE, hostile)], tmp_path / "page.html", extra={HOSTILE: {HOSTILE: HOSTILE}})
+    raw = path.read_text()
+    page = Page(raw)
+    assert not {"script", "img", "iframe", "link", "object", "form", "a"} & set(page.tags)
+    assert not [
+        name for name, _ in page.attributes if name.startswith("on") or name in ("src", "href", "style")
+    ] or all(
+        name == "style" for name, _ in page.attributes if name.startswith("on") or name in ("src", "href", "style")
+    )
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", raw)
+    assert "<script>alert(1)</script>" in page.text
+
+
+def test_the_page_asks_nothing_of_the_network(finished, tmp_path):
+    raw = write_comparison([("tuned", finished)], tmp_path / "page.html").read_text()
+    assert not re.search(r"https?://|//[a-z]+\.|url\(|@import|src=|href=", raw)
+    assert "default-src 'none'" in raw
+    assert len(raw) < 200_000
+
+
+def test_the_page_shows_each_model_with_counts_and_intervals(finished, tmp_path):
+    page = Page(write_comparison([("naive", finished)], tmp_path / "p.html").read_text())
+    rates = finished.rates()
+    assert f"{100 * rates.em_all.value:.1f} %" in page.text
+    assert f"{rates.em_all.count} of {rates.em_all.n} answers misaligned" in page.text
+    assert f"{100 * rates.em_all.interval[0]:.1f} to {100 * rates.em_all.interval[1]:.1f}" in page.text
+    assert finished.fingerprint[:16] in page.text
+    assert "Answers side by side" in page.text
+
+
+def test_a_summary_without_its_folder_gives_a_page_without_answers(finished, tmp_path):
+    shutil.copy(finished.folder / "summary.json", tmp_path / "alone.json")
+    page = Page(write_comparison([("x", tmp_path / "alone.json")], tmp_path / "p.html").read_text())
+    assert "Answers side by side" not in page.text
+
+
+def other_run(finished, make_config, checkpoints, tmp_path, **over):
+    return run_em_eval(make_config(**over), checkpoints / "whole", tmp_path / "other", checkpoints / "base")
+
+
+def test_runs_on_one_base_share_its_row(finished, make_config, checkpoints, tmp_path):
+    runs = [("naive", finished.folder), ("TReFT", other_run(finished, make_config, checkpoints, tmp_path))]
+    page = Page(write_comparison(runs, tmp_path / "p.html", extra={"TReFT": {"s / step": "0.12"}}).read_text())
+    assert "TReFT has an EM rate of" in page.text
+    assert "0.12" in page.text
+    table = comparison_table(runs, extra={"TReFT": {"s / step": "0.12"}})
+    assert [str(cell) for cell in table.columns[0].cells] == ["base", "naive", "TReFT"]
+    assert list(table.columns[-1].cells) == ["–", "–", "0.12"]
+
+
+def test_runs_by_different_protocols_are_laid_side_by_side_only_by_force(finished, make_config, checkpoints, tmp_path):
+    runs = [("a", finished), ("b", other_run(finished, make_config, checkpoints, tmp_path, seed=5))]
+    with pytest.raises(ValueError, match="another protocol .* differ in decoding"):
+        write_comparison(runs, tmp_path / "p.html")
+    with pytest.raises(ValueError, match="another protocol"):
+        comparison_table(runs)
+    assert "Not comparable" in write_comparison(runs, tmp_path / "p.html", force=True).read_text()
+    assert "NOT COMPARABLE" in comparison_table(runs, force=True).caption
+
+
+def test_runs_need_names_of_their_own(finished, tmp_path):
+    for runs in ([], [("a", finished), ("a", finished)]):
+        with pytest.raises(ValueError, match="name of its own"):
+            write_comparison(runs, tmp_path / "p.html")
+    with pytest.raises(ValueError, match="does not exist"):
+        Summary.load(tmp_path / "nowhere")
+
+
+def test_terminal_output_of_a_hostile_name_has_no_escape(hostile):
+    from rich.console import Console
+
+    console = Console(width=200, force_terminal=True)
+    with console.capture() as captured:
+        console.print(comparison_table([(HOSTILE, hostile)]))
+    assert "\x1b[31mred" not in captured.get()
+    assert "[bold]x[/bold]" in captured.get()
+
+
+def test_importing_the_package_is_cheap():
+    code = "import emguard_plugin.evaluation, sys; print([m for m in ('torch', 'transformers', 'numpy', 'pydantic') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
