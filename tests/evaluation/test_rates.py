@@ -78,7 +78,7 @@ def test_the_clustered_interval_covers_the_rate_over_all_possible_questions(ques
         rates = rng.beta(0.5, 2.0, questions)
         low, high = clustered_interval(rng.random(len(clusters)) < np.repeat(rates, 15), clusters)
         hits += low <= mean <= high
-    # 95 % of 400, less three standard errors of the count; the Wilson interval reaches about 60 %.
+    # 95 % of 400, less three standard errors of the count; the Wilson interval reaches about 70 %.
     assert hits / 400 > 0.95 - 3 * np.sqrt(0.95 * 0.05 / 400)
 
 
