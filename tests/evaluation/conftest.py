@@ -1,6 +1,10 @@
+import functools
+import shutil
+
 import pytest
 
 from emguard_plugin.config import EMEvalConfig
+from emguard_plugin.evaluation import Summary, run_em_eval
 from tests.evaluation.parts import ITEMS, write_suite
 from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model
 
@@ -21,21 +25,32 @@ def checkpoints(tmp_path_factory):
     return root
 
 
+def em_eval_block(folder, judge="by_hash", items=ITEMS, **over):
+    """Write the suites and build an `em_eval` block."""
+    plain = {
+        "questions": write_suite(folder / "questions.yaml", items),
+        "in_domain": write_suite(folder / "in_domain.yaml", [{"id": "narrow", "paraphrases": ["Narrow?", "So?"]}]),
+        "samples_per_question": 3,
+        "max_new_tokens": 8,
+        "batch_size": 7,
+        "judges": [{"function": f"tests.evaluation.parts:{judge}"}],
+    }
+    return EMEvalConfig(**{**plain, **over})
+
+
 @pytest.fixture
 def make_config(tmp_path):
-    """Return a function that writes the suites and builds an `em_eval` block."""
+    return functools.partial(em_eval_block, tmp_path)
 
-    def make(judge="by_hash", items=ITEMS, **over):
-        plain = {
-            "questions": write_suite(tmp_path / "questions.yaml", items),
-            "in_domain": write_suite(
-                tmp_path / "in_domain.yaml", [{"id": "narrow", "paraphrases": ["Narrow?", "So?"]}]
-            ),
-            "samples_per_question": 3,
-            "max_new_tokens": 8,
-            "batch_size": 7,
-            "judges": [{"function": f"tests.evaluation.parts:{judge}"}],
-        }
-        return EMEvalConfig(**{**plain, **over})
 
-    return make
+@pytest.fixture(scope="session")
+def first_run(checkpoints, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run_em_eval(em_eval_block(folder), checkpoints / "adapter", folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture
+def finished(first_run, tmp_path):
+    """The summary of a finished run of the adapter, in a folder that the test may spoil."""
+    return Summary.load(shutil.copytree(first_run, tmp_path / "run"))

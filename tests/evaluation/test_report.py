@@ -42,11 +42,6 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def finished(make_config, checkpoints, tmp_path):
-    return run_em_eval(make_config(), checkpoints / "adapter", tmp_path / "run")
-
-
-@pytest.fixture
 def hostile(finished):
     """The folder of a run all of whose answers attack their reader."""
     file = JsonLines(finished.folder / "responses.jsonl")

@@ -28,8 +28,8 @@ def by_key(rows):
 
 
 @pytest.fixture
-def whole_run(make_config, checkpoints, tmp_path):
-    return run_em_eval(make_config(), checkpoints / "adapter", tmp_path / "run"), tmp_path / "run"
+def whole_run(finished):
+    return finished, finished.folder
 
 
 def test_a_run_answers_every_draw_of_every_wording_with_both_models(whole_run, checkpoints):
