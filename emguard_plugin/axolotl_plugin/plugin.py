@@ -42,12 +42,19 @@ class EMGuardPlugin(BasePlugin):
             raise ValueError(f"unknown key `{key}:`. Did you mean `{meant}:`? Axolotl would drop it and train unguarded.")
         if cfg.get("em_regularizer") is None:
             LOG.warning("EMGuardPlugin is listed but there is no `em_regularizer:` block: this run is NOT regularized.")
-        if cfg.get("em_eval") and not cfg.get("merge_lora"):
-            EMEvalConfig.model_validate(_block(cfg, "em_eval")).check_files()
         reentrant_default = cfg.get("gradient_checkpointing") and not cfg.get("gradient_checkpointing_kwargs")
         if cfg.get("em_regularizer") and reentrant_default and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             LOG.info("em_regularizer: setting gradient_checkpointing_kwargs to {use_reentrant: false}")
             cfg["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Check the question files: this hook is the first that `axolotl train` calls and `merge-lora` does not.
+
+        Raises:
+            ValueError: when a file that `em_eval:` names is missing.
+        """
+        if cfg.em_eval and not preprocess:
+            EMEvalConfig.model_validate(_block(cfg, "em_eval")).check_files()
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
         """Return our trainer when a regularizer is asked for."""
