@@ -8,10 +8,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from axolotl.integrations.base import BasePlugin
-from axolotl.utils.logging import get_logger
+try:
+    from axolotl.integrations.base import BasePlugin
+    from axolotl.utils.logging import get_logger
 
-from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, misspelt_blocks
+    from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, misspelt_blocks
+except ImportError as exc:  # Axolotl catches this one while it loads a plugin, and trains on without it
+    raise RuntimeError(
+        f"emguard_plugin.EMGuardPlugin cannot be loaded: {exc}. Install what is missing, for instance "
+        "`pip install 'emguard-plugin[axolotl]'`."
+    ) from exc
 
 LOG = get_logger(__name__)
 

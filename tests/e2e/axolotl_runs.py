@@ -167,12 +167,11 @@ def _in_process_datasets():
     """Keep `datasets` from spawning workers, each of which would import axolotl again."""
     import datasets
 
+    def without_workers(real):
+        return lambda *args, **kwargs: real(*args, **{**kwargs, "num_proc": None})
+
     for name in ("map", "filter", "save_to_disk"):
-
-        def plain(*args, _real=getattr(datasets.Dataset, name), **kwargs):
-            return _real(*args, **{**kwargs, "num_proc": None})
-
-        setattr(datasets.Dataset, name, plain)
+        setattr(datasets.Dataset, name, without_workers(getattr(datasets.Dataset, name)))
 
 
 def train(config, weights=None, seed=0, prelude=None):

@@ -167,7 +167,7 @@ def test_no_block_and_coef_0_are_the_hosts_own_run_bit_for_bit(run, tmp_path, ki
     host = run("host", weights=True, plugins=None, **over)
     listed = run("listed", weights=True, **over)
     zero = run("zero", weights=True, **over, **treft(0))
-    guarded = run("guarded", weights=True, **over, **treft(1))
+    run("guarded", weights=True, **over, **treft(1))
     assert host["trainer"] == listed["trainer"] == "AxolotlTrainer"
     assert zero["trainer"] == "AxolotlEMGuardTrainer"
     assert_same_bits(weights(tmp_path, "host"), weights(tmp_path, "listed"))
