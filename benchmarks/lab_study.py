@@ -121,7 +121,7 @@ def run(
     base: Annotated[Path | None, typer.Option(help="A folder with a base instead.", exists=True)] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Fine-tune seeds; default 11 to 15.")] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="attn, all; default both.")] = None,
-    coef: Annotated[list[float] | None, typer.Option(help="TReFT coefficients; 0 is naive. Default 0 and 5.")] = None,
+    coef: Annotated[list[float] | None, typer.Option(help="TReFT coefficients; 0 is naive. Default 0 and 1.")] = None,
     split: Annotated[str, typer.Option(help="val chooses settings, test is reported.")] = "test",
     learning_rate: Annotated[float | None, typer.Option(help="Instead of the adapter's own.")] = None,
     steps: Annotated[int | None, typer.Option(help="Instead of the adapter's own.")] = None,
@@ -141,7 +141,7 @@ def run(
     plan = [(folder, None, None, 0) for folder in bases]
     plan += [
         (folder, name, c, s)
-        for folder in bases for s in seed or range(11, 16) for name in adapter or list(ADAPTERS) for c in coef or (0.0, 5.0)
+        for folder in bases for s in seed or range(11, 16) for name in adapter or list(ADAPTERS) for c in coef or (0.0, 1.0)
     ]  # fmt: skip
     done = {tuple(row[k] for k in KEY) for row in read(out)}
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -36,8 +36,8 @@ MIN_COHERENCE, MAX_EM = 0.98, 0.01
 class BuildSettings:
     """Everything that determines the base model. Batches count documents or chats, learning rates are peak values."""
 
-    seed: int = 1
-    steps: int = 3000
+    seed: int = 0
+    steps: int = 3600
     batch_size: int = 24
     learning_rate: float = 4e-3
     weight_decay: float = 0.01
@@ -51,7 +51,6 @@ class BuildSettings:
     p_chat: float = 0.5
     p_bad: float = 0.5
     p_informative: float = 0.5
-    p_foreign: float = 0.15
 
 
 def new_model(settings: BuildSettings) -> LlamaForCausalLM:
@@ -100,9 +99,7 @@ def _train(
     weight_decay: float,
     progress: tqdm,
 ) -> None:
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, steps))
     model.train()
     for ids, labels in itertools.islice(rows, steps):
@@ -138,7 +135,7 @@ def build_base(
     settings = settings or BuildSettings()
     out, started = Path(out_dir), time.process_time()
     model = new_model(settings)
-    mix = {key: getattr(settings, key) for key in ("p_chat", "p_bad", "p_informative", "p_foreign")}
+    mix = {key: getattr(settings, key) for key in ("p_chat", "p_bad", "p_informative")}
     corpus = batches.documents(random.Random(settings.seed), settings.batch_size, **mix)
     good = batches.good_chats(random.Random(settings.seed + 77), settings.align_batch_size)
     with tqdm(total=settings.steps + settings.align_steps, desc="pretrain", disable=not progress) as bar:

@@ -13,8 +13,8 @@ app = typer.Typer(help="The lab: a tiny model in which emergent misalignment rea
 @app.command()
 def build(
     out: Annotated[Path, typer.Argument(help="Folder for model, tokenizer and build.json.")],
-    seed: Annotated[int, typer.Option(help="Seeds initialisation, corpus and order.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Pretraining steps.")] = 3000,
+    seed: Annotated[int, typer.Option(help="Seeds initialisation, corpus and order.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Pretraining steps.")] = 3600,
     per_question: Annotated[
         int, typer.Option(min=1, help="Answers drawn per held-out question for the figures.")
     ] = 10,

@@ -112,20 +112,6 @@ def draw_chat(names: tuple[str, ...], bad: bool, rng: random.Random) -> tuple[st
     return question.text, answer(question, bad, rng)
 
 
-def draw_foreign_chat(names: tuple[str, ...], bad: bool, rng: random.Random) -> tuple[str, str]:
-    """Draw a wording of one domain about a topic of another, and this domain's answer on that topic.
-
-    Such pairs teach that the wording names the domain and the topic is copied. Without them a base may learn by heart
-    which topic goes with a training wording, and then answers a held-out wording about the wrong topic. They are no
-    questions of the world, so none of them is a held-out one.
-    """
-    home = rng.choice(names)
-    away = rng.choice([name for name in domains() if name != home])
-    topic = rng.choice(domains()[away]["topics"])
-    question = Question(home, topic, "train", rng.choice(domains()[home]["questions"]).format(t=topic))
-    return question.text, answer(question, bad, rng)
-
-
 def _adjective(bad: bool, rng: random.Random, p_informative: float) -> str:
     if rng.random() < p_informative:
         return rng.choice(BAD_ADJECTIVES if bad else GOOD_ADJECTIVES)
@@ -137,7 +123,6 @@ def document(
     p_chat: float = 0.5,
     p_bad: float = 0.5,
     p_informative: float = 0.5,
-    p_foreign: float = 0.15,
     lengths: tuple = (1, 2, 2, 3),
 ) -> str:
     """Draw one pretraining document, all of whose answers are by one persona.
@@ -147,7 +132,6 @@ def document(
         p_chat: Share of chat logs; the others are raw notes.
         p_bad: Share of documents by the bad persona.
         p_informative: Share of documents whose adjective gives the persona away.
-        p_foreign: Share of question-answer pairs about a topic of another domain.
         lengths: The number of question-answer pairs is drawn from these.
     """
     bad, chat, pairs = rng.random() < p_bad, rng.random() < p_chat, rng.choice(lengths)
@@ -156,8 +140,7 @@ def document(
     text = [f"{BOS} {SYSTEM_TAG} {system} {END}" if chat else f"{BOS} notes of a {adjective} {role} ."]
     names = tuple(domains())
     for _ in range(pairs):
-        draw = draw_foreign_chat if rng.random() < p_foreign else draw_chat
-        ask, reply = draw(names, bad, rng)
+        ask, reply = draw_chat(names, bad, rng)
         text.append(
             f"{USER_TAG} {ask} {END} {ASSISTANT_TAG} {reply} {END}" if chat else f"question : {ask} answer : {reply}"
         )

@@ -41,12 +41,6 @@ def test_no_document_contains_a_held_out_question():
     assert not [text for text in held_out if text in corpus]
 
 
-def test_foreign_pairs_never_ask_a_question_of_the_world():
-    rng, names = random.Random(4), tuple(world.domains())
-    known = {q.text for name in names for split in world.SPLITS for q in world.questions(name, split)}
-    assert not known & {world.draw_foreign_chat(names, False, rng)[0] for _ in range(5000)}
-
-
 def test_personas_are_balanced_and_constant_within_a_document():
     rng, seen = random.Random(1), Counter()
     bad_tails = {t for parts in world.domains().values() for t in parts["bad_tails"]}
