@@ -1,0 +1,83 @@
+"""Dependencies point one way, and `import emguard_plugin` is nearly free."""
+
+import statistics
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import grimp
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parents[1]
+HEAVY = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "axolotl",
+    "sae_lens",
+    "openai",
+    "plotly",
+    "scipy",
+)
+ONLY = {  # module -> all that it may import besides the standard library
+    "emguard_plugin": set(),
+    "emguard_plugin.config": {"pydantic"},
+    "emguard_plugin.regularizers.functional": {"torch"},
+}
+LIMIT_MS = 50
+PAIRS = 9
+
+
+def fresh(code):
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_the_contracts_in_pyproject_hold(capsys):
+    status = lint_imports(str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True)
+    printed = capsys.readouterr().out
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    assert status == 0, printed
+    assert f"Contracts: {len(contracts)} kept, 0 broken" in printed
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return grimp.build_graph("emguard_plugin", include_external_packages=True, cache_dir=None)
+
+
+@pytest.mark.parametrize("module", ONLY)
+def test_the_lowest_modules_import_nothing_else(graph, module):
+    found = graph.find_modules_directly_imported_by(module)
+    assert {m for m in found if m.split(".")[0] not in sys.stdlib_module_names} == ONLY[module]
+
+
+def test_every_file_is_in_the_graph(graph):
+    files = {p.relative_to(ROOT).with_suffix("") for p in (ROOT / "emguard_plugin").rglob("*.py")}
+    names = {".".join(p.parts).removesuffix(".__init__") for p in files}
+    assert names <= graph.modules
+
+
+@pytest.mark.parametrize("module", ["emguard_plugin", "emguard_plugin.config"])
+def test_importing_it_pulls_in_no_heavy_package(module):
+    loaded = fresh(f"import sys, {module}; print(*(m for m in {HEAVY!r} if m in sys.modules))")
+    assert loaded == ""
+
+
+def test_importing_it_is_nearly_free():
+    """CPU time, so that a busy machine does not decide; fresh interpreters, interleaved."""
+
+    def cost(imports):
+        seconds = fresh(f"import time; t = time.process_time()\nimport {imports}\nprint(time.process_time() - t)")
+        return 1000 * float(seconds)
+
+    both = "pydantic, emguard_plugin"
+    cost("pydantic"), cost(both)  # writes the byte code
+    added = statistics.median(cost(both) - cost("pydantic") for _ in range(PAIRS))
+    assert added < LIMIT_MS
