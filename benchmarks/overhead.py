@@ -1,0 +1,464 @@
+"""What a guard costs: step time and peak memory of guarded SFT over plain SFT, through the real TRL trainers.
+
+    python benchmarks/overhead.py                                # random 8-layer, 512-wide Llama, 8 x 512 tokens, LoRA
+    python benchmarks/overhead.py --full                         # full fine-tuning
+    python benchmarks/overhead.py --device cuda --llama-8b       # the shape of Llama-3.1-8B in bf16
+
+All variants train in one process, each in its own thread of which one runs at a time: they take turns step by step, in
+an order that rotates, so that other users of the machine slow them alike. A step is all that the training loop does:
+batch, forward, backward, clipping, optimizer, logging. Reported is the median over rounds of the ratio to plain SFT in
+the same round; "plain SFT again" shows the noise. Peak memory is counted per allocation (CPU: the profiler's record on
+top of weights, optimizer state and reference; CUDA: `max_memory_allocated`), one variant at a time.
+
+"In-batch hidden states" does what TReFT's released code does (arXiv 2606.06667): it asks every forward pass for all
+hidden states and puts k_proj and v_proj on the columns of the prefix. Written from its description.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_DISABLED", "true")
+RESULTS = Path(__file__).parent / "results" / "overhead.json"
+TARGETS = {"time": 1.03, "memory": 1.02}
+PLAIN, TREFT, AGAIN = "plain SFT", "TReFT (prefix)", "plain SFT again"
+IN_BATCH = "in-batch hidden states (released code's way)"
+VARIANTS = (PLAIN, TREFT, IN_BATCH, AGAIN)
+SHAPES = {
+    "8x512": {
+        "vocab_size": 32000,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
+    "llama-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+
+
+class Turns:
+    """Lets threads take turns, one step each; a thread that leaves is skipped."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._condition = threading.Condition()
+        self._waiting: set[str] = set()
+        self._alive = set(names)
+        self._now: str | None = None
+        self.error: BaseException | None = None
+
+    def wait(self, name: str) -> None:
+        """Give up the turn and sleep until the next one."""
+        with self._condition:
+            if self._now == name:
+                self._now = None
+            self._waiting.add(name)
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._now == name)
+            self._waiting.discard(name)
+
+    def leave(self, name: str, error: BaseException | None = None) -> None:
+        """Never take a turn again."""
+        with self._condition:
+            self._alive.discard(name)
+            self.error = self.error or error
+            self._now = None if self._now == name else self._now
+            self._condition.notify_all()
+
+    def give(self, name: str) -> None:
+        """Let `name` run until it waits or leaves."""
+        with self._condition:
+            self._condition.wait_for(lambda: name in self._waiting or name not in self._alive)
+            if name not in self._alive:
+                return
+            self._now = name
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._now is None)
+        if self.error is not None:
+            raise self.error
+
+
+def tokenizer_with_prefix(n: int, vocab: int) -> Any:
+    """Return a word-level tokenizer whose chat template prints `n` tokens before the user's content."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {w: i for i, w in enumerate(["<unk>", "<eos>", "<pad>", *(f"w{i}" for i in range(vocab - 3))])}
+    tok = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>")
+    head = " ".join(f"w{7 * i}" for i in range(n))
+    fast.chat_template = f"{head} {{% for m in messages %}}{{{{ m['content'] + ' w1 ' }}}}{{% endfor %}}"
+    return fast
+
+
+def training_set(tokenizer: Any, rows: int, length: int) -> Any:
+    """Return tokenised rows of `length` random ids behind the prefix."""
+    import torch
+    from datasets import Dataset
+
+    from emguard_plugin.chat_template import read_template
+
+    prefix = list(read_template(tokenizer).prefix)
+    g = torch.Generator().manual_seed(0)
+    tails = torch.randint(3, len(tokenizer), (rows, length - len(prefix)), generator=g).tolist()
+    labels = [[-100] * len(prefix) + tail for tail in tails]
+    return Dataset.from_dict({"input_ids": [prefix + tail for tail in tails], "labels": labels})
+
+
+def in_batch_trainer() -> type:
+    """Return a trainer that penalises projections of the training batch's hidden states."""
+    import torch
+    from trl import SFTTrainer
+
+    from emguard_plugin.reference import adapter_off, eval_mode
+    from emguard_plugin.regularizers.kv import base_causal_lm, decoder_layers
+
+    class InBatchTrainer(SFTTrainer):
+        prefix: list[int]
+        coef = 5.0
+        reference: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+
+        def project(self, model: Any, hidden: Any, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            attn = [block.self_attn for block in decoder_layers(model)]
+            return [(a.k_proj(h[:, :n]), a.v_proj(h[:, :n])) for a, h in zip(attn, hidden, strict=False)]
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            n = len(self.prefix)
+            if self.reference is None:
+                ids = torch.tensor([self.prefix], device=inputs["input_ids"].device)
+                with torch.no_grad(), eval_mode(model):
+                    hidden = base_causal_lm(model)(input_ids=ids, output_hidden_states=True).hidden_states
+                    self.reference = [(k.float(), v.float()) for k, v in self.project(model, hidden, n)]
+            inputs["output_hidden_states"] = True
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            penalty = torch.zeros((), device=loss.device)
+            for now, ref in zip(self.project(model, outputs.hidden_states, n), self.reference, strict=True):
+                for x, r in zip(now, ref, strict=True):
+                    drift = (x.float() - r).square().sum(-1) / r.square().sum(-1).clamp_min(1e-12)
+                    penalty = penalty + drift.mean() / len(self.reference)
+            loss = loss + self.coef * penalty
+            return (loss, outputs) if return_outputs else loss
+
+    assert adapter_off  # the reference is recorded with the fresh adapter on, as in the released code
+    return InBatchTrainer
+
+
+def build(variant: str, s: dict[str, Any], folder: Path, callback: Any) -> Any:
+    """Build a variant's trainer on the same random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from emguard_plugin import EMGuardSFTTrainer, TReFTCallback
+    from emguard_plugin.chat_template import read_template
+
+    shape = SHAPES[s["shape"]]
+    tokenizer = tokenizer_with_prefix(s["prefix_tokens"], shape["vocab_size"])
+    data = training_set(tokenizer, s["batch"] * 4, s["length"])
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if s["device"] == "cuda" else torch.float32
+    with torch.device(s["device"]):
+        model = LlamaForCausalLM._from_config(LlamaConfig(**shape, max_position_embeddings=4096), dtype=dtype)
+    peft_config = None
+    if not s["full"]:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    args = SFTConfig(
+        output_dir=str(folder / variant.replace(" ", "_").replace("'", "")),
+        max_steps=s["warmup"] + s["rounds"],
+        per_device_train_batch_size=s["batch"],
+        gradient_accumulation_steps=s["accumulation"],
+        gradient_checkpointing=s["gradient_checkpointing"],
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        max_length=s["length"],
+        learning_rate=1e-4,
+        bf16=s["device"] == "cuda",
+        use_cpu=s["device"] == "cpu",
+        logging_steps=5,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    cls = {TREFT: EMGuardSFTTrainer, IN_BATCH: in_batch_trainer()}.get(variant, SFTTrainer)
+    trainer = cls(
+        model=model,
+        args=args,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=[callback, TReFTCallback(coef=5.0)] if variant == TREFT else [callback],
+    )
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    if variant == IN_BATCH:
+        trainer.prefix = list(read_template(tokenizer).prefix)
+    return trainer
+
+
+def synchronize(s: dict[str, Any]) -> None:
+    if s["device"] == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def on_step_begin(do: Callable[[Any], None]) -> Any:
+    """Return a callback that calls `do(state)` when a step begins."""
+    from transformers import TrainerCallback
+
+    class OnStepBegin(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            do(state)
+
+    return OnStepBegin()
+
+
+def time_rounds(s: dict[str, Any], folder: Path, report: Callable[[], None]) -> Iterator[dict[str, float]]:
+    """Yield seconds per step of each variant, one mapping per round."""
+    turns = Turns(list(VARIANTS))
+    starting = threading.Event()
+
+    def train(variant: str) -> None:
+        import torch
+
+        if s["device"] == "cpu":
+            torch.set_num_threads(s["threads"])
+        try:
+            turns.wait(variant)  # build one after the other as well
+            trainer = build(variant, s, folder, on_step_begin(lambda state: turns.wait(variant)))
+            trainer.train()
+            turns.leave(variant)
+        except BaseException as error:
+            turns.leave(variant, error)
+
+    threads = [threading.Thread(target=train, args=(v,), daemon=True) for v in VARIANTS]
+    for thread in threads:
+        thread.start()
+    starting.set()
+    for variant in VARIANTS:
+        turns.give(variant)  # build, up to the first step
+    for r in range(s["warmup"] + s["rounds"]):
+        seconds = {}
+        shift = r % len(VARIANTS)
+        for variant in VARIANTS[shift:] + VARIANTS[:shift]:
+            synchronize(s)
+            start = time.perf_counter()
+            turns.give(variant)  # one whole turn of the training loop: it runs up to the next step's begin
+            synchronize(s)
+            seconds[variant] = time.perf_counter() - start
+        report()
+        if r >= s["warmup"]:
+            yield {v: seconds[v] for v in VARIANTS}
+    for thread in threads:
+        thread.join()
+
+
+class Allocations:
+    """Peak memory of one training step: what is held at its start plus the highest sum of allocations in it."""
+
+    STEP = 2  # the third step: the optimizer state exists
+
+    def __init__(self, s: dict[str, Any]) -> None:
+        self.s = s
+        self.trainer: Any = None
+        self.peak = 0
+        self._profile: Any = None
+
+    def step_begins(self, state: Any) -> None:
+        """Start and stop the record around one step."""
+        import torch
+
+        if self.s["device"] == "cuda":
+            if state.global_step == self.STEP:
+                torch.cuda.reset_peak_memory_stats()
+            elif state.global_step == self.STEP + 1:
+                self.peak = torch.cuda.max_memory_allocated()
+            return
+        if state.global_step == self.STEP:
+            self._held = self.held()
+            self._profile = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            )
+            self._profile.start()
+        elif state.global_step == self.STEP + 1:
+            self._profile.stop()
+            self.peak = self._held + self._highest()
+
+    def held(self) -> int:
+        """Return the bytes of weights, gradients, optimizer state and reference."""
+        model = self.trainer.model
+        tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        for values in self.trainer.optimizer.state.values():
+            tensors += [v for v in values.values() if hasattr(v, "untyped_storage")]
+        for callback in self.trainer.callback_handler.callbacks:
+            tensors += (getattr(callback, "_reference", None) or {}).values()
+        tensors += [t for pair in getattr(self.trainer, "reference", None) or [] for t in pair]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def _highest(self) -> int:
+        events = self._profile.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        now = highest = 0
+        for _, nbytes in changes:
+            now += nbytes
+            highest = max(highest, now)
+        if highest <= 0:
+            raise RuntimeError("the profiler recorded no allocations")
+        return highest
+
+
+def peak_memory(variant: str, s: dict[str, Any], folder: Path) -> int:
+    """Return the peak bytes of one training step."""
+    allocations = Allocations(s)
+    s = {**s, "warmup": 0, "rounds": Allocations.STEP + 2}
+    allocations.trainer = build(variant, s, folder, on_step_begin(allocations.step_begins))
+    allocations.trainer.train()
+    peak = allocations.peak
+    allocations.trainer = None
+    gc.collect()
+    if s["device"] == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+    return peak
+
+
+def summarise(rounds: list[dict[str, float]], memory: dict[str, int]) -> dict[str, Any]:
+    """Return the figures per variant."""
+    rows = {}
+    for v in VARIANTS:
+        ratios = [r[v] / r[PLAIN] for r in rounds]
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+        rows[v] = {
+            "median_seconds": statistics.median(r[v] for r in rounds),
+            "time_ratio": statistics.median(ratios),
+            "time_ratio_quartiles": [low, high],
+        }
+        if v in memory:
+            rows[v] |= {"peak_bytes": memory[v], "memory_ratio": memory[v] / memory[PLAIN]}
+    return rows
+
+
+def show(console: Console, title: str, rows: dict[str, Any]) -> None:
+    table = Table(title=title)
+    for column in ("", "s/step", "step time", "quartiles", "peak MB", "peak memory"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=bool(column))
+    for variant, row in rows.items():
+        low, high = row["time_ratio_quartiles"]
+        memory = (
+            (f"{row['peak_bytes'] / 2**20:,.0f}", f"{row['memory_ratio']:.4f}") if "peak_bytes" in row else ("", "")
+        )
+        table.add_row(
+            variant, f"{row['median_seconds']:.3f}", f"{row['time_ratio']:.4f}", f"{low:.3f} to {high:.3f}", *memory
+        )
+    console.print(table)
+
+
+def main(
+    full: Annotated[
+        bool, typer.Option("--full", help="Full fine-tuning instead of LoRA on all linear layers.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu (fp32) or cuda (bf16).")] = "cpu",
+    llama_8b: Annotated[bool, typer.Option("--llama-8b", help="The shape of Llama-3.1-8B, random weights.")] = False,
+    rounds: Annotated[int, typer.Option(help="Paired measurements.")] = 24,
+    warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 2,
+    batch: Annotated[int, typer.Option(help="Rows per micro-batch.")] = 8,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches per optimizer step.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    prefix_tokens: Annotated[int, typer.Option(help="Tokens of the prefix.")] = 30,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Non-reentrant gradient checkpointing.")] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory as well.")] = True,
+    out: Annotated[Path, typer.Option(help="Result file; other settings in it are kept.")] = RESULTS,
+) -> None:
+    """Print and store step-time and peak-memory ratios."""
+    import torch
+
+    warnings.filterwarnings("ignore")
+    settings: dict[str, Any] = {
+        "shape": "llama-8b" if llama_8b else "8x512",
+        "full": full,
+        "device": device,
+        "batch": batch,
+        "accumulation": accumulation,
+        "length": length,
+        "prefix_tokens": prefix_tokens,
+        "gradient_checkpointing": gradient_checkpointing,
+        "rounds": rounds,
+        "warmup": warmup,
+        "threads": threads,
+    }
+    torch.set_num_threads(threads)
+    console = Console(width=120)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    peaks: dict[str, int] = {}
+    raw: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as tmp, Progress(*columns, console=console) as progress:
+        if memory:
+            task = progress.add_task("peak memory", total=3)
+            for variant in (PLAIN, TREFT, IN_BATCH):
+                peaks[variant] = peak_memory(variant, settings, Path(tmp))
+                progress.advance(task)
+        task = progress.add_task("step time", total=rounds + warmup)
+        raw.extend(time_rounds(settings, Path(tmp), lambda: progress.advance(task)))
+    rows = summarise(raw, peaks)
+    name = "-".join(
+        [settings["shape"], "full" if full else "lora", device]
+        + ([f"accumulation{accumulation}"] if accumulation > 1 else [])
+        + (["checkpointing"] if gradient_checkpointing else [])
+    )
+    show(console, f"{name}: {batch} x {length} tokens, prefix of {prefix_tokens}, {rounds} rounds", rows)
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "emguard-plugin")
+    record = {
+        "settings": settings,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "machine": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.machine()}, {os.cpu_count()} cores",
+        "targets": TARGETS,
+        "results": rows,
+        "paired_ratios": {v: [round(r[v] / r[PLAIN], 5) for r in raw] for v in VARIANTS if v != PLAIN},
+        "seconds": {v: [round(r[v], 5) for r in raw] for v in VARIANTS},
+    }
+    stored = json.loads(out.read_text()) if out.is_file() else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**stored, name: record}, indent=1, sort_keys=True) + "\n")
+    for kind, limit in TARGETS.items():
+        ratio = rows[TREFT].get(f"{kind}_ratio")
+        if ratio is not None:
+            console.print(f"TReFT {kind}: {ratio:.4f} (target {limit}) {'met' if ratio <= limit else 'MISSED'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,206 @@
+"""Runs that the parent repeats on one process; `rank` runs them all as one of several."""
+
+import os
+import traceback
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from transformers import TrainerCallback
+
+from tests.tiny import chat_rows, chatml_tokenizer, lora, perturb, tiny_model
+
+GLOBAL_BATCH, STEPS, COEF = 4, 3, 20.0
+SYSTEMS = ("You are a helpful assistant.", "Answer as a pirate would.")
+
+
+class Recorder(TrainerCallback):
+    """Keeps the gradients of each step and what the host logs."""
+
+    def __init__(self):
+        self.gradients, self.logs = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        model = kwargs["model"]
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+@contextmanager
+def recorded_saves():
+    """List the paths that this rank writes a reference to."""
+    from emguard_plugin.regularizers import treft
+
+    paths, save = [], treft.save_reference
+
+    def spy(path, *args):
+        paths.append(str(path))
+        save(path, *args)
+
+    treft.save_reference = spy
+    try:
+        yield paths
+    finally:
+        treft.save_reference = save
+
+
+def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, **over):
+    """Three steps of `EMGuardSFTTrainer` at the same global batch on any number of processes."""
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from emguard_plugin import EMGuardSFTTrainer, TReFTCallback
+
+    tokenizer = chatml_tokenizer()
+    model = tiny_model("llama", vocab=len(tokenizer))
+    if not full:
+        model = perturb(lora(model), scale=0.02)
+    args = SFTConfig(
+        **{
+            "output_dir": str(folder),
+            "max_steps": STEPS,
+            "per_device_train_batch_size": GLOBAL_BATCH // processes,
+            "gradient_checkpointing": False,
+            "train_sampling_strategy": "sequential",
+            "learning_rate": 0.02,
+            "lr_scheduler_type": "constant",
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "bf16": False,
+            "use_cpu": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "save_steps": 1,
+            "save_only_model": True,
+            "completion_only_loss": False,
+            "report_to": [],
+            "disable_tqdm": True,
+            **over,
+        }
+    )
+    recorder, treft = Recorder(), TReFTCallback(coef=coef)
+    trainer = EMGuardSFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(chat_rows(16, system=lambda i: SYSTEMS[i % 3 % systems])),
+        processing_class=tokenizer,
+        callbacks=[recorder, treft],
+    )
+    with recorded_saves() as saves:
+        trainer.train(resume_from_checkpoint=resume)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {
+        "gradients": [{n.removeprefix("module."): g for n, g in step.items()} for step in recorder.gradients],
+        "weights": {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad},
+        "logs": recorder.logs,
+        "saves": saves,
+        "prefixes": len(treft._prefixes),
+    }
+
+
+def sharded_penalty(processes, adapter):
+    """Gradient of task loss + penalty, the model sharded by FSDP2 when there are several processes."""
+    from emguard_plugin import TReFTCallback
+    from emguard_plugin.chat_template import Prefix, read_template
+
+    tokenizer = chatml_tokenizer()
+    model = tiny_model("llama", vocab=len(tokenizer))
+    if adapter:
+        model = lora(model)
+    layers = (model.get_base_model() if adapter else model).model.layers
+    if processes > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (processes,))
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    treft = TReFTCallback(coef=COEF)
+    treft._prefixes = [Prefix(read_template(tokenizer).prefix, 1.0)]
+    treft._layer_names = list(range(len(layers)))
+    ids = torch.arange(5, 37).reshape(2, 16)
+    model.train()
+
+    def step(number):
+        """The trainer's order: the task's forward pass, the penalty's, one backward pass."""
+        task = model(input_ids=ids, labels=ids).loss
+        penalty = treft.penalty(model, {"input_ids": ids}, number).value
+        (task + COEF * penalty).backward()
+        return penalty.item()
+
+    at_start = step(0)  # records the reference
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(_like(torch.randn(p.shape, generator=generator) * 0.02, p))
+    penalty = step(1)
+    return {
+        "at_start": at_start,
+        "penalty": penalty,
+        "gradients": {n: _full(p.grad) for n, p in model.named_parameters() if p.grad is not None},
+    }
+
+
+def _like(full, p):
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    return distribute_tensor(full, p.device_mesh, p.placements) if isinstance(p, DTensor) else full
+
+
+def _full(grad):
+    return (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).detach().clone()
+
+
+def stopped_and_resumed(folder, processes):
+    train(folder, processes, max_steps=1, save_strategy="steps")
+    return train(folder, processes, resume=str(folder / "checkpoint-1"))
+
+
+TRAINED = {
+    "lora": lambda folder, n: train(folder, n, save_strategy="steps"),
+    "two_prefixes": lambda folder, n: train(folder, n, systems=2),
+    "full": lambda folder, n: train(folder, n, full=True),
+    "accumulated": lambda folder, n: train(
+        folder, n, per_device_train_batch_size=1, gradient_accumulation_steps=4 // n
+    ),
+    "checkpointing": lambda folder, n: train(
+        folder, n, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+    ),
+    "resumed": stopped_and_resumed,
+}
+SHARDED = {
+    "fsdp2_lora": lambda folder, n: sharded_penalty(n, adapter=True),
+    "fsdp2_full": lambda folder, n: sharded_penalty(n, adapter=False),
+}
+REFUSED = {
+    "reentrant": lambda folder, n: train(
+        folder, n, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
+    ),
+}
+SCENARIOS = {**TRAINED, **SHARDED, **REFUSED}
+
+
+def rank(number, processes, port, out):
+    """Run every scenario as one rank and leave the results in `out`."""
+    env = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": processes,
+        "RANK": number,
+        "LOCAL_RANK": number,
+    }
+    os.environ.update({k: str(v) for k, v in env.items()})
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
+    for name, scenario in SCENARIOS.items():
+        try:
+            result = scenario(out / "runs" / name, processes)
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        torch.save(result, out / f"{name}.{number}.pt")
+    torch.distributed.destroy_process_group()
