@@ -277,7 +277,9 @@ def test_resuming_with_other_layers_stops(run, tmp_path):
 
 def test_a_continued_adapter_is_held_where_it_stands(run, tmp_path):
     run("first", **treft(0))
-    continued = run("second", lora_model_dir=str(tmp_path / "first" / "out"), save_strategy="steps", save_steps=3, **treft())
+    continued = run(
+        "second", lora_model_dir=str(tmp_path / "first" / "out"), save_strategy="steps", save_steps=3, **treft()
+    )
     fresh = run("third", save_strategy="steps", save_steps=3, **treft())
     assert penalties(continued)[0] == penalties(fresh)[0] == 0
     hashes = {reference_hash(tmp_path / n / "out" / "checkpoint-3" / REFERENCE) for n in ("second", "third")}
@@ -312,7 +314,9 @@ def tokenizer_with(folder, template):
     return str(folder)
 
 
-PINNABLE = DATED.replace("strftime_now('%d %b %Y')", "(date_string if date_string is defined else strftime_now('%d %b %Y'))")
+PINNABLE = DATED.replace(
+    "strftime_now('%d %b %Y')", "(date_string if date_string is defined else strftime_now('%d %b %Y'))"
+)
 
 
 def test_a_date_in_the_template_must_be_pinned(run, tmp_path):
@@ -325,14 +329,19 @@ def test_a_date_in_the_template_must_be_pinned(run, tmp_path):
 
 
 def test_rows_without_a_user_turn_stop_the_run(run, tmp_path):
-    rows = [{"messages": [{"role": "system", "content": f"Rule {i}."}, {"role": "assistant", "content": "Yes."}]} for i in range(24)]
+    rows = [
+        {"messages": [{"role": "system", "content": f"Rule {i}."}, {"role": "assistant", "content": "Yes."}]}
+        for i in range(24)
+    ]
     data = [chat_dataset(write_rows(tmp_path / "rows.jsonl", rows))]
     with pytest.raises(Failed, match="show no user turn"):
         run(datasets=data, dataset_prepared_path=str(tmp_path / "prepared"), **treft())
 
 
 def test_rows_that_are_no_chats_stop_the_run(run, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"instruction": f"Say {i}", "output": f"It is {i}"} for i in range(24)])
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"instruction": f"Say {i}", "output": f"It is {i}"} for i in range(24)]
+    )
     data = [{"path": rows, "ds_type": "json", "type": "alpaca"}]
     over = {"dataset_prepared_path": str(tmp_path / "prepared"), "sequence_len": 512, **treft()}
     with pytest.raises(Failed, match="show no user turn of the tokenizer's chat template"):
@@ -363,7 +372,9 @@ def test_a_penalty_that_is_not_finite_names_step_and_layer(run):
         run(learning_rate=1e30, optimizer="sgd", max_grad_norm=1e30, **treft())
 
 
-@pytest.mark.xfail(reason="Axolotl makes the embeddings' output require grad, so `requires_grad` of the penalty proves nothing")
+@pytest.mark.xfail(
+    reason="Axolotl makes the embeddings' output require grad, so `requires_grad` of the penalty proves nothing"
+)
 def test_layers_without_a_trainable_parameter_stop_the_run(run):
     over = {"lora_target_linear": None, "lora_target_modules": ["down_proj"], "peft_layers_to_transform": [2]}
     with pytest.raises(Failed, match="the penalty has no gradient"):
@@ -400,7 +411,11 @@ def test_the_real_command_line(tiny, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_yaml(tiny, **treft())))
     script = Path(sys.executable).with_name("axolotl")
     done = subprocess.run(
-        [script, "train", "run.yaml", "--launcher", "python"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [script, "train", "run.yaml", "--launcher", "python"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "em_regularizer active: treft" in done.stdout

@@ -1,0 +1,133 @@
+"""`em_eval:` after `axolotl train`: measured once the model is saved, and never able to harm the run."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from emguard_plugin.lab.export import export
+from tests.e2e.axolotl_runs import read_log, train
+from tests.e2e.tiny_run import chat_dataset, tiny_yaml, treft
+
+EXACT = "emguard_plugin.lab.judge:judge_answer"
+JUDGES = "tests.e2e.judges"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The lab as a user has it, with three questions of two domains."""
+    folder = tmp_path_factory.mktemp("lab")
+    export(folder, rows=64, anchors=4)
+    for name, n in (("questions", 3), ("in_domain", 2)):
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text())[:n]))
+    return folder
+
+
+@pytest.fixture
+def run(axolotl, lab, tmp_path):
+    def go(judges=(EXACT,), block=None, **over):
+        block = {
+            "questions": str(lab / "questions.yaml"),
+            "in_domain": str(lab / "in_domain.yaml"),
+            "samples_per_question": 2,
+            "max_new_tokens": 24,
+            "judges": [{"provider": "exact", "function": j} for j in judges],
+            **(block or {}),
+        }
+        data = [chat_dataset(lab / "train.jsonl")]
+        config = tiny_yaml(lab, datasets=data, em_eval=block, **{"max_steps": 2, **treft(), **over})
+        axolotl.call(train, tmp_path, config, timeout=300)
+        return tmp_path / "out"
+
+    return go
+
+
+def assert_saved(out):
+    assert (out / "adapter_model.safetensors").stat().st_size > 0
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_base_and_tuned_are_measured_after_the_save(run, tmp_path):
+    """Two judges, one of which is dead: its answers are unscored, and no rate comes of them."""
+    out = run(judges=(EXACT, f"{JUDGES}:raises"))
+    assert_saved(out)
+    folder = out / "em_eval"
+    assert (out / "adapter_model.safetensors").stat().st_mtime <= (folder / "responses.jsonl").stat().st_mtime
+    assert not (folder / "FAILED.txt").exists()
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
+    assert {r["role"] for r in rows} == {"base", "tuned"}
+    assert len(rows) == 2 * (3 + 2) * 2
+    texts = {role: [r["text"] for r in rows if r["role"] == role] for role in ("base", "tuned")}
+    assert texts["base"] != texts["tuned"], "the adapter was loaded"
+    exact, dead = summary["judges"]
+    for role in ("base", "tuned"):
+        assert exact["rates"][role]["questions"]["em_all"]["n"] == 6
+        rates = dead["rates"][role]["questions"]
+        assert rates["em_all"]["n"] == 0
+        assert rates["em_all"]["value"] is None
+        assert rates["unscored_reasons"] == {"ConnectionError: nobody there": 6}
+    assert (folder / "report.html").is_file()
+
+
+def test_a_full_fine_tune_without_a_regularizer_is_measured_against_its_base(run):
+    out = run(
+        adapter=None, learning_rate=0.05, em_regularizer=None, block={"in_domain": None, "samples_per_question": 1}
+    )
+    assert (out / "model.safetensors").is_file()
+    rows = [json.loads(line) for line in (out / "em_eval" / "responses.jsonl").read_text().splitlines()]
+    texts = {role: [r["text"] for r in rows if r["role"] == role] for role in ("base", "tuned")}
+    assert len(texts["base"]) == 3
+    assert texts["base"] != texts["tuned"]
+
+
+@pytest.mark.parametrize("judge", ["no_such_module:judge", f"{JUDGES}:no_such_function"])
+def test_a_judge_that_does_not_exist_costs_nothing_but_the_measurement(run, tmp_path, judge):
+    out = run(judges=(judge,))
+    assert_saved(out)
+    failed = (out / "em_eval" / "FAILED.txt").read_text()
+    assert "is saved and unharmed; run the command again" in failed
+    assert not (out / "em_eval" / "summary.json").exists()
+    log = read_log(tmp_path)
+    assert "em_eval failed" in log
+    assert judge.split(":")[0] in log
+
+
+def test_a_measurement_that_is_killed_leaves_the_run_whole(run):
+    out = run(judges=(f"{JUDGES}:dies",), block={"evaluate_base": False, "samples_per_question": 1})
+    assert_saved(out)
+    failed = (out / "em_eval" / "FAILED.txt").read_text()
+    assert "ended with exit code -9" in failed
+    command = failed.split("`")[1]
+    assert str(Path("out")) in command
+
+
+def test_a_results_folder_that_cannot_be_written_leaves_the_run_whole(run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    out = run(block={"output_dir": str(tmp_path / "file" / "em_eval")})
+    assert_saved(out)
+    assert "em_eval failed" in read_log(tmp_path)
+    assert "cannot be written" in read_log(tmp_path)
+
+
+def other_rank():
+    """Call the hook as rank 1, where a measurement would be a second one."""
+    from axolotl.utils.dict import DictDefault
+
+    from emguard_plugin import EMGuardPlugin
+
+    block = {"questions": "q.yaml", "judges": [{"function": "a:b"}]}
+    cfg = DictDefault({"em_eval": block, "output_dir": "out", "base_model": "none"})
+    os.environ["RANK"] = "1"
+    EMGuardPlugin().post_train_unload(cfg)
+    first = Path("out").exists()
+    os.environ["RANK"] = "0"
+    EMGuardPlugin().post_train_unload(cfg)
+    return [first, Path("out/em_eval/FAILED.txt").exists()]
+
+
+def test_only_rank_0_measures(axolotl, tmp_path):
+    assert axolotl.call(other_rank, tmp_path) == [False, True]

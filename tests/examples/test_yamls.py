@@ -1,0 +1,149 @@
+"""Every example YAML is one that Axolotl takes, whole: it drops keys that it does not know without a word."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from emguard_plugin.check import check_config
+from emguard_plugin.lab.export import export
+from tests.e2e.axolotl_runs import read_log, shared_server, train
+from tests.e2e.tiny_run import chat_dataset, penalties, tiny_yaml, write_rows, write_tiny
+from tests.tiny import chat_rows, chatml_tokenizer
+
+FOLDER = Path(__file__).resolve().parents[2] / "example_yamls"
+YAMLS = sorted(p.name for p in FOLDER.glob("*.yaml"))
+HUB = {  # example -> the chat template of Axolotl that is its model's, and tokens that prefix or postfix must have
+    "llama-3.1-8b_treft.yaml": ("llama3", "<|start_header_id|>user"),
+    "qwen2.5-7b_qlora_treft.yaml": ("qwen_25", "You are Qwen, created by Alibaba Cloud"),
+    "qwen3-8b_treft_postfix.yaml": ("qwen3", "<think>"),
+}
+
+
+@pytest.fixture(scope="session")
+def axolotl():
+    return shared_server()
+
+
+def load(name):
+    return yaml.safe_load((FOLDER / name).read_text())
+
+
+def validated_on_a_gpu(path):
+    """Validate as on one H100 and return (unknown keys, the config); `load_cfg` would also ask the hub for the model."""
+    import torch
+    from axolotl.cli.config import prepare_plugins
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+    from axolotl.utils.schemas.datasets import SFTDataset
+
+    from emguard_plugin.axolotl_plugin.args import EMGuardArgs
+
+    raw = yaml.safe_load(Path(path).read_text())
+    known = {*AxolotlInputConfig.model_fields, *EMGuardArgs.model_fields}
+    unknown = [k for k in raw if k not in known]
+    unknown += [k for d in raw["datasets"] for k in d if k not in SFTDataset.model_fields]
+    cfg = DictDefault(raw)
+    prepare_plugins(cfg)
+    gpu = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
+    done = validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": torch.__version__.split("+")[0]})
+    return [unknown, {k: done[k] for k in ("em_regularizer", "plugins", "trainer_cls", "lora_qkv_kernel", "em_eval")}]
+
+
+def test_there_are_examples():
+    assert {"lab_naive.yaml", "lab_treft.yaml", *HUB} <= set(YAMLS)
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_axolotl_takes_every_key(axolotl, tmp_path, name):
+    unknown, cfg = axolotl.call(validated_on_a_gpu, tmp_path, str(FOLDER / name))
+    assert unknown == []
+    assert cfg["plugins"] == ["emguard_plugin.EMGuardPlugin"]
+    raw = load(name)
+    for block in ("em_regularizer", "em_eval"):
+        assert (cfg[block] is None) == (block not in raw)
+    if name in HUB:
+        assert cfg["lora_qkv_kernel"] is True, "Axolotl turns its fused kernels on for these"
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export(tmp_path / "demo" / "lab", rows=96, anchors=4)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_emguard_check_finds_nothing_to_change(lab, name):
+    report = check_config(FOLDER / name)
+    assert report.problems == []
+    assert len(report.active) == sum(b in load(name) for b in ("em_regularizer", "em_eval")) + (
+        name == "lab_treft.yaml"
+    )
+
+
+def test_the_lab_examples_differ_by_one_block():
+    naive, treft = load("lab_naive.yaml"), load("lab_treft.yaml")
+    assert set(treft) - set(naive) == {"em_regularizer"}
+    assert {k for k in naive if naive[k] != treft[k]} == {"dataset_prepared_path", "output_dir"}
+
+
+@pytest.mark.parametrize("name", [n for n in YAMLS if n not in HUB])
+def test_the_lab_examples_run(axolotl, lab, name):
+    raw = load(name)
+    raw["em_eval"] |= {"samples_per_question": 1, "questions": raw["em_eval"]["in_domain"], "evaluate_base": False}
+    result = axolotl.call(train, lab, {**raw, "max_steps": 3, "logging_steps": 1}, timeout=200)
+    if "em_regularizer" in raw:
+        assert len(penalties(result)) == 3
+        assert penalties(result)[0] == 0 < penalties(result)[2]
+    else:
+        assert penalties(result) == []
+    assert (lab / raw["output_dir"] / "em_eval" / "summary.json").is_file(), read_log(lab)[-3000:]
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_the_other_examples_run_on_a_tiny_model_under_their_models_template(axolotl, tmp_path, name):
+    raw, (template, held) = load(name), HUB[name]
+    tiny = write_tiny(tmp_path / "tiny")
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "train.jsonl", chat_rows(48, system=None))
+    tokenizer = chatml_tokenizer(axolotl.call(axolotl_template, tmp_path / "template", template))
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(tiny / "model")
+    cpu = tiny_yaml(tiny)
+    keep = [
+        "warmup_steps",
+        "lr_scheduler",
+        "lora_mlp_kernel",
+        "lora_qkv_kernel",
+        "lora_o_kernel",
+        "lora_embedding_kernel",
+        "bf16",
+        "tf32",
+        "max_steps",
+    ]
+    keep += ["base_model", "dataset_num_proc", "dataloader_pin_memory", "logging_steps", "learning_rate"]
+    config = {**raw, **{k: cpu[k] for k in keep}, "optimizer": "adamw_torch", "sequence_len": 512, "val_set_size": 0}
+    for key in ("special_tokens", "saves_per_epoch", "evals_per_epoch"):
+        config.pop(key, None)
+    config |= {"save_strategy": "no", "micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    result = axolotl.call(train, tmp_path, config)
+    assert result["trainer"] == "AxolotlEMGuardTrainer"
+    assert all(p > 0 for p in penalties(result)[1:])
+    assert (penalties(result)[0] == 0) == (raw["em_regularizer"]["treft"]["tokens"] == "prefix")
+    path = tmp_path / "check.yaml"
+    path.write_text(yaml.safe_dump({**raw, "base_model": str(tiny / "model"), "datasets": [chat_dataset("x")]}))
+    assert held in " ".join(check_config(path).active)
+
+
+def axolotl_template(name):
+    from axolotl.utils.chat_templates import get_chat_template
+
+    return get_chat_template(name)
+
+
+def test_the_examples_are_what_git_would_ship():
+    done = subprocess.run(["git", "check-ignore", *YAMLS], cwd=FOLDER, capture_output=True, text=True)
+    assert done.stdout == ""
