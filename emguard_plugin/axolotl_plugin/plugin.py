@@ -12,7 +12,7 @@ try:
     from axolotl.integrations.base import BasePlugin
     from axolotl.utils.logging import get_logger
 
-    from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, misspelt_blocks
+    from emguard_plugin.config import BLOCKS, EMEvalConfig, EMRegularizerConfig, misspelt_blocks
 except ImportError as exc:  # Axolotl catches this one while it loads a plugin, and trains on without it
     raise RuntimeError(
         f"emguard_plugin.EMGuardPlugin cannot be loaded: {exc}. Install what is missing, for instance "
@@ -38,16 +38,22 @@ class EMGuardPlugin(BasePlugin):
         """Read the raw YAML, before unknown keys are dropped.
 
         Raises:
-            ValueError: for a misspelt block.
+            ValueError: for a misspelt or an empty block.
         """
         from emguard_plugin.axolotl_plugin.conflicts import PLUGIN_NAMES, listed_plugins
 
         if not set(listed_plugins(cfg)) & set(PLUGIN_NAMES):
             return
         for key, meant in misspelt_blocks(list(cfg)).items():
-            raise ValueError(f"unknown key `{key}:`. Did you mean `{meant}:`? Axolotl would drop it and train unguarded.")
+            raise ValueError(
+                f"unknown key `{key}:`. Did you mean `{meant}:`? Axolotl would drop it and train unguarded."
+            )
+        for key in (k for k in BLOCKS if k in cfg and cfg[k] is None):
+            raise ValueError(f"`{key}:` is empty, so it asks for nothing. Fill it in, or remove it.")
         if cfg.get("em_regularizer") is None:
-            LOG.warning("EMGuardPlugin is listed but there is no `em_regularizer:` block: this run is NOT regularized.")
+            LOG.warning(
+                "EMGuardPlugin is listed but there is no `em_regularizer:` block: this run is NOT regularized."
+            )
         reentrant_default = cfg.get("gradient_checkpointing") and not cfg.get("gradient_checkpointing_kwargs")
         if cfg.get("em_regularizer") and reentrant_default and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             LOG.info("em_regularizer: setting gradient_checkpointing_kwargs to {use_reentrant: false}")

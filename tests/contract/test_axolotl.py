@@ -178,6 +178,20 @@ def test_a_misspelt_block_stops_the_run(axolotl, tiny, tmp_path, check, key):
     assert f"Did you mean `{meant}:`" in check(**block)
 
 
+@pytest.mark.parametrize("key", ["em_regularizer", "em_eval"])
+def test_an_empty_block_stops_the_run(axolotl, tiny, tmp_path, check, key):
+    with pytest.raises(Failed, match=f"`{key}:` is empty"):
+        axolotl.call(validate_text, tmp_path, yaml.safe_dump(tiny_yaml(tiny)) + f"{key}:\n")
+    (tmp_path / "empty.yaml").write_text(yaml.safe_dump(tiny_yaml(tiny)) + f"{key}:\n")
+    assert check_config(tmp_path / "empty.yaml").problems
+
+
+def validate_text(text):
+    with open("config.yaml", "w") as f:
+        f.write(text)
+    return validate("config.yaml")
+
+
 def test_axolotl_itself_would_drop_a_misspelt_block(axolotl, tiny, tmp_path):
     """The reason for `register`; when this fails, Axolotl has become strict."""
     found = axolotl.call(validate, tmp_path, tiny_yaml(tiny, plugins=[NEUTRAL], em_regulariser={"treft": {}}))

@@ -97,6 +97,11 @@ MODES = {  # overrides, evidence that the mode was on, and whether the arithmeti
     "ReLoRA": ({"relora": True, "jagged_restart_steps": 2}, lambda r: True, False),
     "NEFTune": ({"neftune_noise_alpha": 5}, lambda r: True, False),
     "accumulation": ({"gradient_accumulation_steps": 2}, lambda r: True, False),
+    "streaming": (
+        {"streaming": True, "dataset_prepared_path": "./none"},
+        lambda r: r["dataset"] == "IterableDataset",
+        False,
+    ),
     "half precision": ({"bf16": "auto"}, lambda r: True, False),
 }
 
@@ -265,6 +270,15 @@ def test_a_resumed_full_run_without_its_reference_stops(run, tmp_path):
     (checkpoint / REFERENCE).unlink()
     with pytest.raises(Failed, match="the model before this run is lost"):
         run("again", **{**over, "max_steps": 4}, resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_resumed_lora_run_without_its_reference_takes_the_base_model(run, tmp_path):
+    over = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **treft()}
+    whole = run("first", **over)
+    checkpoint = tmp_path / "first" / "out" / "checkpoint-2"
+    (checkpoint / REFERENCE).unlink()
+    again = run("again", **over, resume_from_checkpoint=str(checkpoint))
+    assert penalties(again) == pytest.approx(penalties(whole), rel=1e-4)
 
 
 def test_resuming_with_other_layers_stops(run, tmp_path):
