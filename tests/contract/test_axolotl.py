@@ -199,7 +199,7 @@ def test_axolotl_itself_would_drop_a_misspelt_block(axolotl, tiny, tmp_path):
 
 
 def with_broken(module, config):
-    """Validate while `module` cannot be imported, as with a half-installed package; return the trainer class chosen."""
+    """Train while `module` cannot be imported, as with a half-installed package."""
     for name in [n for n in sys.modules if n.split(".")[0] == "emguard_plugin"]:
         del sys.modules[name]
     sys.modules[module] = None
@@ -224,6 +224,12 @@ def test_a_broken_import_is_loud(axolotl, tiny, tmp_path, name, module):
     ) as failed:
         axolotl.call(with_broken, tmp_path, module, tiny_yaml(tiny, plugins=[name], **treft()))
     assert "Starting trainer" not in str(failed.value)
+
+
+def test_an_unimportable_plugin_module_is_loud_under_its_public_name(axolotl, tiny, tmp_path):
+    module = "emguard_plugin.axolotl_plugin.plugin"
+    with pytest.raises(Failed, match="RuntimeError: emguard_plugin.EMGuardPlugin cannot be loaded"):
+        axolotl.call(with_broken, tmp_path, module, tiny_yaml(tiny, **treft()))
 
 
 def without_axolotl():
