@@ -7,7 +7,8 @@
 All variants train in one process, each in its own thread of which one runs at a time: they take turns step by step, in
 an order that rotates, so that other users of the machine slow them alike. A step is all that the training loop does:
 batch, forward, backward, clipping, optimizer, logging. Reported is the median over rounds of the ratio to plain SFT in
-the same round; "plain SFT again" shows the noise. Peak memory is counted per allocation (CPU: the profiler's record on
+the same round, by the clock and, on the CPU, by processor time, which other users of the machine disturb less; "plain
+SFT again" shows the noise. Peak memory is counted per allocation (CPU: the profiler's record on
 top of weights, optimizer state and reference; CUDA: `max_memory_allocated`), one variant at a time.
 
 "In-batch hidden states" does what TReFT's released code does (arXiv 2606.06667): it asks every forward pass for all
@@ -136,7 +137,7 @@ def in_batch_trainer() -> type:
     import torch
     from trl import SFTTrainer
 
-    from emguard_plugin.reference import adapter_off, eval_mode
+    from emguard_plugin.reference import eval_mode
     from emguard_plugin.regularizers.kv import base_causal_lm, decoder_layers
 
     class InBatchTrainer(SFTTrainer):
@@ -167,7 +168,6 @@ def in_batch_trainer() -> type:
             loss = loss + self.coef * penalty
             return (loss, outputs) if return_outputs else loss
 
-    assert adapter_off  # the reference is recorded with the fresh adapter on, as in the released code
     return InBatchTrainer
 
 
@@ -244,10 +244,11 @@ def on_step_begin(do: Callable[[Any], None]) -> Any:
     return OnStepBegin()
 
 
-def time_rounds(s: dict[str, Any], folder: Path, report: Callable[[], None]) -> Iterator[dict[str, float]]:
-    """Yield seconds per step of each variant, one mapping per round."""
+def time_rounds(
+    s: dict[str, Any], folder: Path, report: Callable[[], None]
+) -> Iterator[dict[str, tuple[float, float]]]:
+    """Yield (clock, processor) seconds per step of each variant, one mapping per round."""
     turns = Turns(list(VARIANTS))
-    starting = threading.Event()
 
     def train(variant: str) -> None:
         import torch
@@ -265,7 +266,6 @@ def time_rounds(s: dict[str, Any], folder: Path, report: Callable[[], None]) -> 
     threads = [threading.Thread(target=train, args=(v,), daemon=True) for v in VARIANTS]
     for thread in threads:
         thread.start()
-    starting.set()
     for variant in VARIANTS:
         turns.give(variant)  # build, up to the first step
     for r in range(s["warmup"] + s["rounds"]):
@@ -273,10 +273,10 @@ def time_rounds(s: dict[str, Any], folder: Path, report: Callable[[], None]) -> 
         shift = r % len(VARIANTS)
         for variant in VARIANTS[shift:] + VARIANTS[:shift]:
             synchronize(s)
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             turns.give(variant)  # one whole turn of the training loop: it runs up to the next step's begin
             synchronize(s)
-            seconds[variant] = time.perf_counter() - start
+            seconds[variant] = (time.perf_counter() - start, time.process_time() - cpu)
         report()
         if r >= s["warmup"]:
             yield {v: seconds[v] for v in VARIANTS}
@@ -287,7 +287,7 @@ def time_rounds(s: dict[str, Any], folder: Path, report: Callable[[], None]) -> 
 class Allocations:
     """Peak memory of one training step: what is held at its start plus the highest sum of allocations in it."""
 
-    STEP = 2  # the third step: the optimizer state exists
+    STEP = 1  # the second step: the optimizer state exists
 
     def __init__(self, s: dict[str, Any]) -> None:
         self.s = s
@@ -354,16 +354,17 @@ def peak_memory(variant: str, s: dict[str, Any], folder: Path) -> int:
     return peak
 
 
-def summarise(rounds: list[dict[str, float]], memory: dict[str, int]) -> dict[str, Any]:
+def summarise(rounds: list[dict[str, tuple[float, float]]], memory: dict[str, int]) -> dict[str, Any]:
     """Return the figures per variant."""
     rows = {}
     for v in VARIANTS:
-        ratios = [r[v] / r[PLAIN] for r in rounds]
-        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+        clock = [r[v][0] / r[PLAIN][0] for r in rounds]
+        low, _, high = statistics.quantiles(clock, n=4) if len(clock) > 1 else (clock[0],) * 3
         rows[v] = {
-            "median_seconds": statistics.median(r[v] for r in rounds),
-            "time_ratio": statistics.median(ratios),
+            "median_seconds": statistics.median(r[v][0] for r in rounds),
+            "time_ratio": statistics.median(clock),
             "time_ratio_quartiles": [low, high],
+            "cpu_time_ratio": statistics.median(r[v][1] / r[PLAIN][1] for r in rounds),
         }
         if v in memory:
             rows[v] |= {"peak_bytes": memory[v], "memory_ratio": memory[v] / memory[PLAIN]}
@@ -372,7 +373,7 @@ def summarise(rounds: list[dict[str, float]], memory: dict[str, int]) -> dict[st
 
 def show(console: Console, title: str, rows: dict[str, Any]) -> None:
     table = Table(title=title)
-    for column in ("", "s/step", "step time", "quartiles", "peak MB", "peak memory"):
+    for column in ("", "s/step", "step time", "quartiles", "CPU time", "peak MB", "peak memory"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=bool(column))
     for variant, row in rows.items():
         low, high = row["time_ratio_quartiles"]
@@ -380,9 +381,35 @@ def show(console: Console, title: str, rows: dict[str, Any]) -> None:
             (f"{row['peak_bytes'] / 2**20:,.0f}", f"{row['memory_ratio']:.4f}") if "peak_bytes" in row else ("", "")
         )
         table.add_row(
-            variant, f"{row['median_seconds']:.3f}", f"{row['time_ratio']:.4f}", f"{low:.3f} to {high:.3f}", *memory
+            variant,
+            f"{row['median_seconds']:.3f}",
+            f"{row['time_ratio']:.4f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{row['cpu_time_ratio']:.4f}",
+            *memory,
         )
     console.print(table)
+
+
+def store(out: Path, name: str, settings: dict[str, Any], raw: list[Any], peaks: dict[str, int]) -> None:
+    """Write the record of this setting, leaving the others in the file; after every round, so that none is lost."""
+    import torch
+
+    cuda = settings["device"] == "cuda"
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "emguard-plugin")
+    record = {
+        "settings": settings,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores",
+        "targets": TARGETS,
+        "results": summarise(raw, peaks),
+        "paired_ratios": {v: [round(r[v][0] / r[PLAIN][0], 5) for r in raw] for v in VARIANTS if v != PLAIN},
+        "paired_cpu_ratios": {v: [round(r[v][1] / r[PLAIN][1], 5) for r in raw] for v in VARIANTS if v != PLAIN},
+        "seconds": {v: [round(r[v][0], 5) for r in raw] for v in VARIANTS},
+    }
+    stored = json.loads(out.read_text()) if out.is_file() else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**stored, name: record}, indent=1, sort_keys=True) + "\n")
 
 
 def main(
@@ -423,7 +450,12 @@ def main(
     console = Console(width=120)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     peaks: dict[str, int] = {}
-    raw: list[dict[str, float]] = []
+    raw: list[dict[str, tuple[float, float]]] = []
+    name = "-".join(
+        [settings["shape"], "full" if full else "lora", device]
+        + ([f"accumulation{accumulation}"] if accumulation > 1 else [])
+        + (["checkpointing"] if gradient_checkpointing else [])
+    )
     with tempfile.TemporaryDirectory() as tmp, Progress(*columns, console=console) as progress:
         if memory:
             task = progress.add_task("peak memory", total=3)
@@ -431,32 +463,14 @@ def main(
                 peaks[variant] = peak_memory(variant, settings, Path(tmp))
                 progress.advance(task)
         task = progress.add_task("step time", total=rounds + warmup)
-        raw.extend(time_rounds(settings, Path(tmp), lambda: progress.advance(task)))
+        for seconds in time_rounds(settings, Path(tmp), lambda: progress.advance(task)):
+            raw.append(seconds)
+            store(out, name, settings, raw, peaks)
     rows = summarise(raw, peaks)
-    name = "-".join(
-        [settings["shape"], "full" if full else "lora", device]
-        + ([f"accumulation{accumulation}"] if accumulation > 1 else [])
-        + (["checkpointing"] if gradient_checkpointing else [])
-    )
     show(console, f"{name}: {batch} x {length} tokens, prefix of {prefix_tokens}, {rounds} rounds", rows)
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "emguard-plugin")
-    record = {
-        "settings": settings,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "machine": torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{platform.machine()}, {os.cpu_count()} cores",
-        "targets": TARGETS,
-        "results": rows,
-        "paired_ratios": {v: [round(r[v] / r[PLAIN], 5) for r in raw] for v in VARIANTS if v != PLAIN},
-        "seconds": {v: [round(r[v], 5) for r in raw] for v in VARIANTS},
-    }
-    stored = json.loads(out.read_text()) if out.is_file() else {}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**stored, name: record}, indent=1, sort_keys=True) + "\n")
     for kind, limit in TARGETS.items():
         ratio = rows[TREFT].get(f"{kind}_ratio")
-        if ratio is not None:
+        if ratio is not None:  # memory may be left out
             console.print(f"TReFT {kind}: {ratio:.4f} (target {limit}) {'met' if ratio <= limit else 'MISSED'}")
 
 

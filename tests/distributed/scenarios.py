@@ -46,7 +46,7 @@ def recorded_saves():
         treft.save_reference = save
 
 
-def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, **over):
+def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, dtype=None, **over):
     """Three steps of `EMGuardSFTTrainer` at the same global batch on any number of processes."""
     from datasets import Dataset
     from trl import SFTConfig
@@ -57,6 +57,8 @@ def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, **ov
     model = tiny_model("llama", vocab=len(tokenizer))
     if not full:
         model = perturb(lora(model), scale=0.02)
+    if dtype is not None:
+        model = model.to(dtype)
     args = SFTConfig(
         **{
             "output_dir": str(folder),
