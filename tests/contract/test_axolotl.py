@@ -228,7 +228,7 @@ def test_a_broken_import_is_loud(axolotl, tiny, tmp_path, name, module):
 
 def test_an_unimportable_plugin_module_is_loud_under_its_public_name(axolotl, tiny, tmp_path):
     module = "emguard_plugin.axolotl_plugin.plugin"
-    with pytest.raises(Failed, match="RuntimeError: emguard_plugin.EMGuardPlugin cannot be loaded"):
+    with pytest.raises(Failed, match=r"RuntimeError: emguard_plugin\.EMGuardPlugin cannot be loaded"):
         axolotl.call(with_broken, tmp_path, module, tiny_yaml(tiny, **treft()))
 
 
