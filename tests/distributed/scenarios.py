@@ -22,7 +22,7 @@ class Recorder(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         model = kwargs["model"]
-        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        self.gradients.append({n: _full(p.grad) for n, p in model.named_parameters() if p.grad is not None})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logs.append(dict(logs))
@@ -95,10 +95,11 @@ def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, dtyp
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {
         "gradients": [{n.removeprefix("module."): g for n, g in step.items()} for step in recorder.gradients],
-        "weights": {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad},
+        "weights": {n: _full(p) for n, p in model.named_parameters() if p.requires_grad},
         "logs": recorder.logs,
         "saves": saves,
         "prefixes": len(treft._prefixes),
+        "sharded": any(hasattr(p, "full_tensor") for p in model.parameters()),
     }
 
 
@@ -154,8 +155,36 @@ def _like(full, p):
     return distribute_tensor(full, p.device_mesh, p.placements) if isinstance(p, DTensor) else full
 
 
-def _full(grad):
-    return (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).detach().clone()
+def _full(x):
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
+
+
+@contextmanager
+def sharding_on_cpu():
+    """Accelerate turns its FSDP plugin on for GPUs alone; let it take the gloo processes for such."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    init = PartialState.__init__
+
+    def pretend(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = pretend
+    try:
+        yield
+    finally:
+        PartialState.__init__ = init
+
+
+def fsdp2_trained(folder, processes, full):
+    if processes == 1:
+        return train(folder, 1, full=full)
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    with sharding_on_cpu():
+        return train(folder, processes, full=full, fsdp=True, fsdp_config=config)
 
 
 def stopped_and_resumed(folder, processes):
@@ -174,6 +203,8 @@ TRAINED = {
         folder, n, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
     ),
     "resumed": stopped_and_resumed,
+    "fsdp2_trained_lora": lambda folder, n: fsdp2_trained(folder, n, full=False),
+    "fsdp2_trained_full": lambda folder, n: fsdp2_trained(folder, n, full=True),
 }
 SHARDED = {
     "fsdp2_lora": lambda folder, n: sharded_penalty(n, adapter=True),

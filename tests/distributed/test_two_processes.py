@@ -74,6 +74,7 @@ def test_gradients_and_weights_are_those_of_one_process(two, one, name):
         same(a, b, rtol=0)
         same(a, c)
     same(first["weights"], alone["weights"])
+    assert first["sharded"] == name.startswith("fsdp2")
     assert first["prefixes"] == alone["prefixes"] == (2 if name == "two_prefixes" else 1)
 
 
