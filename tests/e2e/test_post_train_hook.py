@@ -97,7 +97,7 @@ def test_a_judge_that_does_not_exist_costs_nothing_but_the_measurement(run, tmp_
 
 
 def test_a_measurement_that_is_killed_leaves_the_run_whole(run):
-    out = run(judges=(f"{JUDGES}:dies",), block={"evaluate_base": False, "samples_per_question": 1})
+    out = run(judges=("tests.e2e.judge_that_kills:judge",))
     assert_saved(out)
     failed = (out / "em_eval" / "FAILED.txt").read_text()
     assert "ended with exit code -9" in failed

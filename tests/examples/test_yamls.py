@@ -93,14 +93,18 @@ def test_the_lab_examples_differ_by_one_block():
 @pytest.mark.parametrize("name", [n for n in YAMLS if n not in HUB])
 def test_the_lab_examples_run(axolotl, lab, name):
     raw = load(name)
-    raw["em_eval"] |= {"samples_per_question": 1, "questions": raw["em_eval"]["in_domain"], "evaluate_base": False}
+    if name == "lab_naive.yaml":
+        del raw["em_eval"]  # the same block as in `lab_treft.yaml`, and half a minute
+    else:
+        raw["em_eval"] |= {"samples_per_question": 1, "questions": raw["em_eval"]["in_domain"], "evaluate_base": False}
     result = axolotl.call(train, lab, {**raw, "max_steps": 3, "logging_steps": 1}, timeout=200)
     if "em_regularizer" in raw:
         assert len(penalties(result)) == 3
         assert penalties(result)[0] == 0 < penalties(result)[2]
     else:
         assert penalties(result) == []
-    assert (lab / raw["output_dir"] / "em_eval" / "summary.json").is_file(), read_log(lab)[-3000:]
+    measured = lab / raw["output_dir"] / "em_eval" / "summary.json"
+    assert measured.is_file() == ("em_eval" in raw), read_log(lab)[-3000:]
 
 
 @pytest.mark.parametrize("name", HUB)
