@@ -6,6 +6,7 @@ moves it by a token, and only the rows know.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +28,13 @@ class Template:
         prefix: Ids before the first user content, without a system message.
         user_header: Ids between system and user content, or empty when the template has no system turn.
         postfix: Ids between user and assistant content.
-        today: The prefix as it prints now, when it prints a changing date; else None.
+        dated_after: Ids that stand before today's date, when the prefix prints one; else None.
     """
 
     prefix: Ids
     user_header: Ids
     postfix: Ids
-    today: str | None = None
+    dated_after: Ids | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def read_template(tokenizer: Any, **template_kwargs: Any) -> Template:
     """
     user = {"role": "user", "content": _USER}
     text = _before_user(render(tokenizer, [user], **template_kwargs))
-    dated = {_before_user(render(tokenizer, [user], strftime_now=lambda _f, d=d: d, **template_kwargs)) for d in _DATES}
+    dated = [_before_user(render(tokenizer, [user], strftime_now=lambda _f, d=d: d, **template_kwargs)) for d in _DATES]
     prefix = tokenize(tokenizer, text)
     if not prefix:
         raise ValueError(
@@ -93,8 +94,16 @@ def read_template(tokenizer: Any, **template_kwargs: Any) -> Template:
         prefix=prefix,
         user_header=_user_header(tokenizer, user, template_kwargs),
         postfix=_postfix(tokenizer, user, template_kwargs),
-        today=text if len(dated) > 1 else None,
+        dated_after=_ids_before_date(tokenizer, dated),
     )
+
+
+def _ids_before_date(tokenizer: Any, dated: list[str]) -> Ids | None:
+    if dated[0] == dated[1]:
+        return None
+    same = (a == b for a, b in zip(*dated, strict=False))
+    stable = dated[0][: sum(itertools.takewhile(bool, same))]
+    return tokenize(tokenizer, stable)[:-1]  # the last token may merge with the date
 
 
 def _user_header(tokenizer: Any, user: dict[str, str], kwargs: Mapping[str, Any]) -> Ids:
@@ -203,10 +212,11 @@ def training_prefixes(rows: Iterable[Sequence[int]], template: Template) -> list
             "rendered with this template (`type: chat_template`), or give the tokenizer the template of the data."
         )
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    if template.today is not None and ranked[0][0] == template.prefix:
+    dated = template.dated_after
+    if dated is not None and any(ids[: len(dated)] == dated for ids, _ in ranked):
         raise ValueError(
-            f"the chat template prints today's date in the prefix ({template.today[-80:]!r}), so a reference recorded "
-            "today would not fit tomorrow's prompts. Pin it: `chat_template_kwargs: {date_string: '26 Jul 2024'}` "
+            "the chat template prints today's date in the prefix, so a reference recorded today would not fit "
+            "tomorrow's prompts. Pin it: `chat_template_kwargs: {date_string: '26 Jul 2024'}` "
             "(Axolotl; a column of that name in TRL), or write the date into the tokenizer's template."
         )
     if len(ranked) > MAX_PREFIXES:

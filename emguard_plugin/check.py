@@ -130,7 +130,7 @@ def _check_treft(treft: TReFTConfig, cfg: Mapping[str, Any], report: Report) -> 
         return
     for ids in held:
         report.active.append(f"treft holds {len(ids)} tokens: {tokenizer.decode(list(ids))!r}")
-    if template.today is not None:
+    if template.dated_after is not None:
         report.problems.append(
             "em_regularizer.treft: the chat template prints today's date in the prefix. Pin it with `chat_template_kwargs`."
         )

@@ -16,7 +16,7 @@ BLOCKS = ("em_regularizer", "em_eval")
 
 def suggest(word: str, options: list[str] | tuple[str, ...]) -> str:
     """Return ` Did you mean 'x'?` for a near miss, else an empty string."""
-    near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    near = [o for o in options if o.startswith(word)] or difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -58,7 +59,19 @@ class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
     _name = "EMGuard SFT"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(SFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        self._column_kwargs = _first_template_kwargs(given.get("train_dataset"))
         super().__init__(*args, **kwargs)
         if isinstance(self.args, EMGuardSFTConfig) and (config := self.args.regularizer_config()) is not None:
             for callback in build_regularizers(config):
                 self.add_callback(callback)
+
+    def _template_kwargs(self) -> dict[str, Any]:
+        return self._column_kwargs
+
+
+def _first_template_kwargs(dataset: Any) -> dict[str, Any]:
+    """Return TRL's `chat_template_kwargs` column of the first row; the preparation of the data drops it."""
+    if "chat_template_kwargs" not in (getattr(dataset, "column_names", None) or ()):
+        return {}
+    return dict(next(iter(dataset), {}).get("chat_template_kwargs") or {})

@@ -102,7 +102,7 @@ def read_kv(
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     with eval_mode(model):
         out = model(input_ids=input_ids, attention_mask=mask, use_cache=True, **kwargs)
-    cached = getattr(out.past_key_values, "layers", [])
+    cached = getattr(getattr(out, "past_key_values", None), "layers", [])
     keys, values = [], []
     for i in layers:
         k, v = (getattr(cached[i], n, None) if i < len(cached) else None for n in ("keys", "values"))

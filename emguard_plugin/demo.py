@@ -1,0 +1,125 @@
+"""`emguard demo`: the main job on the lab, through the real `axolotl train`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+RUNS = {"naive": "lab_naive.yaml", "treft": "lab_treft.yaml"}
+FOLDER = Path("demo")
+_TRAINED = re.compile(rb"(\d+)/(\d+) \[")
+_RUNTIME = re.compile(r"'train_runtime': '?([\d.]+)")
+
+
+def examples() -> Path:
+    """Return the folder of the example YAMLs: inside an installed wheel, or beside the package in a clone.
+
+    Raises:
+        FileNotFoundError: when neither is there.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "example_yamls", package.parent / "example_yamls"):
+        if (folder / RUNS["naive"]).is_file():
+            return folder
+    raise FileNotFoundError("example_yamls/ is neither in the installed package nor beside it. Reinstall emguard-plugin.")
+
+
+@dataclass
+class Trained:
+    """One finished `axolotl train`: training seconds per step, and the summary of its measurement."""
+
+    seconds_per_step: float
+    summary: Path
+
+
+def run_demo(fresh: bool = True) -> int:
+    """Train, measure, and show base / naive / TReFT side by side.
+
+    Args:
+        fresh: Remove an earlier `./demo` first.
+
+    Returns:
+        The exit code: 0, or that of the step that failed.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from emguard_plugin.evaluation.report import write_comparison
+    from emguard_plugin.evaluation.table import comparison_table
+    from emguard_plugin.lab.export import export
+
+    console = Console()
+    if fresh and FOLDER.exists():
+        shutil.rmtree(FOLDER)
+    FOLDER.mkdir(exist_ok=True)
+    export(FOLDER / "lab")
+    trained: dict[str, Trained] = {}
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[stage]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        for name, yaml in RUNS.items():
+            task = progress.add_task(f"axolotl train {yaml}", total=100, stage="starting")
+            code = _train(name, examples() / yaml, lambda done, stage, t=task: progress.update(t, completed=done, stage=stage))
+            summary = FOLDER / name / "em_eval" / "summary.json"
+            if code or not summary.is_file():
+                progress.stop()
+                console.print(f"[red]{yaml} failed (exit code {code})[/red]; the end of {FOLDER / name}.log:")
+                console.print((FOLDER / f"{name}.log").read_text(errors="replace")[-2000:], markup=False)
+                return code or 1
+            progress.update(task, completed=100, stage="done")
+            trained[name] = Trained(_seconds_per_step(FOLDER / f"{name}.log"), summary)
+    runs = [("naive" if n == "naive" else "TReFT", t.summary) for n, t in trained.items()]
+    plain, guarded = trained["naive"].seconds_per_step, trained["treft"].seconds_per_step
+    extra = {
+        "naive": {"s/step": f"{plain:.3f}"},
+        "TReFT": {"s/step": f"{guarded:.3f}", "overhead": f"{100 * (guarded / plain - 1):+.0f} %"},
+    }
+    console.print(comparison_table(runs, extra=extra))
+    page = write_comparison(runs, FOLDER / "report.html", extra=extra, title="A narrow fine-tune, plain and guarded by TReFT")
+    console.print(f"Report with plots and sample answers: {page}")
+    console.print("One run each on a 0.5M-parameter model: its step is dominated by fixed costs, see benchmarks/overhead.py.")
+    return 0
+
+
+def _train(name: str, yaml: Path, show: object) -> int:
+    """Run `axolotl train`, follow its log, report (percent, stage)."""
+    env = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    log = FOLDER / f"{name}.log"
+    axolotl = Path(sys.executable).with_name("axolotl")
+    with open(log, "wb") as out:
+        process = subprocess.Popen(
+            [str(axolotl), "train", str(yaml), "--launcher", "python"], stdout=out, stderr=subprocess.STDOUT, env=env
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(0.5)
+                show(*_progress(log.read_bytes()))
+        except BaseException:
+            process.terminate()
+            raise
+    return process.returncode
+
+
+def _progress(log: bytes) -> tuple[float, str]:
+    """Return (percent, stage) from a log so far."""
+    text = log[-4000:]
+    steps = [(int(a), int(b)) for a, b in _TRAINED.findall(text) if int(b)]
+    if b"Training completed" in log:
+        done, total = steps[-1] if steps else (0, 1)
+        measuring = b"Training completed" not in text and done < total
+        return 60 + (40 * done / total if measuring else 0), "measuring the EM rate"
+    if b"Starting trainer" in log and steps:
+        return 20 + 40 * steps[-1][0] / steps[-1][1], f"training, step {steps[-1][0]} of {steps[-1][1]}"
+    return min(20.0, log.count(b"\n") / 10), "loading model and data"
+
+
+def _seconds_per_step(log: Path) -> float:
+    text = log.read_text(errors="replace")
+    runtime = _RUNTIME.findall(text)
+    steps = re.findall(r"(\d+)/\1 \[", text.split("train_runtime")[0])
+    return float(runtime[-1]) / int(steps[-1])

@@ -1,0 +1,91 @@
+import pytest
+from pydantic import ValidationError
+
+from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, JudgeConfig, TReFTConfig, misspelt_blocks
+from emguard_plugin.regularizers import METHODS, build_regularizers
+from emguard_plugin.regularizers.treft import TReFTCallback
+
+JUDGE = {"provider": "exact", "function": "a.b:c"}
+
+
+def test_every_key_is_described():
+    for model in (EMRegularizerConfig, TReFTConfig, EMEvalConfig, JudgeConfig):
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name}"
+
+
+def test_every_method_of_the_block_can_be_built():
+    assert set(METHODS) == set(EMRegularizerConfig.model_fields)
+    (callback,) = build_regularizers(EMRegularizerConfig.model_validate({"treft": {"coef": 2, "layers": [1]}}))
+    assert isinstance(callback, TReFTCallback)
+    assert (callback.coef, callback.layers, callback.tokens) == (2.0, [1], "prefix")
+
+
+def test_a_dump_validates_again():  # Axolotl dumps and re-reads the block
+    block = EMRegularizerConfig.model_validate({"treft": {"coef": 2}})
+    again = EMRegularizerConfig.model_validate(block.model_dump(exclude_none=True))
+    assert again == block
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({}, "names no method"),
+        ({"treft": {"coeff": 1}}, "unknown key 'coeff'. Did you mean 'coef'?"),
+        ({"tref": {}}, "unknown key 'tref'. Did you mean 'treft'?"),
+        ({"treft": {"coef": -1}}, "greater than or equal to 0"),
+        ({"treft": {"coef": float("nan")}}, "coef"),
+        ({"treft": {"coef": float("inf")}}, "coef"),
+        ({"treft": {"tokens": "query"}}, "'prefix' or 'postfix'"),
+        ({"treft": {"layers": []}}, "holds nothing"),
+        ({"treft": {"layers": [-1]}}, "greater than or equal to 0"),
+        ({"treft": {"tokens": "postfix", "extra_prefixes": ["x"]}}, "goes with `tokens: prefix`"),
+        ({"treft": {"postfix_reference": "shared"}}, "goes with `tokens: postfix`"),
+        ({"treft": {"tokens": "postfix", "compat": True}}, "`compat: true` covers"),
+    ],
+)
+def test_bad_regularizer_blocks(block, message):
+    with pytest.raises(ValidationError) as error:
+        EMRegularizerConfig.model_validate(block)
+    assert message in str(error.value)
+
+
+def test_python_and_yaml_share_the_rules():
+    with pytest.raises(ValueError, match="goes with `tokens: prefix`"):
+        TReFTCallback(tokens="postfix", extra_prefixes=["x"])
+    with pytest.raises(ValueError, match="must be a finite number"):
+        TReFTCallback(coef=-1)
+    with pytest.raises(ValueError, match="must be a finite number"):
+        TReFTCallback(coef="much")
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"questions": "q.yaml"}, "judges"),
+        ({"questions": "q.yaml", "judges": []}, "at least 1"),
+        ({"questions": "q.yaml", "judges": [{"provider": "exact", "function": "nodots"}]}, "package.module:function"),
+        ({"questions": "q.yaml", "judges": [JUDGE], "samples": 3}, "Did you mean 'samples_per_question'"),
+        ({"questions": "q.yaml", "judges": [JUDGE], "samples_per_question": 0}, "greater than 0"),
+    ],
+)
+def test_bad_eval_blocks(block, message):
+    with pytest.raises(ValidationError) as error:
+        EMEvalConfig.model_validate(block)
+    assert message in str(error.value)
+
+
+def test_missing_question_files_are_named(tmp_path):
+    config = EMEvalConfig(questions=str(tmp_path / "no.yaml"), judges=[JUDGE])
+    with pytest.raises(ValueError, match=r"`em_eval\.questions: .*no\.yaml` is not a file"):
+        config.check_files()
+
+
+@pytest.mark.parametrize("key", ["em_regulariser", "em_regularization", "em-regularizer", "em_regularizers", "em_reg", "emguard"])
+def test_misspelt_blocks_are_found(key):
+    assert misspelt_blocks(["base_model", key]) == {key: "em_regularizer"}
+
+
+def test_good_keys_are_left_alone():
+    assert misspelt_blocks(["em_regularizer", "em_eval", "eval_steps", "embeddings_skip_upcast", "seed"]) == {}
+    assert misspelt_blocks(["em_evals"]) == {"em_evals": "em_eval"}

@@ -1,0 +1,97 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from emguard_plugin.reference import (
+    adapter_off,
+    adapter_starts_at_zero,
+    eval_mode,
+    load_reference,
+    save_reference,
+    tensors_hash,
+)
+from tests.tiny import lora, perturb, tiny_model
+
+TENSORS = {"0.0.key": torch.randn(1, 3, 4), "0.0.value": torch.randn(1, 3, 4).bfloat16()}
+
+
+def test_round_trip_is_bit_identical(tmp_path):
+    save_reference(tmp_path / "r.safetensors", TENSORS, {"settings": "a"})
+    assert tensors_hash(load_reference(tmp_path / "r.safetensors", {"settings": "a"})) == tensors_hash(TENSORS)
+
+
+def test_hash_sees_values_names_shapes_and_dtypes():
+    a = torch.zeros(2, 3)
+    hashes = {tensors_hash(x) for x in ({"k": a}, {"j": a}, {"k": a.T}, {"k": a.half()}, {"k": a + 1})}
+    assert len(hashes) == 5
+
+
+def test_a_changed_file_is_refused(tmp_path):
+    path = tmp_path / "r.safetensors"
+    save_reference(path, TENSORS, {})
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as f:
+        meta = f.metadata()
+    changed = load_file(path)
+    changed["0.0.key"][0, 0, 0] += 1e-3
+    save_file(changed, path, metadata=meta)
+    with pytest.raises(ValueError, match="does not match its hash"):
+        load_reference(path, {})
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    (tmp_path / "r.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_reference(tmp_path / "r.safetensors", {})
+
+
+def test_a_reference_of_other_settings_is_refused(tmp_path):
+    save_reference(tmp_path / "r.safetensors", TENSORS, {"settings": "a"})
+    with pytest.raises(ValueError, match="recorded for another `settings`"):
+        load_reference(tmp_path / "r.safetensors", {"settings": "b"})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "zero"),
+    [
+        ({}, True),
+        ({"init_lora_weights": "gaussian"}, True),
+        ({"use_dora": True}, True),
+        ({"init_lora_weights": False}, False),
+        ({"init_lora_weights": "pissa"}, False),
+        ({"init_lora_weights": "olora"}, False),
+        ({"bias": "lora_only"}, False),
+    ],
+)
+def test_adapters_that_start_at_zero(kwargs, zero):
+    base = tiny_model("llama")
+    ids = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        want = base(ids).logits.clone()
+        model = lora(base, **kwargs).eval()
+        assert adapter_starts_at_zero(model) is zero
+        if zero:
+            perturb(model)
+            with adapter_off(model):
+                assert torch.equal(model(ids).logits, want)
+
+
+def test_no_adapter():
+    model = tiny_model("llama")
+    assert not adapter_starts_at_zero(model)
+    with pytest.raises(RuntimeError, match="no adapter"), adapter_off(model):
+        pass
+
+
+def test_eval_mode_restores_after_an_error():
+    model = tiny_model("llama").train()
+
+    def fail():
+        with eval_mode(model):
+            assert not any(m.training for m in model.modules())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert all(m.training for m in model.modules())
