@@ -66,3 +66,32 @@ def treft_penalty(key_drift: Tensor, value_drift: Tensor) -> Tensor:
         A scalar, fp32.
     """
     return (key_drift + value_drift).mean()
+
+
+def token_kl(logits: Tensor, ref_logits: Tensor, direction: str = "base||model") -> Tensor:
+    """Return the exact KL divergence of next-token distributions, in nats, summed over the vocabulary.
+
+    `base||model`: `KL(p_base || p_model) = sum_v p_base(v) (log p_base(v) - log p_model(v))`
+    `model||base`: `KL(p_model || p_base) = sum_v p_model(v) (log p_model(v) - log p_base(v))`
+
+    Args:
+        logits: (..., V) of the model in training.
+        ref_logits: (..., V) of the base model; no gradient flows into them.
+        direction: `base||model` or `model||base`.
+
+    Returns:
+        (...), nats per token, fp32 or wider. Never a mean over the vocabulary: the coefficient would then depend on V.
+
+    Raises:
+        ValueError: for another direction.
+    """
+    log_q, log_p = _log_softmax(logits), _log_softmax(ref_logits.detach())
+    if direction == "base||model":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    if direction == "model||base":
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    raise ValueError(f"direction {direction!r} is neither `base||model` nor `model||base`")
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
