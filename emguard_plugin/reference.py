@@ -7,14 +7,18 @@ PiSSA, LoftQ and full fine-tuning are right without a special case. Every checkp
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def peft_model(model: nn.Module) -> nn.Module | None:
@@ -65,6 +69,36 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.__dict__["training"] = True
+
+
+@contextmanager
+def checkpointed_eval_mode(model: nn.Module) -> Iterator[None]:
+    """`eval_mode`, with gradient checkpointing where the host has it on.
+
+    Transformers checkpoints in training mode alone. Here the layers are told to, without dropout and without reentrance,
+    and the recomputation in the backward pass, after this context has ended, is in eval mode as well.
+    """
+    layers = [
+        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing and m.training
+    ]
+    theirs = [m._gradient_checkpointing_func for m in layers]
+    with eval_mode(model):
+        for m in layers:
+            m.__dict__["training"] = True  # what `__call__` asks; the forward pass itself sees False
+            m._gradient_checkpointing_func = partial(_checkpoint, m)
+        try:
+            yield
+        finally:
+            for m, function in zip(layers, theirs, strict=True):
+                m._gradient_checkpointing_func = function
+
+
+def _checkpoint(layer: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
+    def in_eval_mode(*tensors: Any) -> Any:
+        with eval_mode(layer):
+            return forward(*tensors)
+
+    return checkpoint(in_eval_mode, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

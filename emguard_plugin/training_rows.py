@@ -8,6 +8,7 @@ from typing import Any
 
 MAX_ROWS = 2000
 """Enough to estimate the frequency of each prefix to about a percent."""
+IGNORE = -100
 
 
 def conversations(
@@ -26,6 +27,39 @@ def conversations(
     Raises:
         ValueError: when rows have no `input_ids`.
     """
+    for row in _sample(dataset, limit):
+        ids = [int(i) for i in row["input_ids"]]
+        for a, b in _bounds(row, ids, wrapped_at):
+            yield ids[a:b]
+
+
+def supervised_conversations(
+    dataset: Any, wrapped_at: Sequence[int] | None = None, limit: int = MAX_ROWS
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Yield (ids, whether the host's loss predicts each id) for the conversations that `conversations` yields.
+
+    Raises:
+        ValueError: when rows have no `input_ids` or no `labels`.
+    """
+    for row in _sample(dataset, limit):
+        if "labels" not in row:
+            raise ValueError(f"the training rows have {sorted(row)} but no `labels`, so replies cannot be told from prompts.")
+        ids, labels = [int(i) for i in row["input_ids"]], row["labels"]
+        for a, b in _bounds(row, ids, wrapped_at):
+            yield ids[a:b], [int(x) != IGNORE for x in labels[a:b]]
+
+
+def mean_row_tokens(dataset: Any, limit: int = MAX_ROWS) -> float:
+    """Return the mean number of tokens of a row; 0 without a data set.
+
+    Raises:
+        ValueError: when rows have no `input_ids`.
+    """
+    lengths = [len(row["input_ids"]) for row in _sample(dataset, limit)]
+    return sum(lengths) / max(len(lengths), 1)
+
+
+def _sample(dataset: Any, limit: int) -> Iterator[Any]:
     if dataset is None:
         return
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
@@ -36,14 +70,13 @@ def conversations(
     for row in rows:
         if "input_ids" not in row:
             raise ValueError(
-                f"the training rows have {sorted(row)} but no `input_ids`: TReFT checks its prefix against tokenised rows. "
+                f"the training rows have {sorted(row)} but no `input_ids`: emguard reads tokenised rows. "
                 "Let the trainer prepare the data set (no `skip_prepare_dataset`)."
             )
-        yield from _split(row, wrapped_at)
+        yield row
 
 
-def _split(row: Any, wrapped_at: Sequence[int] | None) -> Iterator[list[int]]:
-    ids = [int(i) for i in row["input_ids"]]
+def _bounds(row: Any, ids: Sequence[int], wrapped_at: Sequence[int] | None) -> Iterator[tuple[int, int]]:
     if row.get("seq_lengths") is not None:
         starts = [0, *accumulate(int(n) for n in row["seq_lengths"])][:-1]
     elif wrapped_at is not None:
@@ -53,4 +86,4 @@ def _split(row: Any, wrapped_at: Sequence[int] | None) -> Iterator[list[int]]:
         starts = [i for i, p in enumerate(row.get("position_ids") or [0]) if int(p) == 0]
     for a, b in pairwise([*starts, len(ids)]):
         if b > a:
-            yield ids[a:b]
+            yield a, b
