@@ -18,6 +18,7 @@ _PUBLIC = {
     "EMRegularizerCallback": "regularizers.base",
     "Penalty": "regularizers.base",
     "TReFTCallback": "regularizers.treft",
+    "KLCallback": "regularizers.kl",
     "build_regularizers": "regularizers",
     "EMRegularizerConfig": "config",
     "EMEvalConfig": "config",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -82,4 +83,4 @@ class Schedule:
         rows = sorted(self.rows(step, micro_batches), key=lambda i: self.sizes[i])
         n = max(1, min(self.passes, micro_batches, len(rows) // self.processes)) * self.processes
         cuts = [round(i * len(rows) / n) for i in range(n + 1)]
-        return [rows[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [rows[a:b] for a, b in pairwise(cuts)]

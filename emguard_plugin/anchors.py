@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -224,7 +223,3 @@ def content_hash(anchors: Sequence[Anchor]) -> str:
     """Return the sha256 over ids and held positions."""
     return hashlib.sha256(json.dumps([[a.ids, a.held] for a in anchors]).encode()).hexdigest()
 
-
-def looks_like_a_path(source: str) -> bool:
-    """Whether `source` can only be meant as a file or folder."""
-    return bool(re.match(r"[./~]", source)) or Path(source).suffix in (".jsonl", ".json")

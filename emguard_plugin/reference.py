@@ -55,6 +55,18 @@ def adapter_starts_at_zero(model: nn.Module) -> bool:
     )
 
 
+def adapter_off_is_reference(model: nn.Module) -> bool:
+    """Whether adapter off stays the model before this run: the adapter starts at zero and nothing outside it trains.
+
+    An adapter that was trained before looks the same here; only running the model shows that it is not zero.
+    """
+    if not adapter_starts_at_zero(model):
+        return False
+    peft = peft_model(model)
+    own = (getattr(peft.base_model, "prefix", "lora_"), "modules_to_save", "trainable_tokens")
+    return all(any(part in name for part in own) for name, p in peft.named_parameters() if p.requires_grad)
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode and restore exactly those that trained.

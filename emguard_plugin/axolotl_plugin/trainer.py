@@ -38,3 +38,7 @@ class AxolotlEMGuardTrainer(EMRegularizerMixin, AxolotlTrainer):
     def _template_kwargs(self) -> dict[str, Any]:
         kwargs = self.axolotl_cfg.chat_template_kwargs
         return dict(kwargs) if kwargs else {}
+
+    def _packed_batch_tokens(self) -> int | None:
+        cfg = self.axolotl_cfg
+        return cfg.sequence_len * cfg.micro_batch_size if cfg.sample_packing else None

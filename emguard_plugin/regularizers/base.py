@@ -40,6 +40,11 @@ class Run:
         seed: The run's seed.
         wrapped_packing: Whether rows are TRL's `packing_strategy: wrapped` chunks, without boundaries.
         resume_from: The checkpoint folder that the run continues, or None.
+        rows_per_batch: Rows of `dataset` in one micro-batch of one process.
+        batch_tokens: Tokens of one micro-batch where the host packs rows only while it trains, else None.
+        micro_batches: Micro-batches per optimizer step.
+        processes: Number of processes, each with micro-batches of its own.
+        rank: Which of them this is.
     """
 
     model: nn.Module
@@ -49,6 +54,11 @@ class Run:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     wrapped_packing: bool = False
     resume_from: Path | None = None
+    rows_per_batch: int = 1
+    batch_tokens: int | None = None
+    micro_batches: int = 1
+    processes: int = 1
+    rank: int = 0
 
 
 class EMRegularizerCallback(TrainerCallback):
@@ -67,12 +77,15 @@ class EMRegularizerCallback(TrainerCallback):
     name: ClassVar[str]
     every: ClassVar[Literal["optimizer_step", "micro_batch"]] = "micro_batch"
     """`optimizer_step`: the penalty depends on the weights alone and is added once per step."""
+    own_forward: ClassVar[bool] = False
+    """The penalty runs the model itself and goes before the host's forward pass, which it does not read."""
 
     def __init__(self, coef: float) -> None:
         if not (isinstance(coef, int | float) and 0 <= coef < float("inf")):
             raise ValueError(f"`{self.name}.coef` must be a finite number of at least 0, got {coef!r}.")
         self.coef = float(coef)
         self.prepared = False
+        self.micro_batch = (0, 1)
         self._last: Penalty | None = None
         self._layer_names: Sequence[int] = ()
 
@@ -88,8 +101,10 @@ class EMRegularizerCallback(TrainerCallback):
         """
 
     @abstractmethod
-    def penalty(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> Penalty:
-        """Return the unweighted penalty.
+    def penalty(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> Penalty | None:
+        """Return the unweighted penalty, or None when this micro-batch (`self.micro_batch`) has no share in it.
+
+        The mean over micro-batches and processes is what counts for the step.
 
         Args:
             model: The model as the forward pass must call it (wrapped under FSDP2, unwrapped otherwise).
@@ -97,21 +112,35 @@ class EMRegularizerCallback(TrainerCallback):
             step: Optimizer steps taken so far.
         """
 
-    def measure(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> Penalty:
+    def measure(
+        self, model: nn.Module, inputs: Mapping[str, Any], step: int, micro_batch: tuple[int, int] = (0, 1)
+    ) -> Penalty | None:
         """Call `penalty` and check that it can train something.
+
+        Args:
+            model: As for `penalty`.
+            inputs: As for `penalty`.
+            step: As for `penalty`.
+            micro_batch: Which micro-batch of the optimizer step this is, and of how many.
 
         Raises:
             RuntimeError: when `coef > 0` and the penalty has no gradient.
         """
+        self.micro_batch = micro_batch
         with torch.set_grad_enabled(self.coef > 0):
             penalty = self.penalty(model, inputs, step)
+        if penalty is None:
+            return None
         if self.coef > 0 and not penalty.value.requires_grad:
             raise RuntimeError(
                 f"em_regularizer.{self.name}: the penalty has no gradient, so it would train nothing. No trainable "
                 f"parameter reaches what it holds; widen the adapter's target modules or `layers`, or set `coef: 0`."
             )
+        value = penalty.value.detach()
+        if micro_batch[0] > 0 and self._last is not None:  # what is not finite in one micro-batch stays so for the step
+            value = value + 0 * self._last.value
         self._last = Penalty(
-            penalty.value.detach(), penalty.metrics, None if penalty.per_layer is None else penalty.per_layer.detach()
+            value, penalty.metrics, None if penalty.per_layer is None else penalty.per_layer.detach()
         )
         return penalty
 

@@ -63,6 +63,7 @@ class TReFTCallback(EMRegularizerCallback):
 
     name: ClassVar[str] = "treft"
     every: ClassVar[Literal["optimizer_step", "micro_batch"]] = "optimizer_step"
+    own_forward: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -1,0 +1,236 @@
+"""Where KL's reference comes from: the adapter switched off, or hidden states recorded before step 1."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from emguard_plugin.anchors import Anchor
+from emguard_plugin.reference import adapter_off, adapter_off_is_reference, eval_mode, peft_model
+from emguard_plugin.reference_cache import ReferenceCache, discard_unfinished, is_cache
+from emguard_plugin.regularizers.linear_kl import Head, linear_kl
+from emguard_plugin.regularizers.output_head import call_with_hidden, head_tensors, trains_head
+
+FOLDER = "emguard_kl_reference"
+"""In `output_dir`: what a resumed full fine-tune needs."""
+SAME_KL = 1e-3
+"""Nats per token up to which adapter on and off are one model at the start: above the rounding of bf16, 1e-4."""
+RECORDED_AT_ONCE = 8192
+
+
+class Batch(NamedTuple):
+    """Padded anchors: ids and mask (B, T), and the row and column of each held position (N,)."""
+
+    rows: tuple[int, ...]
+    ids: Tensor
+    mask: Tensor
+    row: Tensor
+    column: Tensor
+
+    def held(self, hidden: Tensor) -> Tensor:
+        """Pick the held positions: (B, T, H) -> (N, H), anchor by anchor."""
+        return hidden[self.row, self.column]
+
+
+def collate(anchors: Sequence[Anchor], rows: Sequence[int], device: torch.device) -> Batch:
+    """Pad anchors on the right to one batch."""
+    longest = max(len(anchors[i].ids) for i in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    at = [(r, t) for r, i in enumerate(rows) for t in anchors[i].held]
+    for r, i in enumerate(rows):
+        n = len(anchors[i].ids)
+        ids[r, :n], mask[r, :n] = torch.tensor(anchors[i].ids), 1
+    row, column = torch.tensor(at, dtype=torch.long).reshape(-1, 2).unbind(1)
+    return Batch(tuple(rows), *(x.to(device) for x in (ids, mask, row, column)))
+
+
+class KLReference:
+    """The model before this run, as hidden states at held positions and an output head.
+
+    Args:
+        model: Before training, unwrapped.
+        anchors: All anchors.
+        cache: `live`, `memory`, `auto` or a folder.
+        about: Hashes of what a stored cache must belong to.
+        resume_from: The checkpoint folder of a resumed run.
+        resumed: What that checkpoint says about its reference, if it had one.
+
+    Raises:
+        ValueError: when the reference asked for cannot be had.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anchors: Sequence[Anchor],
+        cache: str,
+        about: Mapping[str, str],
+        resume_from: Path | None,
+        resumed: Mapping[str, Any] | None,
+    ) -> None:
+        self.anchors, self.asked = anchors, cache
+        self.adapter_off = adapter_off_is_reference(model) if resumed is None else bool(resumed["adapter_off"])
+        if cache == "live" and not self.adapter_off:
+            raise ValueError(f"`em_regularizer.kl.cache: live` {_why_not_live(model)}. Use `cache: memory` or a folder.")
+        if resume_from is not None and resumed is None and not self.adapter_off:
+            raise ValueError(
+                f"{resume_from} holds no reference of `kl`, so the model before this run is lost: KL would anchor to weights that "
+                "are already tuned. Start afresh without `resume_from_checkpoint`, or remove `kl:`."
+            )
+        self.live = cache == "live" or (cache == "auto" and self.adapter_off)
+        self.folder = None if cache in ("auto", "live", "memory") else Path(cache).expanduser()
+        self.about = {**about, "model": resumed["model"]} if resumed else dict(about)
+        self.content: str | None = None
+        self._fresh, self._resumed = resume_from is None, resumed
+        self._stored_by_run = resume_from.parent / FOLDER if resume_from is not None else None
+        self._cache: ReferenceCache | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the recorded reference."""
+        return 0 if self._cache is None else self._cache.nbytes
+
+    def describe(self) -> str:
+        """Return a few words for the start line."""
+        if self.live:
+            return "adapter off"
+        return "recorded in " + ("memory" if self.folder is None else str(self.folder))
+
+    # Before step 1
+
+    def begin(self, model: nn.Module, transform: tuple[float, float | None], device: torch.device, rank: int) -> None:
+        """Check that adapter off is the model as it is, then record or load what is needed. Every process calls it.
+
+        Raises:
+            ValueError: for `cache: live` with an adapter that is not zero, or a cache of something else.
+        """
+        self.transform = transform
+        if self.adapter_off and self._fresh and not self._adapter_is_zero(model, device):
+            if self.asked == "live":
+                raise ValueError(
+                    "`em_regularizer.kl.cache: live`: the adapter is not zero at the start, so switching it off is not the model "
+                    "before this run. Use `cache: memory` or a folder."
+                )
+            self.adapter_off = self.live = False
+        if self.live:
+            return
+        sizes = [len(a.held) for a in self.anchors]
+        folder = self.folder
+        if self._resumed is not None and not self.adapter_off and folder is None:
+            folder = self._stored_by_run
+        dtype, _ = call_with_hidden(model, collate(self.anchors, [0], device).ids[:, :2], None, lambda h: h.detach()[:0])
+        about = {**self.about, "dtype": str(dtype.dtype).removeprefix("torch.")}
+        if folder is not None and (is_cache(folder) or (self._resumed is not None and not self.adapter_off)):
+            self._cache = ReferenceCache(sizes)
+            self.content = self._cache.load(folder, about)
+            if self._resumed is not None and not self.adapter_off and self.content != self._resumed["content"]:
+                raise ValueError(
+                    f"`em_regularizer.kl.cache`: {folder} is not the reference that the checkpoint was trained with. Restore it, or "
+                    "start afresh without `resume_from_checkpoint`."
+                )
+            return
+        self._cache = ReferenceCache(sizes, folder)
+        if folder is not None:
+            if rank == 0:
+                discard_unfinished(folder)
+            _wait()
+        self._record(model, device, rank)
+        if folder is not None:
+            if rank == 0:
+                self.content = self._cache.save(folder, about)
+            _wait()
+            if rank != 0:
+                head, self._cache = self._cache.head, ReferenceCache(sizes)
+                self.content, self._cache.head = self._cache.load(folder, about), head
+        self.about = about
+
+    @contextlib.contextmanager
+    def _reference_mode(self, model: nn.Module) -> Iterator[None]:
+        with torch.no_grad(), eval_mode(model), adapter_off(model) if self.adapter_off else contextlib.nullcontext():
+            yield
+
+    def _adapter_is_zero(self, model: nn.Module, device: torch.device) -> bool:
+        batch = collate(self.anchors, range(min(4, len(self.anchors))), device)
+        with self._reference_mode(model):
+            off, _ = call_with_hidden(model, batch.ids, batch.mask, batch.held)
+        with torch.no_grad(), eval_mode(model):
+            kl, _ = call_with_hidden(model, batch.ids, batch.mask, lambda h: self.kl(model, batch.held(h), off))
+        return kl.item() <= SAME_KL * len(off)
+
+    def _record(self, model: nn.Module, device: torch.device, rank: int) -> None:
+        from tqdm import tqdm
+
+        assert self._cache is not None
+        order = sorted(range(len(self.anchors)), key=lambda i: len(self.anchors[i].ids))
+        batches: list[list[int]] = []
+        for i in order:
+            if not batches or (len(batches[-1]) + 1) * len(self.anchors[i].ids) > RECORDED_AT_ONCE:
+                batches.append([])
+            batches[-1].append(i)
+        keep = trains_head(model) and not self.adapter_off
+
+        def use(hidden: Tensor, batch: Batch) -> Tensor:
+            if keep and self._cache.head is None:
+                self._cache.keep_head(*head_tensors(model))
+            return batch.held(hidden)
+
+        with self._reference_mode(model):
+            for rows in tqdm(batches, desc="KL reference", disable=rank != 0 or len(batches) < 4, leave=False):
+                batch = collate(self.anchors, rows, device)
+                hidden, _ = call_with_hidden(model, batch.ids, batch.mask, lambda h, b=batch: use(h, b))
+                for i, part in zip(rows, hidden.split([len(self.anchors[i].held) for i in rows]), strict=True):
+                    self._cache.put(i, part, write=rank == 0)
+
+    # Each step
+
+    def hidden(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the reference's hidden states (N, H) at the batch's held positions."""
+        if self._cache is not None:
+            return self._cache.take(batch.rows, batch.ids.device)
+        with self._reference_mode(model):
+            return call_with_hidden(model, batch.ids, batch.mask, batch.held)[0]
+
+    def kl(self, model: nn.Module, hidden: Tensor, reference: Tensor, direction: str = "base||model") -> Tensor:
+        """Return the summed KL; called where the model would call its head, so that the weights are there."""
+        weight, bias = head_tensors(model)
+        if self._cache is not None and self._cache.head is not None:
+            self._cache.head = tuple(None if t is None else t.to(weight.device) for t in self._cache.head)
+            base = self._cache.head
+        else:
+            base = head_tensors(model, reference=True)
+        hidden, reference = hidden.to(weight.device), reference.to(weight.device)
+        return linear_kl(hidden, Head(weight, bias, *self.transform), reference, Head(*base, *self.transform), direction)
+
+    # Checkpoints
+
+    def state(self, output_dir: Path) -> dict[str, Any]:
+        """Return what a checkpoint keeps; store a reference that only this run could record. For one process."""
+        if self._cache is not None and not self.adapter_off and self.content is None:
+            folder = output_dir / FOLDER
+            if folder.is_dir():
+                shutil.rmtree(folder)  # an earlier run's, whose checkpoints the host overwrites too
+            self.content = self._cache.save(folder, self.about)
+        return {"adapter_off": self.adapter_off, "content": self.content, "model": self.about["model"]}
+
+
+def _why_not_live(model: nn.Module) -> str:
+    if peft_model(model) is None:
+        return "needs an adapter to switch off, and there is none (full fine-tuning)"
+    return (
+        "needs an adapter that starts at zero and trains alone (default LoRA init, `bias: none`, no other trainable weights), "
+        "so that switching it off is the model before this run"
+    )
+
+
+def _wait() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
