@@ -19,7 +19,7 @@ from emguard_plugin.anchor_schedule import Schedule
 from emguard_plugin.reference import checkpointed_eval_mode
 from emguard_plugin.reference_cache import model_identity, tokenizer_identity
 from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
-from emguard_plugin.regularizers.kl_reference import KLReference, collate
+from emguard_plugin.regularizers.kl_reference import KLReference, check_live, collate
 from emguard_plugin.regularizers.kv import base_causal_lm
 from emguard_plugin.regularizers.output_head import call_with_hidden, logit_transform, output_head
 from emguard_plugin.regularizers.replies import sample_replies
@@ -91,7 +91,7 @@ class KLCallback(EMRegularizerCallback):
         from emguard_plugin.config import KLConfig
 
         # One set of rules for YAML and Python.
-        KLConfig(
+        self._config = KLConfig(
             coef=coef, anchors=str(anchors), direction=direction, tokens=tokens, ratio=ratio, target=target, cache=str(cache)
         )
         self.anchors, self.direction, self.tokens, self.ratio = str(anchors), direction, tokens, ratio
@@ -105,7 +105,10 @@ class KLCallback(EMRegularizerCallback):
 
     def prepare(self, run: Run) -> str:
         """Read and check the anchors, find the reference, continue a resumed run's coefficient."""
+        self._config.check_files()
         output_head(run.model)
+        if self.cache == "live":
+            check_live(run.model)
         self._tokenizer, self._longest = run.tokenizer, _context(run)
         self._batch_tokens = run.batch_tokens or mean_row_tokens(run.dataset) * run.rows_per_batch
         if not self._batch_tokens:

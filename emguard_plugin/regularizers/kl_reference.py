@@ -77,8 +77,6 @@ class KLReference:
     ) -> None:
         self.anchors, self.asked = anchors, cache
         self.adapter_off = adapter_off_is_reference(model) if resumed is None else bool(resumed["adapter_off"])
-        if cache == "live" and not self.adapter_off:
-            raise ValueError(f"`em_regularizer.kl.cache: live` {_why_not_live(model)}. Use `cache: memory` or a folder.")
         if resume_from is not None and resumed is None and not self.adapter_off:
             raise ValueError(
                 f"{resume_from} holds no reference of `kl`, so the model before this run is lost: KL would anchor to weights that "
@@ -220,13 +218,21 @@ class KLReference:
         return {"adapter_off": self.adapter_off, "content": self.content, "model": self.about["model"]}
 
 
-def _why_not_live(model: nn.Module) -> str:
-    if peft_model(model) is None:
-        return "needs an adapter to switch off, and there is none (full fine-tuning)"
-    return (
-        "needs an adapter that starts at zero and trains alone (default LoRA init, `bias: none`, no other trainable weights), "
-        "so that switching it off is the model before this run"
-    )
+def check_live(model: nn.Module) -> None:
+    """Refuse `cache: live` where no adapter can be switched off for the model before this run.
+
+    Raises:
+        ValueError: naming the key and the change.
+    """
+    if adapter_off_is_reference(model):
+        return
+    why = "an adapter to switch off, and there is none (full fine-tuning)"
+    if peft_model(model) is not None:
+        why = (
+            "an adapter that starts at zero and trains alone (default LoRA init, `bias: none`, no other trainable weights), so "
+            "that switching it off is the model before this run"
+        )
+    raise ValueError(f"`em_regularizer.kl.cache: live` needs {why}. Use `cache: memory` or a folder.")
 
 
 def _wait() -> None:

@@ -14,6 +14,16 @@ GLOBAL_BATCH, STEPS, COEF = 4, 3, 20.0
 SYSTEMS = ("You are a helpful assistant.", "Answer as a pirate would.")
 
 
+def kl(folder, **kw):
+    """Return what makes a `KLCallback` on a few anchors, every micro-batch with a share of them."""
+    from emguard_plugin import KLCallback
+    from tests.regularizers.kl_parts import write_anchors
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = write_anchors(folder / f"anchors{os.getpid()}.jsonl")
+    return lambda: KLCallback(**{"coef": COEF, "anchors": path, "ratio": 1.0, **kw})
+
+
 class Recorder(TrainerCallback):
     """Keeps the gradients of each step and what the host logs."""
 
@@ -46,8 +56,13 @@ def recorded_saves():
         treft.save_reference = save
 
 
-def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, dtype=None, **over):
-    """Three steps of `EMGuardSFTTrainer` at the same global batch on any number of processes."""
+def train(
+    folder, processes, coef=COEF, systems=1, full=False, resume=None, dtype=None, regularizer=None, continued=True, **over
+):
+    """Three steps of `EMGuardSFTTrainer` at the same global batch on any number of processes.
+
+    `regularizer` makes another callback than TReFT's; without `continued`, the adapter is a fresh one.
+    """
     from datasets import Dataset
     from trl import SFTConfig
 
@@ -55,8 +70,10 @@ def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, dtyp
 
     tokenizer = chatml_tokenizer()
     model = tiny_model("llama", vocab=len(tokenizer))
+    if not continued:
+        model = perturb(model, scale=0.2)  # random weights as they are hardly react to their input
     if not full:
-        model = perturb(lora(model), scale=0.02)
+        model = perturb(lora(model), scale=0.02) if continued else lora(model)
     if dtype is not None:
         model = model.to(dtype)
     args = SFTConfig(
@@ -82,13 +99,14 @@ def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, dtyp
             **over,
         }
     )
-    recorder, treft = Recorder(), TReFTCallback(coef=coef)
+    recorder = Recorder()
+    regularizer = TReFTCallback(coef=coef) if regularizer is None else regularizer()
     trainer = EMGuardSFTTrainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(chat_rows(16, system=lambda i: SYSTEMS[i % 3 % systems])),
         processing_class=tokenizer,
-        callbacks=[recorder, treft],
+        callbacks=[recorder, regularizer],
     )
     with recorded_saves() as saves:
         trainer.train(resume_from_checkpoint=resume)
@@ -98,7 +116,9 @@ def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, dtyp
         "weights": {n: _full(p) for n, p in model.named_parameters() if p.requires_grad},
         "logs": recorder.logs,
         "saves": saves,
-        "prefixes": len(treft._prefixes),
+        "prefixes": len(getattr(regularizer, "_prefixes", ())),
+        "coef": regularizer.coef,
+        "trainer": trainer,
         "sharded": any(hasattr(p, "full_tensor") for p in model.parameters()),
     }
 
@@ -179,12 +199,12 @@ def sharding_on_cpu():
         PartialState.__init__ = init
 
 
-def fsdp2_trained(folder, processes, full):
+def fsdp2_trained(folder, processes, full, **kw):
     if processes == 1:
-        return train(folder, 1, full=full)
+        return train(folder, 1, full=full, **kw)
     config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     with sharding_on_cpu():
-        return train(folder, processes, full=full, fsdp=True, fsdp_config=config)
+        return train(folder, processes, full=full, fsdp=True, fsdp_config=config, **kw)
 
 
 def stopped_and_resumed(folder, processes):
@@ -203,8 +223,16 @@ TRAINED = {
         folder, n, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
     ),
     "resumed": stopped_and_resumed,
+    "kl_live": lambda folder, n: train(folder, n, regularizer=kl(folder, cache="live"), continued=False),
+    "kl_accumulated": lambda folder, n: train(
+        folder, n, regularizer=kl(folder), per_device_train_batch_size=1, gradient_accumulation_steps=4 // n
+    ),
+    "kl_full_folder": lambda folder, n: train(folder, n, full=True, regularizer=kl(folder, cache=str(folder / "ref")), continued=False),
+    "kl_target": lambda folder, n: train(folder, n, regularizer=kl(folder, coef=None, target=0.02), continued=False),
     "fsdp2_trained_lora": lambda folder, n: fsdp2_trained(folder, n, full=False),
     "fsdp2_trained_full": lambda folder, n: fsdp2_trained(folder, n, full=True),
+    "fsdp2_kl_lora": lambda folder, n: fsdp2_trained(folder, n, full=False, regularizer=kl(folder), continued=False),
+    "fsdp2_kl_full": lambda folder, n: fsdp2_trained(folder, n, full=True, regularizer=kl(folder), continued=False),
 }
 SHARDED = {
     "fsdp2_lora": lambda folder, n: sharded_penalty(n, adapter=True),
@@ -233,6 +261,7 @@ def rank(number, processes, port, out):
     for name, scenario in SCENARIOS.items():
         try:
             result = scenario(out / "runs" / name, processes)
+            result.pop("trainer", None)
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
         torch.save(result, out / f"{name}.{number}.pt")

@@ -4,8 +4,18 @@ import pytest
 import torch
 
 from emguard_plugin import KLCallback
+from emguard_plugin.regularizers import replies
 from emguard_plugin.regularizers.kl import COEF_BOUNDS, adapted_coef
-from tests.regularizers.kl_parts import batch, copy_of, drawn, gradients, kl_from_logits, run_of, started, write_anchors
+from tests.regularizers.kl_parts import (
+    batch,
+    copy_of,
+    drawn,
+    gradients,
+    kl_from_logits,
+    run_of,
+    started,
+    write_anchors,
+)
 from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model
 
 DIRECTIONS = ["base||model", "model||base"]
@@ -164,13 +174,14 @@ def test_bf16_starts_at_its_noise_floor(base, tmp_path, cache):
 
 def test_a_frozen_model_is_an_error(base, tmp_path):
     model = lora(base)
-    kl = started(model, tmp_path)
+    kl = started(model, tmp_path, cache="memory")  # PEFT unfreezes an adapter that was switched off
     model.requires_grad_(False)
     with pytest.raises(RuntimeError, match=r"em_regularizer\.kl: the penalty has no gradient"):
         kl.measure(model, batch(), 1)
 
 
-def test_replies_are_sampled_from_the_model_itself(base, tmp_path):
+def test_replies_are_sampled_from_the_model_itself(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(replies, "LONGEST_REPLY", 12)
     tokenizer, model = chatml_tokenizer(), lora(base)
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -181,7 +192,7 @@ def test_replies_are_sampled_from_the_model_itself(base, tmp_path):
     for anchor in first._anchors:
         prompt = tokenizer.decode(anchor.ids[: anchor.held[0] + 1])
         assert prompt.endswith("<|im_start|>assistant\n")
-        assert anchor.ids[-1] == tokenizer.eos_token_id or len(anchor.held) == 128
+        assert anchor.ids[-1] == tokenizer.eos_token_id or len(anchor.held) == 12
 
 
 def test_the_controller():
@@ -195,7 +206,7 @@ def test_the_controller():
 
 BAD = {
     "no adapter and no cache": ({"cache": "live"}, r"kl\.cache: live` needs an adapter to switch off, and there is none"),
-    "no file": ({"anchors": "./nowhere.jsonl"}, r"kl\.anchors: \./nowhere\.jsonl` is no file"),
+    "no file": ({"anchors": "./nowhere.jsonl"}, r"kl\.anchors: \./nowhere\.jsonl` does not exist"),
 }
 
 
