@@ -141,7 +141,9 @@ def tokenize_chats(
             raise ValueError(f"`{KEY}`: {where} has no assistant turn. Prompts alone go with `anchors: self:<path>`.")
         try:
             ids = ct.tokenize(tokenizer, ct.render(tokenizer, messages, **template_kwargs))
-            held = range(len(ids) - 1) if tokens == "all" else _assistant_positions(ids, messages, tokenizer, template_kwargs)
+            held = range(len(ids) - 1)
+            if tokens == "assistant":
+                held = list(_assistant_positions(ids, messages, tokenizer, template_kwargs))
         except jinja2.TemplateError as exc:
             raise ValueError(f"`{KEY}`: the chat template cannot render {where} ({exc}).") from exc
         except LookupError as exc:
@@ -207,6 +209,7 @@ def overlap(chats: Sequence[Chat], dataset: Any, tokenizer: Any) -> tuple[int, i
     Returns:
         (anchors whose prompt occurs, anchors that occur whole).
     """
+
     def plain(text: str) -> str:
         return " ".join(text.split())
 

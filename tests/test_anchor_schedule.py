@@ -44,10 +44,11 @@ def test_every_anchor_comes_once_before_any_comes_twice():
 
 
 def test_the_order_depends_on_the_seed_and_not_on_what_was_asked_before():
-    a = plan()
-    late = a.slots(17, 4)
-    assert plan().slots(17, 4) == late
-    assert plan(seed=1).slots(17, 4) != late
+    late = plan(batch_tokens=512).slots(17, 4)
+    early = plan(batch_tokens=512)
+    assert early.slots(3, 4) != late
+    assert early.slots(17, 4) == late
+    assert plan(batch_tokens=512, seed=1).slots(17, 4) != late
 
 
 def test_the_ratio_is_kept_and_reported():
