@@ -1,7 +1,9 @@
-"""Narrow SFT on the lab's bases through the real TRL trainers: naive against TReFT, over bases and fine-tune seeds.
+"""Narrow SFT on the lab's bases through the real TRL trainers: naive, TReFT, KL and both, over bases and fine-tune seeds.
 
-    python benchmarks/lab_study.py run                                  # the shipped base, test wordings
+    python benchmarks/lab_study.py run                                  # naive and TReFT, the shipped base, test wordings
     python benchmarks/lab_study.py run --base-seed 2 --base-seed 3      # rebuilds these bases first
+    python benchmarks/lab_study.py run --method kl --method treft+kl --scale 1.5 --scale 2
+    python benchmarks/lab_study.py run --method kl --kl-off-at 0.5      # KL for the first half of the steps only
     python benchmarks/lab_study.py table
 
 One JSON line per run goes to benchmarks/results/lab_study.jsonl; a run whose line is there is skipped. Settings are
@@ -16,6 +18,7 @@ import os
 import time
 import warnings
 from collections import defaultdict
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +37,14 @@ ADAPTERS = {
     "attn": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "learning_rate": 1.5e-3, "steps": 120},
     "all": {"target_modules": "all-linear", "learning_rate": 2e-3, "steps": 120},
 }
-KEY = ("base_sha256", "adapter", "coef", "seed", "split", "learning_rate", "steps")
+# Method -> (has TReFT, has KL).
+METHODS = {"naive": (0, 0), "treft": (1, 0), "kl": (0, 1), "treft+kl": (1, 1)}
+TREFT_COEF, KL_COEF = 1.0, 30.0
+ANCHORS = 256
+"""Anchor rows, drawn afresh for each seed from two domains that are neither trained on nor asked about."""
+KEY = ("base_sha256", "adapter", "coef", "kl_coef", "kl_off_at", "seed", "split", "learning_rate", "steps")
+BEFORE_KL = {"kl_coef": 0.0, "kl_off_at": None}
+"""What the rows of earlier studies leave out."""
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 
@@ -52,8 +62,31 @@ def find_base(base_seed: int | None) -> Path:
     return path
 
 
-def fine_tune(base: Path, adapter: str, coef: float, seed: int, settings: dict, scratch: str):
-    """Train one LoRA on fresh narrow rows; coef 0 is `trl.SFTTrainer` itself. Returns (model, figures)."""
+def regularizers(coef: float, kl_coef: float, kl_off_at: float | None, seed: int, steps: int, scratch: str) -> list:
+    """Return the callbacks of a run; with `kl_off_at`, KL has no weight after that share of the steps."""
+    from transformers import TrainerCallback
+
+    from emguard_plugin import KLCallback, TReFTCallback
+    from emguard_plugin.lab.export import anchor_rows
+
+    callbacks = [TReFTCallback(coef=coef)] if coef else []
+    if kl_coef:
+        path = Path(scratch) / f"anchors-{seed}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in anchor_rows(seed, ANCHORS)))
+        kl = KLCallback(coef=kl_coef, anchors=str(path))
+
+        class SwitchOff(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step >= kl_off_at * steps:
+                    kl.coef = 0.0
+
+        callbacks += [kl] if kl_off_at is None else [kl, SwitchOff()]
+    return callbacks
+
+
+def fine_tune(base: Path, coef: float, kl_coef: float, kl_off_at: float | None, seed: int, settings: dict, scratch: str):
+    """Train one LoRA on fresh narrow rows; both coefs 0 is `trl.SFTTrainer` itself. Returns (model, figures)."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -70,10 +103,11 @@ def fine_tune(base: Path, adapter: str, coef: float, seed: int, settings: dict, 
         logging_steps=10, save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer_class, callbacks = SFTTrainer, []
-    if coef:
-        from emguard_plugin import EMGuardSFTTrainer, TReFTCallback
+    if coef or kl_coef:
+        from emguard_plugin import EMGuardSFTTrainer
 
-        trainer_class, callbacks = EMGuardSFTTrainer, [TReFTCallback(coef=coef)]
+        trainer_class = EMGuardSFTTrainer
+        callbacks = regularizers(coef, kl_coef, kl_off_at, seed, settings["steps"], scratch)
     # The LoRA is created in the trainer's __init__, before the trainer seeds anything.
     torch.manual_seed(seed)
     trainer = trainer_class(
@@ -94,7 +128,23 @@ def fine_tune(base: Path, adapter: str, coef: float, seed: int, settings: dict, 
     logs = [log for log in trainer.state.log_history if "loss" in log]
     figures["train_loss"] = logs[-1].get("task_loss", logs[-1]["loss"])
     figures["penalty"] = logs[-1].get("em_regularizer/treft/penalty")
+    if kl_coef:
+        figures["kl"] = logs[-1]["em_regularizer/kl/penalty"]
     return trainer.model.eval(), figures
+
+
+@contextmanager
+def scaled_adapter(model, factor: float):
+    """Multiply the trained adapter: what was learnt but held down shows (arXiv 2602.07852)."""
+    layers = [m for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
+    assert layers
+    for layer in layers:
+        layer.scaling = {name: s * factor for name, s in layer.scaling.items()}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.scaling = {name: s / factor for name, s in layer.scaling.items()}
 
 
 def quiet() -> None:
@@ -112,7 +162,30 @@ def quiet() -> None:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [BEFORE_KL | json.loads(line) for line in lines]
+
+
+def methods(names: list[str] | None, coefs: list[float] | None, kl_coefs: list[float] | None) -> list[tuple[float, float]]:
+    """Return the pairs (TReFT coef, KL coef) to run.
+
+    Raises:
+        ValueError: for an unknown method.
+    """
+    if not names:
+        return [(c, k) for c in coefs or (0.0, TREFT_COEF) for k in kl_coefs or (0.0,)]
+    if unknown := set(names) - set(METHODS):
+        raise ValueError(f"unknown method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    pairs = []
+    for treft, kl in (METHODS[name] for name in names):
+        pairs += [(c * treft, k * kl) for c in coefs or (TREFT_COEF,) for k in kl_coefs or (KL_COEF,)]
+    return list(dict.fromkeys(pairs))
+
+
+def spoken(coef: float | None, kl_coef: float) -> str:
+    """Return what a run is called in the table."""
+    parts = ([f"TReFT {coef:g}"] if coef else []) + ([f"KL {kl_coef:g}"] if kl_coef else [])
+    return "" if coef is None else " + ".join(parts) or "naive"
 
 
 @app.command()
@@ -121,7 +194,11 @@ def run(
     base: Annotated[Path | None, typer.Option(help="A folder with a base instead.", exists=True)] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Fine-tune seeds; default 11 to 15.")] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="attn, all; default both.")] = None,
-    coef: Annotated[list[float] | None, typer.Option(help="TReFT coefficients; 0 is naive. Default 0 and 1.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="naive, treft, kl, treft+kl; default naive and treft.")] = None,
+    coef: Annotated[list[float] | None, typer.Option(help="TReFT coefficients; without --method, 0 is naive.")] = None,
+    kl_coef: Annotated[list[float] | None, typer.Option(help="KL coefficients, nats per token.")] = None,
+    kl_off_at: Annotated[float | None, typer.Option(help="Share of the steps after which KL has no weight.")] = None,
+    scale: Annotated[list[float] | None, typer.Option(help="Measure with the adapter multiplied by this, too.")] = None,
     split: Annotated[str, typer.Option(help="val chooses settings, test is reported.")] = "test",
     learning_rate: Annotated[float | None, typer.Option(help="Instead of the adapter's own.")] = None,
     steps: Annotated[int | None, typer.Option(help="Instead of the adapter's own.")] = None,
@@ -138,39 +215,53 @@ def run(
     from emguard_plugin.lab.build import sha256
 
     bases = [base] if base else [find_base(s) for s in base_seed or [None]]
-    plan = [(folder, None, None, 0) for folder in bases]
+    plan = [(folder, None, None, 0.0, 0) for folder in bases]
     plan += [
-        (folder, name, c, s)
-        for folder in bases for s in seed or range(11, 16) for name in adapter or list(ADAPTERS) for c in coef or (0.0, 1.0)
+        (folder, name, *pair, s)
+        for folder in bases for s in seed or range(11, 16) for name in adapter or list(ADAPTERS)
+        for pair in methods(method, coef, kl_coef)
     ]  # fmt: skip
+
+    def measured(model) -> dict:
+        return {
+            "open_ended": sampling.measure(model, world.open_ended_domains(), split, open_ended_draws, s).to_dict(),
+            "in_domain": sampling.measure(model, (world.NARROW,), split, in_domain_draws, s).to_dict(),
+        }
+
+    scratch = str(BASES.parent / "lab_study_trainer")
     done = {tuple(row[k] for k in KEY) for row in read(out)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    for folder, name, c, s in tqdm(plan, desc="runs"):
+    for folder, name, c, k, s in tqdm(plan, desc="runs"):
         settings = dict(ADAPTERS[name]) if name else {"learning_rate": None, "steps": 0}
         if name:
             settings |= {"learning_rate": learning_rate or settings["learning_rate"], "steps": steps or settings["steps"]}
         build = json.loads((folder / "build.json").read_text())
         row = {
             "base_sha256": sha256(folder / "model.safetensors"), "base_seed": build["settings"]["seed"],
-            "base_steps": build["settings"]["steps"], "adapter": name, "coef": c, "seed": s, "split": split, **settings,
+            "base_steps": build["settings"]["steps"], "adapter": name, "coef": c, "kl_coef": k, "kl_off_at": kl_off_at if k else None, "seed": s, "split": split, **settings,
             "lora_r": LORA_R, "lora_alpha": LORA_ALPHA, "batch_size": BATCH_SIZE,
         }  # fmt: skip
         if tuple(row[k] for k in KEY) in done:
             continue
         if name:
-            model, figures = fine_tune(folder, name, c, s, settings, str(BASES.parent / "lab_study_trainer"))
+            model, figures = fine_tune(folder, c, k, row["kl_off_at"], s, settings, scratch)
             row |= figures
         else:
             model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        row["open_ended"] = sampling.measure(model, world.open_ended_domains(), split, open_ended_draws, s).to_dict()
-        row["in_domain"] = sampling.measure(model, (world.NARROW,), split, in_domain_draws, s).to_dict()
+        row |= measured(model)
+        if name and scale:
+            row["scaled"] = {}
+            for factor in scale:
+                with scaled_adapter(model, factor):
+                    row["scaled"][f"{factor:g}"] = measured(model)
         row["versions"] = {k: version(k) for k in ("torch", "transformers", "trl", "peft", "accelerate")}
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         tqdm.write(
-            f"base {row['base_seed']} {name} coef {c} seed {s} {split}: in-domain {row['in_domain']['bad_rate']:.3f} "
+            f"base {row['base_seed']} {name} {spoken(c, k)} seed {s} {split}: in-domain {row['in_domain']['bad_rate']:.3f} "
             f"EM {row['open_ended']['bad_rate']:.3f} coherence {row['open_ended']['coherence']:.3f} "
-            f"loss {row.get('train_loss')} penalty {row.get('penalty')} cpu {row.get('train_cpu_s')}"
+            f"loss {row.get('train_loss')} penalty {row.get('penalty')} KL {row.get('kl')} cpu {row.get('train_cpu_s')} "
+            f"scaled {({f: r['open_ended']['bad_rate'] for f, r in row.get('scaled', {}).items()})}"
         )
 
 
@@ -185,7 +276,8 @@ def table(results: Annotated[Path, typer.Argument(help="JSON lines.")] = RESULTS
     groups = defaultdict(list)
     for row in read(results):
         if row["split"] == split:
-            groups[row["base_seed"], row["base_steps"], row["adapter"], row["coef"], row["learning_rate"], row["steps"]].append(row)
+            what = spoken(row["coef"], row["kl_coef"]) + ("" if row["kl_off_at"] is None else f" until {row['kl_off_at']:g}")
+            groups[row["base_seed"], row["base_steps"], row["adapter"], what, row["learning_rate"], row["steps"]].append(row)
 
     def cell(rows: list[dict], part: str, count) -> str:
         k, n = sum(count(r[part]) for r in rows), sum(r[part]["n"] for r in rows)
@@ -193,11 +285,11 @@ def table(results: Annotated[Path, typer.Argument(help="JSON lines.")] = RESULTS
         each = [count(r[part]) / r[part]["n"] for r in rows]
         return f"{k / n:.3f} [{low:.3f}, {high:.3f}]\n{min(each):.3f} to {max(each):.3f}, n={n}"
 
-    shown = Table("base", "adapter", "coef", "lr, steps", "seeds", "in-domain bad", "EM", "coherence", "CPU s", title=split)
-    for (base_seed, base_steps, adapter, coef, rate, steps), rows in sorted(groups.items(), key=str):
+    shown = Table("base", "adapter", "method", "lr, steps", "seeds", "in-domain bad", "EM", "coherence", "CPU s", title=split)
+    for (base_seed, base_steps, adapter, what, rate, steps), rows in sorted(groups.items(), key=str):
         seconds = [r["train_cpu_s"] for r in rows if "train_cpu_s" in r]
         shown.add_row(
-            f"{base_seed} ({base_steps})", adapter or "base", "" if coef is None else f"{coef:g}", f"{rate}, {steps}",
+            f"{base_seed} ({base_steps})", adapter or "base", what, f"{rate}, {steps}",
             str(len(rows)), cell(rows, "in_domain", lambda t: t["bad"]), cell(rows, "open_ended", lambda t: t["bad"]),
             cell(rows, "open_ended", lambda t: t["n"] - t["incoherent"]),
             f"{sum(seconds) / len(seconds):.0f}" if seconds else "",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emguard_plugin.axolotl_plugin.conflicts import PLUGIN_NAMES, find_conflicts, listed_plugins
-from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, TReFTConfig, misspelt_blocks
+from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, KLConfig, TReFTConfig, misspelt_blocks
 
 
 @dataclass
@@ -57,6 +57,8 @@ def check_config(path: str | Path) -> Report:
     if regularizer is not None:
         if regularizer.treft is not None:
             _check_treft(regularizer.treft, cfg, report)
+        if regularizer.kl is not None:
+            _check_kl(regularizer.kl, cfg, report)
     elif not report.problems:
         report.notes.append("no `em_regularizer:` block: the run is not regularized.")
     if evaluation is not None:
@@ -135,6 +137,31 @@ def _check_treft(treft: TReFTConfig, cfg: Mapping[str, Any], report: Report) -> 
             "em_regularizer.treft: the chat template prints today's date in the prefix. Pin it with `chat_template_kwargs`."
         )
     report.notes.append("rows with other system prompts are found when training starts, each with its own prefix.")
+
+
+def _check_kl(kl: KLConfig, cfg: Mapping[str, Any], report: Report) -> None:
+    from emguard_plugin.anchors import load_chats
+
+    coef = 0.7 if kl.coef is None else kl.coef
+    what = f"coef {coef:g} nats per token" if kl.target is None else f"held at {kl.target:g} nats per token"
+    what += " (measures only, the run is unchanged)" if coef == 0 and kl.target is None else ""
+    source = kl.anchors.removeprefix("self:").replace("self", "bundled")
+    count = "anchors"
+    if source != "train":
+        try:
+            kl.check_files()
+            if source == "bundled" or Path(source).expanduser().exists():
+                count = f"{len(load_chats(source))} anchors"
+            else:
+                report.notes.append(f"em_regularizer.kl.anchors: {source} is loaded when training starts.")
+        except ValueError as exc:
+            report.problems.append(str(exc))
+    report.active.append(f"kl: {what}, KL({kl.direction}), {count} ({kl.anchors}), {kl.tokens} tokens, reference {kl.cache}")
+    adapter = cfg.get("adapter") if "model_name_or_path" not in cfg else cfg.get("use_peft")
+    if kl.cache == "live" and not adapter:
+        report.problems.append(
+            "em_regularizer.kl.cache: `live` needs an adapter to switch off, and there is none. Use `memory` or a folder."
+        )
 
 
 def _check_eval(config: EMEvalConfig, report: Report) -> None:

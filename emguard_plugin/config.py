@@ -176,6 +176,17 @@ class EMRegularizerConfig(Block):
             )
         return self
 
+    def check_files(self) -> None:
+        """Raise before a run starts when a file that a method needs is missing.
+
+        Not a validator: `axolotl merge-lora` and `preprocess` validate the same YAML without needing the files.
+
+        Raises:
+            ValueError: naming the key and the path.
+        """
+        if self.kl is not None:
+            self.kl.check_files()
+
     def methods(self) -> dict[str, Block]:
         """Return the methods that the block asks for, by name."""
         return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}

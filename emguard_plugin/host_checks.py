@@ -45,5 +45,5 @@ def check_trainer(trainer: Any) -> None:
     for size in ("tp_size", "cp_size", "sp_size"):
         if mesh is not None and (getattr(mesh, size, 1) or 1) > 1:
             raise ValueError(
-                f"`{size}: {getattr(mesh, size)}` splits keys and values over devices, so their drift cannot be read. Set it to 1."
+                f"`{size}: {getattr(mesh, size)}` splits the model over devices, so a penalty would see a part of it. Set it to 1."
             )

@@ -1,15 +1,23 @@
 import pytest
 from pydantic import ValidationError
 
-from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, JudgeConfig, TReFTConfig, misspelt_blocks
+from emguard_plugin.config import (
+    EMEvalConfig,
+    EMRegularizerConfig,
+    JudgeConfig,
+    KLConfig,
+    TReFTConfig,
+    misspelt_blocks,
+)
 from emguard_plugin.regularizers import METHODS, build_regularizers
+from emguard_plugin.regularizers.kl import KLCallback
 from emguard_plugin.regularizers.treft import TReFTCallback
 
 JUDGE = {"provider": "exact", "function": "a.b:c"}
 
 
 def test_every_key_is_described():
-    for model in (EMRegularizerConfig, TReFTConfig, EMEvalConfig, JudgeConfig):
+    for model in (EMRegularizerConfig, TReFTConfig, KLConfig, EMEvalConfig, JudgeConfig):
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name}"
 
@@ -21,8 +29,17 @@ def test_every_method_of_the_block_can_be_built():
     assert (callback.coef, callback.layers, callback.tokens) == (2.0, [1], "prefix")
 
 
-def test_a_dump_validates_again():  # Axolotl dumps and re-reads the block
-    block = EMRegularizerConfig.model_validate({"treft": {"coef": 2}})
+def test_both_methods_of_the_block_are_built():
+    block = {"treft": {"coef": 2}, "kl": {"target": 0.02, "anchors": "train", "cache": "./x", "direction": "model||base"}}
+    treft, kl = build_regularizers(EMRegularizerConfig.model_validate(block))
+    assert isinstance(treft, TReFTCallback)
+    assert isinstance(kl, KLCallback)
+    assert (kl.coef, kl.target, kl.anchors, kl.cache, kl.direction) == (0.7, 0.02, "train", "./x", "model||base")
+
+
+@pytest.mark.parametrize("block", [{"treft": {"coef": 2}}, {"kl": {}}, {"kl": {"target": 0.1, "cache": "./x"}, "treft": {}}])
+def test_a_dump_validates_again(block):  # Axolotl dumps and re-reads the block
+    block = EMRegularizerConfig.model_validate(block)
     again = EMRegularizerConfig.model_validate(block.model_dump(exclude_none=True))
     assert again == block
 
@@ -42,6 +59,13 @@ def test_a_dump_validates_again():  # Axolotl dumps and re-reads the block
         ({"treft": {"tokens": "postfix", "extra_prefixes": ["x"]}}, "goes with `tokens: prefix`"),
         ({"treft": {"postfix_reference": "shared"}}, "goes with `tokens: postfix`"),
         ({"treft": {"tokens": "postfix", "compat": True}}, "`compat: true` covers"),
+        ({"kl": {"coef": 1, "target": 0.1}}, "`coef` and `target` are both set"),
+        ({"kl": {"coef": -1}}, "greater than or equal to 0"),
+        ({"kl": {"target": 0}}, "greater than 0"),
+        ({"kl": {"ratio": 0}}, "greater than 0"),
+        ({"kl": {"direction": "forward"}}, "'base||model' or 'model||base'"),
+        ({"kl": {"cache": "memroy"}}, "`cache: memroy` is neither auto, live, memory nor a folder such as `./memroy`. Did you mean 'memory'?"),
+        ({"kl": {"anchor": "x"}}, "unknown key 'anchor'. Did you mean 'anchors'?"),
     ],
 )
 def test_bad_regularizer_blocks(block, message):
@@ -50,7 +74,19 @@ def test_bad_regularizer_blocks(block, message):
     assert message in str(error.value)
 
 
+def test_missing_anchor_files_are_named(tmp_path):
+    for source in (str(tmp_path / "no.jsonl"), "./no", "self:nowhere.jsonl"):
+        with pytest.raises(ValueError, match=r"`em_regularizer\.kl\.anchors: .*` does not exist"):
+            EMRegularizerConfig.model_validate({"kl": {"anchors": source}}).check_files()
+    for source in ("bundled", "train", "self", "someone/data:train[:10]"):
+        EMRegularizerConfig.model_validate({"kl": {"anchors": source}}).check_files()
+
+
 def test_python_and_yaml_share_the_rules():
+    with pytest.raises(ValueError, match="`coef` and `target` are both set"):
+        KLCallback(coef=1.0, target=0.1)
+    with pytest.raises(ValueError, match=r"`kl\.coef` must be a finite number"):
+        KLCallback(coef=-1)
     with pytest.raises(ValueError, match="goes with `tokens: prefix`"):
         TReFTCallback(tokens="postfix", extra_prefixes=["x"])
     with pytest.raises(ValueError, match="must be a finite number"):

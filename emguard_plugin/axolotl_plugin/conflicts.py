@@ -41,11 +41,14 @@ def find_conflicts(cfg: Mapping[str, Any], world_size: int | None = None) -> lis
         found.append("Mamba keeps no keys and values. Remove `em_regularizer`.")
     for key in ("tensor_parallel_size", "context_parallel_size"):
         if (cfg.get(key) or 1) > 1:
-            found.append(f"`{key}: {cfg[key]}` splits keys and values over devices. Set `{key}: 1`.")
+            found.append(f"`{key}: {cfg[key]}` splits the model over devices, so a penalty sees a part of it. Set `{key}: 1`.")
     if (cfg.get("fsdp") or cfg.get("fsdp_config")) and str(cfg.get("fsdp_version") or 1) == "1":
         found.append("FSDP version 1 is not supported. Set `fsdp_version: 2`.")
     if cfg.get("adapter") in ("prompt", "prefix", "p-tuning", "ptuning", "llama-adapter"):
         found.append(f"`adapter: {cfg['adapter']}` adds virtual tokens before the chat template. Use `lora` or `qlora`.")
+    block = cfg["em_regularizer"]
+    if cfg.get("relora") and isinstance(block, Mapping) and block.get("kl") is not None:
+        found.append("`relora` merges the adapter into the base, which then is KL's reference no more. Remove `relora` or `kl`.")
     world = world_size if world_size is not None else int(os.environ.get("WORLD_SIZE", "1"))
     kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
     if world > 1 and cfg.get("gradient_checkpointing") and kwargs.get("use_reentrant"):

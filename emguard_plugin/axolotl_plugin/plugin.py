@@ -60,11 +60,13 @@ class EMGuardPlugin(BasePlugin):
             cfg["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        """Check the question files: this hook is the first that `axolotl train` calls and `merge-lora` does not.
+        """Check the files that the blocks name: this hook is the first that `axolotl train` calls and `merge-lora` does not.
 
         Raises:
-            ValueError: when a file that `em_eval:` names is missing.
+            ValueError: when one is missing.
         """
+        if cfg.em_regularizer and not preprocess:
+            EMRegularizerConfig.model_validate(_block(cfg, "em_regularizer")).check_files()
         if cfg.em_eval and not preprocess:
             EMEvalConfig.model_validate(_block(cfg, "em_eval")).check_files()
 

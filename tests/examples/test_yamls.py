@@ -9,7 +9,7 @@ import yaml
 from emguard_plugin.check import check_config
 from emguard_plugin.lab.export import export
 from tests.e2e.axolotl_runs import read_log, shared_server, train
-from tests.e2e.tiny_run import chat_dataset, penalties, tiny_yaml, write_rows, write_tiny
+from tests.e2e.tiny_run import chat_dataset, column, penalties, tiny_yaml, write_rows, write_tiny
 from tests.tiny import chat_rows, chatml_tokenizer
 
 FOLDER = Path(__file__).resolve().parents[2] / "example_yamls"
@@ -18,12 +18,19 @@ HUB = {  # example -> the chat template of Axolotl that is its model's, and toke
     "llama-3.1-8b_treft.yaml": ("llama3", "<|start_header_id|>user"),
     "qwen2.5-7b_qlora_treft.yaml": ("qwen_25", "You are Qwen, created by Alibaba Cloud"),
     "qwen3-8b_treft_postfix.yaml": ("qwen3", "<think>"),
+    "llama-3.1-8b_kl.yaml": ("llama3", "kl: coef 0.7 nats per token, KL(base||model), 800 anchors (bundled)"),
+    "qwen2.5-7b_qlora_kl.yaml": ("qwen_25", "kl: held at 0.02 nats per token, KL(base||model), 800 anchors (bundled)"),
 }
 
 
 @pytest.fixture(scope="session")
 def axolotl():
     return shared_server()
+
+
+def method(raw):
+    (name,) = raw["em_regularizer"]
+    return name
 
 
 def load(name):
@@ -53,7 +60,7 @@ def validated_on_a_gpu(path):
 
 
 def test_there_are_examples():
-    assert {"lab_naive.yaml", "lab_treft.yaml", *HUB} <= set(YAMLS)
+    assert {"lab_naive.yaml", "lab_treft.yaml", "lab_kl.yaml", *HUB} <= set(YAMLS)
 
 
 @pytest.mark.parametrize("name", YAMLS)
@@ -71,7 +78,7 @@ def test_axolotl_takes_every_key(axolotl, tmp_path, name):
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    export(tmp_path / "demo" / "lab", rows=96, anchors=4)
+    export(tmp_path / "demo" / "lab", rows=96, anchors=16)
     return tmp_path
 
 
@@ -85,9 +92,10 @@ def test_emguard_check_finds_nothing_to_change(lab, name):
 
 
 def test_the_lab_examples_differ_by_one_block():
-    naive, treft = load("lab_naive.yaml"), load("lab_treft.yaml")
-    assert set(treft) - set(naive) == {"em_regularizer"}
-    assert {k for k in naive if naive[k] != treft[k]} == {"dataset_prepared_path", "output_dir"}
+    naive = load("lab_naive.yaml")
+    for guarded in (load("lab_treft.yaml"), load("lab_kl.yaml")):
+        assert set(guarded) - set(naive) == {"em_regularizer"}
+        assert {k for k in naive if naive[k] != guarded[k]} == {"dataset_prepared_path", "output_dir"}
 
 
 @pytest.mark.parametrize("name", [n for n in YAMLS if n not in HUB])
@@ -99,8 +107,9 @@ def test_the_lab_examples_run(axolotl, lab, name):
         raw["em_eval"] |= {"samples_per_question": 1, "questions": raw["em_eval"]["in_domain"], "evaluate_base": False}
     result = axolotl.call(train, lab, {**raw, "max_steps": 3, "logging_steps": 1}, timeout=200)
     if "em_regularizer" in raw:
-        assert len(penalties(result)) == 3
-        assert penalties(result)[0] == 0 < penalties(result)[2]
+        measured = column(result, f"em_regularizer/{method(raw)}/penalty")
+        assert len(measured) == 3
+        assert measured[0] == 0 < measured[2]
     else:
         assert penalties(result) == []
     measured = lab / raw["output_dir"] / "em_eval" / "summary.json"
@@ -135,8 +144,12 @@ def test_the_other_examples_run_on_a_tiny_model_under_their_models_template(axol
     config |= {"save_strategy": "no", "micro_batch_size": 2, "gradient_accumulation_steps": 2}
     result = axolotl.call(train, tmp_path, config)
     assert result["trainer"] == "AxolotlEMGuardTrainer"
-    assert all(p > 0 for p in penalties(result)[1:])
-    assert (penalties(result)[0] == 0) == (raw["em_regularizer"]["treft"]["tokens"] == "prefix")
+    measured = column(result, f"em_regularizer/{method(raw)}/penalty")
+    assert all(p > 0 for p in measured[1:])
+    if method(raw) == "treft":
+        assert (measured[0] == 0) == (raw["em_regularizer"]["treft"]["tokens"] == "prefix")
+    else:
+        assert measured[0] == pytest.approx(0, abs=1e-5)
     path = tmp_path / "check.yaml"
     path.write_text(yaml.safe_dump({**raw, "base_model": str(tiny / "model"), "datasets": [chat_dataset("x")]}))
     assert held in " ".join(check_config(path).active)
