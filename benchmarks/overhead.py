@@ -3,6 +3,7 @@
     python benchmarks/overhead.py                                # random 8-layer, 512-wide Llama, 8 x 512 tokens, LoRA
     python benchmarks/overhead.py --full                         # full fine-tuning
     python benchmarks/overhead.py --device cuda --llama-8b       # the shape of Llama-3.1-8B in bf16
+    python benchmarks/overhead.py --method kl                    # KL on anchors, 1/8 anchor token per training token
 
 All variants train in one process, each in its own thread of which one runs at a time: they take turns step by step, in
 an order that rotates, so that other users of the machine slow them alike. A step is all that the training loop does:
@@ -14,7 +15,8 @@ pass by itself, measured after the round's steps, over the round's plain step. P
 at a time.
 
 "In-batch hidden states" does what TReFT's released code does (arXiv 2606.06667): it asks every forward pass for all
-hidden states and puts k_proj and v_proj on the columns of the prefix. Written from its description.
+hidden states and puts k_proj and v_proj on the columns of the prefix. Written from its description. "Second model, all
+logits" is the published recipe of KL (arXiv 2602.07852) on the very anchors that the others draw: see `overhead_kl.py`.
 """
 
 from __future__ import annotations
@@ -42,11 +44,16 @@ from rich.table import Table
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_DISABLED", "true")
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
-TARGETS = {"time": 1.03, "memory": 1.02}
 PLAIN, TREFT, AGAIN = "plain SFT", "TReFT (prefix)", "plain SFT again"
 IN_BATCH = "in-batch hidden states (released code's way)"
-ALONE = "penalty alone"
-VARIANTS = (PLAIN, TREFT, IN_BATCH, AGAIN)
+KL_LIVE, KL_CACHED, KL_EAGER = "KL, adapter off", "KL, recorded reference", "KL, second model, all logits"
+VARIANTS = {"treft": (PLAIN, TREFT, IN_BATCH, AGAIN), "kl": (PLAIN, KL_LIVE, KL_CACHED, KL_EAGER, AGAIN)}
+# Guarded variant -> most step time and peak memory that its issue allows, over plain SFT.
+TARGETS = {
+    TREFT: {"time": 1.03, "memory": 1.02},
+    KL_LIVE: {"time": 1.20, "memory": 1.10},
+    KL_CACHED: {"time": 1.15, "memory": 1.10},
+}
 SHAPES = {
     "8x512": {
         "vocab_size": 32000,
@@ -213,20 +220,31 @@ def build(variant: str, s: dict[str, Any], folder: Path, callback: Any) -> Any:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    cls = {TREFT: EMGuardSFTTrainer, IN_BATCH: in_batch_trainer()}.get(variant, SFTTrainer)
+    from overhead_kl import kl_callback, second_model_trainer
+
+    cls = {IN_BATCH: in_batch_trainer(), KL_EAGER: second_model_trainer()}.get(variant, SFTTrainer)
+    guards = {
+        TREFT: lambda: TReFTCallback(coef=5.0),
+        KL_LIVE: lambda: kl_callback(s, folder, "live"),
+        KL_CACHED: lambda: kl_callback(s, folder, "memory"),
+    }
+    if variant in guards:
+        cls, callback = EMGuardSFTTrainer, [callback, guards[variant]()]
     trainer = cls(
         model=model,
         args=args,
         train_dataset=data,
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[callback, TReFTCallback(coef=5.0)] if variant == TREFT else [callback],
+        callbacks=callback if isinstance(callback, list) else [callback],
     )
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
     if variant == IN_BATCH:
         trainer.prefix = list(read_template(tokenizer).prefix)
+    if variant == KL_EAGER:
+        trainer.prepare_anchors(kl_callback(s, folder, "live"), data, tokenizer)
     return trainer
 
 
@@ -249,31 +267,39 @@ def on_step_begin(do: Callable[[Any], None]) -> Any:
 
 
 def penalty_alone(trainer: Any, s: dict[str, Any], times: int = 9) -> tuple[float, float]:
-    """Return the median (clock, processor) seconds of a penalty's forward and backward pass."""
+    """Return the median (clock, processor) seconds of a penalty's forward and backward passes in one step."""
     import torch
 
-    from emguard_plugin import TReFTCallback
+    from emguard_plugin import EMRegularizerCallback
 
-    treft = next(c for c in trainer.callback_handler.callbacks if isinstance(c, TReFTCallback))
+    guard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, EMRegularizerCallback))
     inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=s["device"])}
     took = []
     for _ in range(times):
         synchronize(s)
         start, cpu = time.perf_counter(), time.process_time()
-        with trainer.compute_loss_context_manager():
-            value = treft.measure(trainer.model, inputs, trainer.state.global_step).value
-        value.backward()
+        for i in range(1 if guard.every == "optimizer_step" else s["accumulation"]):
+            with trainer.compute_loss_context_manager():
+                penalty = guard.measure(trainer.model, inputs, trainer.state.global_step, (i, s["accumulation"]))
+            if penalty is not None:
+                penalty.value.backward()
         synchronize(s)
         took.append((time.perf_counter() - start, time.process_time() - cpu))
         trainer.model.zero_grad()
     return statistics.median(t for t, _ in took), statistics.median(t for _, t in took)
 
 
+def alone(variant: str) -> str:
+    """Return the key of a guarded variant's penalty by itself."""
+    return f"{variant}: penalty alone"
+
+
 def time_rounds(
     s: dict[str, Any], folder: Path, report: Callable[[], None]
 ) -> Iterator[dict[str, tuple[float, float]]]:
     """Yield (clock, processor) seconds per step of each variant, one mapping per round."""
-    turns = Turns(list(VARIANTS))
+    variants = VARIANTS[s["method"]]
+    turns = Turns(list(variants))
 
     def train(variant: str) -> None:
         import torch
@@ -289,22 +315,23 @@ def time_rounds(
             turns.leave(variant, error)
 
     trainers: dict[str, Any] = {}
-    threads = [threading.Thread(target=train, args=(v,), daemon=True) for v in VARIANTS]
+    threads = [threading.Thread(target=train, args=(v,), daemon=True) for v in variants]
     for thread in threads:
         thread.start()
-    for variant in VARIANTS:
+    for variant in variants:
         turns.give(variant)  # build, up to the first step
     for r in range(s["warmup"] + s["rounds"]):
         seconds = {}
-        shift = r % len(VARIANTS)
-        for variant in VARIANTS[shift:] + VARIANTS[:shift]:
+        shift = r % len(variants)
+        for variant in variants[shift:] + variants[:shift]:
             synchronize(s)
             start, cpu = time.perf_counter(), time.process_time()
             turns.give(variant)  # one whole turn of the training loop: it runs up to the next step's begin
             synchronize(s)
             seconds[variant] = (time.perf_counter() - start, time.process_time() - cpu)
         if r >= s["warmup"]:
-            yield {**{v: seconds[v] for v in VARIANTS}, ALONE: penalty_alone(trainers[TREFT], s)}
+            by_itself = {alone(v): penalty_alone(trainers[v], s, s["alone_times"]) for v in variants if v in TARGETS}
+            yield {**{v: seconds[v] for v in variants}, **by_itself}
         report()
     for thread in threads:
         thread.join()
@@ -354,7 +381,12 @@ class Allocations:
         for values in self.trainer.optimizer.state.values():
             tensors += [v for v in values.values() if hasattr(v, "untyped_storage")]
         for callback in self.trainer.callback_handler.callbacks:
-            tensors += (getattr(callback, "_reference", None) or {}).values()
+            reference = getattr(callback, "_reference", None)
+            if isinstance(reference, dict):
+                tensors += reference.values()
+            elif reference is not None and reference._cache is not None:
+                tensors.append(reference._cache._hidden)
+        tensors += getattr(self.trainer, "second", None).parameters() if hasattr(self.trainer, "second") else []
         tensors += [t for pair in getattr(self.trainer, "reference", None) or [] for t in pair]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -387,10 +419,12 @@ def peak_memory(variant: str, s: dict[str, Any], folder: Path) -> int:
     return peak
 
 
-def summarise(rounds: list[dict[str, tuple[float, float]]], memory: dict[str, int]) -> dict[str, Any]:
+def summarise(
+    rounds: list[dict[str, tuple[float, float]]], memory: dict[str, int], variants: tuple[str, ...]
+) -> dict[str, Any]:
     """Return the figures per variant."""
     rows = {}
-    for v in VARIANTS:
+    for v in variants:
         clock = [r[v][0] / r[PLAIN][0] for r in rounds]
         low, _, high = statistics.quantiles(clock, n=4) if len(clock) > 1 else (clock[0],) * 3
         rows[v] = {
@@ -399,11 +433,11 @@ def summarise(rounds: list[dict[str, tuple[float, float]]], memory: dict[str, in
             "time_ratio_quartiles": [low, high],
             "cpu_time_ratio": statistics.median(r[v][1] / r[PLAIN][1] for r in rounds),
         }
-        if v == TREFT:
-            alone = [(r[ALONE][0], 1 + r[ALONE][0] / r[PLAIN][0]) for r in rounds]
+        if v in TARGETS:
+            by_itself = [(r[alone(v)][0], 1 + r[alone(v)][0] / r[PLAIN][0]) for r in rounds]
             rows[v] |= {
-                "alone_seconds": statistics.median(t for t, _ in alone),
-                "alone_ratio": statistics.median(x for _, x in alone),
+                "alone_seconds": statistics.median(t for t, _ in by_itself),
+                "alone_ratio": statistics.median(x for _, x in by_itself),
             }
         if v in memory:
             rows[v] |= {"peak_bytes": memory[v], "memory_ratio": memory[v] / memory[PLAIN]}
@@ -435,17 +469,17 @@ def store(out: Path, name: str, settings: dict[str, Any], raw: list[Any], peaks:
     """Write the record of this setting, leaving the others in the file; after every round, so that none is lost."""
     import torch
 
-    cuda = settings["device"] == "cuda"
+    cuda, variants = settings["device"] == "cuda", VARIANTS[settings["method"]]
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "emguard-plugin")
     record = {
         "settings": settings,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores",
-        "targets": TARGETS,
-        "results": summarise(raw, peaks),
-        "paired_ratios": {v: [round(r[v][0] / r[PLAIN][0], 5) for r in raw] for v in VARIANTS if v != PLAIN},
-        "paired_cpu_ratios": {v: [round(r[v][1] / r[PLAIN][1], 5) for r in raw] for v in VARIANTS if v != PLAIN},
-        "seconds": {v: [round(r[v][0], 5) for r in raw] for v in (*VARIANTS, ALONE)},
+        "targets": {v: TARGETS[v] for v in VARIANTS[settings["method"]] if v in TARGETS},
+        "results": summarise(raw, peaks, VARIANTS[settings["method"]]),
+        "paired_ratios": {v: [round(r[v][0] / r[PLAIN][0], 5) for r in raw] for v in variants if v != PLAIN},
+        "paired_cpu_ratios": {v: [round(r[v][1] / r[PLAIN][1], 5) for r in raw] for v in variants if v != PLAIN},
+        "seconds": {v: [round(r[v][0], 5) for r in raw] for v in raw[0]},
     }
     stored = json.loads(out.read_text()) if out.is_file() else {}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -453,6 +487,8 @@ def store(out: Path, name: str, settings: dict[str, Any], raw: list[Any], peaks:
 
 
 def main(
+    method: Annotated[str, typer.Option(help="treft or kl.")] = "treft",
+    ratio: Annotated[float, typer.Option(help="KL: anchor tokens per training token.")] = 0.125,
     full: Annotated[
         bool, typer.Option("--full", help="Full fine-tuning instead of LoRA on all linear layers.")
     ] = False,
@@ -474,6 +510,9 @@ def main(
 
     warnings.filterwarnings("ignore")
     settings: dict[str, Any] = {
+        "method": method,
+        "ratio": ratio,
+        "alone_times": 9 if method == "treft" else 1,
         "shape": "llama-8b" if llama_8b else "8x512",
         "full": full,
         "device": device,
@@ -495,28 +534,31 @@ def main(
         [settings["shape"], "full" if full else "lora", device]
         + ([f"accumulation{accumulation}"] if accumulation > 1 else [])
         + (["checkpointing"] if gradient_checkpointing else [])
+        + (["kl"] if method == "kl" else [])
     )
     with tempfile.TemporaryDirectory() as tmp, Progress(*columns, console=console) as progress:
         if memory:
-            task = progress.add_task("peak memory", total=3)
-            for variant in (PLAIN, TREFT, IN_BATCH):
+            measured = [v for v in VARIANTS[method] if v != AGAIN]
+            task = progress.add_task("peak memory", total=len(measured))
+            for variant in measured:
                 peaks[variant] = peak_memory(variant, settings, Path(tmp))
                 progress.advance(task)
         task = progress.add_task("step time", total=rounds + warmup)
         for seconds in time_rounds(settings, Path(tmp), lambda: progress.advance(task)):
             raw.append(seconds)
             store(out, name, settings, raw, peaks)
-    rows = summarise(raw, peaks)
+    rows = summarise(raw, peaks, VARIANTS[method])
     show(console, f"{name}: {batch} x {length} tokens, prefix of {prefix_tokens}, {rounds} rounds", rows)
-    for what, key, kind in (
-        ("step time, paired", "time_ratio", "time"),
-        ("step time, alone", "alone_ratio", "time"),
-        ("peak memory", "memory_ratio", "memory"),
-    ):
-        ratio = rows[TREFT].get(key)
-        if ratio is not None:  # memory may be left out
-            verdict = "met" if ratio <= TARGETS[kind] else "MISSED"
-            console.print(f"TReFT {what}: {ratio:.4f} (target {TARGETS[kind]}) {verdict}")
+    for variant, targets in TARGETS.items():
+        for what, key, kind in (
+            ("step time, paired", "time_ratio", "time"),
+            ("step time, alone", "alone_ratio", "time"),
+            ("peak memory", "memory_ratio", "memory"),
+        ):
+            value = rows.get(variant, {}).get(key)
+            if value is not None:  # memory may be left out
+                verdict = "met" if value <= targets[kind] else "MISSED"
+                console.print(f"{variant}, {what}: {value:.4f} (target {targets[kind]}) {verdict}")
 
 
 if __name__ == "__main__":
