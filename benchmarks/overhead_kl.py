@@ -66,13 +66,18 @@ def second_model_trainer() -> type:
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            count = self.current_gradient_accumulation_steps
-            slots = self.drawing._schedule.slots(self.state.global_step, count)
-            at, device = self.micro_batch, inputs["input_ids"].device
+            at = self.micro_batch
             self.micro_batch = 0 if self.accelerator.sync_gradients else at + 1
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            kl = self.anchor_kl(model, inputs["input_ids"].device, at, self.current_gradient_accumulation_steps)
+            # TRL's loss is normalised by the tokens of the whole step, so this is too.
+            return loss if kl is None else loss + self.coef * kl
+
+        def anchor_kl(self, model: Any, device: Any, at: int, micro_batches: int) -> Any:
+            """Return this micro-batch's share of the mean KL, or None."""
+            slots = self.drawing._schedule.slots(self.state.global_step, micro_batches)
             if at >= len(slots):
-                return loss
+                return None
             anchors = self.drawing._anchors
             batch = collate(anchors, slots[at], device)
             with torch.no_grad():
@@ -82,7 +87,6 @@ def second_model_trainer() -> type:
             p, q = (z.float().log_softmax(-1) for z in (base, logits))
             kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
             total = sum(len(anchors[i].held) for rows in slots for i in rows)
-            # TRL's loss is normalised by the tokens of the whole step, so this is too.
-            return loss + self.coef * kl[batch.row, batch.column].sum() / total
+            return kl[batch.row, batch.column].sum() / total
 
     return SecondModelTrainer

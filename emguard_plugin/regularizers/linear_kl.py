@@ -119,10 +119,10 @@ class _LinearKL(torch.autograd.Function):
             part = slice(at, at + size)
             h = hidden[part].to(dtype)
             z = _logits(h, w, b, scale, softcap)
-            log_p = _logits(ref_hidden[part].to(dtype), rw, rb, scale, softcap)
-            log_p -= log_p.logsumexp(-1, keepdim=True)
             slope = None if softcap is None or not any(wants) else 1 - (z / softcap).square()
-            log_q = z.sub_(z.logsumexp(-1, keepdim=True))
+            log_q = z.log_softmax(-1)
+            del z
+            log_p = _logits(ref_hidden[part].to(dtype), rw, rb, scale, softcap).log_softmax(-1)
             if direction == "base||model":
                 p = log_p.exp()
                 total += log_p.sub_(log_q).mul_(p).sum()
