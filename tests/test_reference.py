@@ -77,6 +77,27 @@ def test_adapters_that_start_at_zero(kwargs, zero):
                 assert torch.equal(model(ids).logits, want)
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"trainable_token_indices": [5, 6]}])
+def test_adapter_off_is_what_peft_calls_so(kwargs):
+    model = perturb(lora(tiny_model("llama"), **kwargs), 0.1).eval()
+    frozen = next(p for n, p in model.named_parameters() if "lora_A" in n)
+    frozen.requires_grad_(False)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    ids = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        on = model(ids).logits
+        with adapter_off(model):
+            off = model(ids).logits
+            with adapter_off(model):
+                assert torch.equal(model(ids).logits, off)
+            assert torch.equal(model(ids).logits, off)
+        assert torch.equal(model(ids).logits, on)
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == before, "PEFT's own would thaw what is frozen"
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, off)
+    assert not torch.equal(on, off)
+
+
 def test_no_adapter():
     model = tiny_model("llama")
     assert not adapter_starts_at_zero(model)

@@ -174,7 +174,7 @@ def test_bf16_starts_at_its_noise_floor(base, tmp_path, cache):
 
 def test_a_frozen_model_is_an_error(base, tmp_path):
     model = lora(base)
-    kl = started(model, tmp_path, cache="memory")  # PEFT unfreezes an adapter that was switched off
+    kl = started(model, tmp_path)
     model.requires_grad_(False)
     with pytest.raises(RuntimeError, match=r"em_regularizer\.kl: the penalty has no gradient"):
         kl.measure(model, batch(), 1)
