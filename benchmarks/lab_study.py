@@ -40,8 +40,7 @@ ADAPTERS = {
 # Method -> (has TReFT, has KL).
 METHODS = {"naive": (0, 0), "treft": (1, 0), "kl": (0, 1), "treft+kl": (1, 1)}
 TREFT_COEF, KL_COEF = 1.0, 30.0
-ANCHORS = 256
-"""Anchor rows, drawn afresh for each seed from two domains that are neither trained on nor asked about."""
+ANCHORS = 256  # drawn afresh for each seed from two domains that are neither trained on nor asked about
 KEY = ("base_sha256", "adapter", "coef", "kl_coef", "kl_off_at", "seed", "split", "learning_rate", "steps")
 BEFORE_KL = {"kl_coef": 0.0, "kl_off_at": None}
 """What the rows of earlier studies leave out."""

@@ -27,7 +27,7 @@ BELONGS_TO = {
     "tokenizer": "another tokenizer",
     "anchors": "other anchors, `tokens`, or another chat template",
     "model": "another base model",
-    "dtype": "another precision",
+    "precision": "another precision",
 }
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 

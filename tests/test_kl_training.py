@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from datasets import Dataset
 
 from emguard_plugin.regularizers import replies
 from emguard_plugin.regularizers.functional import token_kl
@@ -109,7 +110,6 @@ def test_resuming_with_other_anchors_or_a_lost_reference_is_refused(tmp_path):
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_coef_0_is_bit_for_bit_the_host(tmp_path, full):
-    from datasets import Dataset
     from trl import SFTTrainer
 
     over = {"full": full, "regularizer": kl(tmp_path, coef=0)}
@@ -211,3 +211,20 @@ def test_the_line_that_says_what_is_active(tmp_path, capsys):
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("em_regularizer active: kl"))
     assert "coef 20 nats per token, KL(base||model), 12 anchors" in line
     assert "reference: adapter off" in line
+
+
+def test_with_treft_on_the_same_run(tmp_path):
+    from emguard_plugin import EMGuardSFTTrainer, TReFTCallback
+
+    first = train(tmp_path, 1, regularizer=kl(tmp_path), max_steps=1)["trainer"]
+    trainer = EMGuardSFTTrainer(
+        model=lora(perturb(tiny_model("llama", vocab=len(chatml_tokenizer())), 0.2)), args=first.args,
+        processing_class=chatml_tokenizer(), train_dataset=Dataset.from_list(chat_rows(16)),
+        callbacks=[TReFTCallback(coef=2.0), kl(tmp_path)()],
+    )  # fmt: skip
+    trainer.args.max_steps = 2
+    trainer.train()
+    log = [x for x in trainer.state.log_history if "task_loss" in x][1]
+    weighted = [log[f"em_regularizer/{name}/weighted"] for name in ("treft", "kl")]
+    assert all(w > 0 for w in weighted)
+    assert log["loss"] == pytest.approx(log["task_loss"] + sum(weighted), rel=1e-3)

@@ -13,7 +13,7 @@ from emguard_plugin.reference_cache import (
 )
 from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model
 
-ABOUT = {"tokenizer": "t", "anchors": "a", "model": "m", "dtype": "bfloat16"}
+ABOUT = {"tokenizer": "t", "anchors": "a", "model": "m", "precision": "p"}
 SIZES = [3, 1, 4]
 
 
@@ -44,7 +44,7 @@ def test_round_trip_is_bit_identical(tmp_path, on_disk, head):
 
 @pytest.mark.parametrize(
     ("key", "words"),
-    [("tokenizer", "another tokenizer"), ("anchors", "other anchors"), ("model", "another base model"), ("dtype", "another precision")],
+    [("tokenizer", "another tokenizer"), ("anchors", "other anchors"), ("model", "another base model"), ("precision", "another precision")],
 )
 def test_a_cache_of_something_else_is_refused(tmp_path, key, words):
     filled()[0].save(tmp_path, ABOUT)

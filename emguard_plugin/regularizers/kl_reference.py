@@ -123,8 +123,7 @@ class KLReference:
         folder = self.folder
         if self._resumed is not None and not self.adapter_off and folder is None:
             folder = self._stored_by_run
-        dtype, _ = call_with_hidden(model, collate(self.anchors, [0], device).ids[:, :2], None, lambda h: h.detach()[:0])
-        about = {**self.about, "dtype": str(dtype.dtype).removeprefix("torch.")}
+        about = {**self.about, "precision": self._precision(model, device)}
         if folder is not None and (is_cache(folder) or (self._resumed is not None and not self.adapter_off)):
             self._cache = ReferenceCache(sizes)
             self.content = self._cache.load(folder, about)
@@ -153,6 +152,13 @@ class KLReference:
     def _reference_mode(self, model: nn.Module) -> Iterator[None]:
         with torch.no_grad(), eval_mode(model), adapter_off(model) if self.adapter_off else contextlib.nullcontext():
             yield
+
+    def _precision(self, model: nn.Module, device: torch.device) -> str:
+        ids = collate(self.anchors, [0], device).ids[:, :2]
+        with self._reference_mode(model):
+            hidden, _ = call_with_hidden(model, ids, None, lambda h: h)
+        kind = device.type
+        return f"{hidden.dtype} {torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else ''}".strip()
 
     def _adapter_is_zero(self, model: nn.Module, device: torch.device) -> bool:
         batch = collate(self.anchors, range(min(4, len(self.anchors))), device)

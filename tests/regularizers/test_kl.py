@@ -7,6 +7,7 @@ from emguard_plugin import KLCallback
 from emguard_plugin.regularizers import replies
 from emguard_plugin.regularizers.kl import COEF_BOUNDS, adapted_coef
 from tests.regularizers.kl_parts import (
+    anchor_chats,
     batch,
     copy_of,
     drawn,
@@ -204,6 +205,68 @@ def test_the_controller():
     assert adapted_coef(COEF_BOUNDS[0], 0.0, 0.02) == COEF_BOUNDS[0]
 
 
+def training_chats():
+    """What `kl_parts.rows` tokenised, with replies long enough to tell them apart."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"What about chess, case {i}?"},
+                {"role": "assistant", "content": f"A long enough reply, number {i}."},
+            ]
+        }
+        for i in range(8)
+    ]
+
+
+def dataset_of(chats, tokenizer):
+    return [{"input_ids": tokenizer.apply_chat_template(c["messages"], return_dict=True)["input_ids"]} for c in chats]
+
+
+def prepared(model, anchors, run=None, **kw):
+    callback = KLCallback(anchors=anchors, **kw)
+    return callback, callback.prepare(run_of(model, **(run or {})))
+
+
+def test_the_bundled_anchors_need_no_data_of_the_users(base):
+    callback, line = prepared(lora(base), "bundled")
+    assert len(callback._anchors) == 800
+    assert line.startswith("kl (coef 0.7 nats per token, KL(base||model), 800 anchors (bundled), ")
+    assert line.endswith("all tokens, reference: adapter off)")
+
+
+def test_anchors_that_are_the_training_data_are_an_error_and_some_a_warning(base, tmp_path, caplog):
+    tokenizer, chats = chatml_tokenizer(), training_chats()
+    run, model = {"dataset": dataset_of(chats, tokenizer)}, lora(base)
+    same = write_anchors(tmp_path / "same.jsonl", chats)
+    with pytest.raises(ValueError, match=r"kl\.anchors: .*same\.jsonl`: every anchor stands in the training data.*`anchors: train`"):
+        prepared(model, same, run)
+    prepared(model, "train", run)
+    some = write_anchors(tmp_path / "some.jsonl", chats[:3] + anchor_chats(4))
+    prepared(model, some, run)
+    assert "3 of 7 anchors ask what training rows ask too" in caplog.text
+    caplog.clear()
+    prepared(model, write_anchors(tmp_path / "other.jsonl"), run)
+    assert caplog.text == ""
+
+
+def test_a_folder_recorded_by_another_tokenizer_model_or_anchor_set_is_an_error(base, tmp_path):
+    folder = str(tmp_path / "reference")
+    started(base, tmp_path, cache=folder)
+    started(base, tmp_path, cache=folder)  # the next run reads it
+    wider = chatml_tokenizer()
+    wider.add_tokens(["<new>"])
+    cases = [
+        ("another tokenizer", base, {"tokenizer": wider}),
+        ("other anchors", base, {"anchors": write_anchors(tmp_path / "few.jsonl", anchor_chats(3))}),
+        ("another base model", tiny_model("llama", vocab=330, seed=9), {}),
+    ]
+    for words, model, kw in cases:
+        with pytest.raises(ValueError, match=rf"kl\.cache`: the cache in .* was recorded with {words}"):
+            started(model, tmp_path, cache=folder, **kw)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="recorded with another precision"):
+        started(base, tmp_path, cache=folder)
+
+
 BAD = {
     "no adapter and no cache": ({"cache": "live"}, r"kl\.cache: live` needs an adapter to switch off, and there is none"),
     "no file": ({"anchors": "./nowhere.jsonl"}, r"kl\.anchors: \./nowhere\.jsonl` does not exist"),
@@ -220,3 +283,8 @@ def test_bad_input(base, case):
 def test_live_needs_an_adapter_that_starts_at_zero(base, tmp_path):
     with pytest.raises(ValueError, match=r"kl\.cache: live` needs an adapter that starts at zero and trains alone"):
         KLCallback(anchors=write_anchors(tmp_path / "a"), cache="live").prepare(run_of(lora(base, bias="lora_only")))
+
+
+def test_an_empty_training_set(base):
+    with pytest.raises(ValueError, match=r"the training data is empty: `em_regularizer\.kl\.ratio` cannot be kept"):
+        prepared(lora(base), "bundled", {"dataset": []})
