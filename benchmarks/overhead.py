@@ -5,6 +5,8 @@
     python benchmarks/overhead.py --device cuda --llama-8b       # the shape of Llama-3.1-8B in bf16
     python benchmarks/overhead.py --method kl                    # KL on anchors, 1/8 anchor token per training token
 
+With `MALLOC_ARENA_MAX=1` in the environment glibc gives memory back between variants; without it `--method kl` needs 20 GB.
+
 All variants train in one process, each in its own thread of which one runs at a time: they take turns step by step, in
 an order that rotates, so that other users of the machine slow them alike. A step is all that the training loop does:
 batch, forward, backward, clipping, optimizer, logging. Reported is the median over rounds of the ratio to plain SFT in
