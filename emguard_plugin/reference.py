@@ -26,7 +26,7 @@ def peft_model(model: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Run the base model of a PEFT model.
+    """Run the base model of a PEFT model. PEFT makes every adapter weight trainable afterwards; frozen ones stay frozen.
 
     Raises:
         RuntimeError: when `model` has no adapter.
@@ -34,8 +34,13 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     peft = peft_model(model)
     if peft is None:
         raise RuntimeError("there is no adapter to switch off")
-    with peft.disable_adapter():
-        yield
+    trainable = {p: p.requires_grad for p in peft.parameters()}
+    try:
+        with peft.disable_adapter():
+            yield
+    finally:
+        for p, requires_grad in trainable.items():
+            p.requires_grad = requires_grad
 
 
 def adapter_starts_at_zero(model: nn.Module) -> bool:

@@ -41,7 +41,8 @@ def comparison_table(
     extra = extra or {}
     headings = list(dict.fromkeys(heading for cells in extra.values() for heading in cells))
     caption = f"NOT COMPARABLE: {doubt}" if doubt else None
-    table = Table(title="Emergent misalignment", caption=caption, box=box.SIMPLE_HEAD)  # eight columns in 80 characters
+    # Eight columns in 80 characters.
+    table = Table(title="Emergent misalignment", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model")
     for heading in ("in-domain", "EM, all\nanswers", "EM,\ncoherent", "coherent", "n", *headings):
         table.add_column(heading, justify="right")
