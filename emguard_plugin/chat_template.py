@@ -79,19 +79,13 @@ def read_template(tokenizer: Any, **template_kwargs: Any) -> Template:
         template_kwargs: Extra template variables, as the host passes them when it renders the data.
 
     Raises:
-        ValueError: when there is no template, no user turn in it, or an empty prefix.
+        ValueError: when there is no template, or no user turn in it.
     """
     user = {"role": "user", "content": _USER}
     text = _before_user(render(tokenizer, [user], **template_kwargs))
     dated = [_before_user(render(tokenizer, [user], strftime_now=lambda _f, d=d: d, **template_kwargs)) for d in _DATES]
-    prefix = tokenize(tokenizer, text)
-    if not prefix:
-        raise ValueError(
-            "the chat template prints nothing before the user's content: the prefix has zero tokens, so "
-            "`treft.tokens: prefix` has nothing to hold. Use `tokens: postfix`."
-        )
     return Template(
-        prefix=prefix,
+        prefix=tokenize(tokenizer, text),
         user_header=_user_header(tokenizer, user, template_kwargs),
         postfix=_postfix(tokenizer, user, template_kwargs),
         dated_after=_ids_before_date(tokenizer, dated),
@@ -175,6 +169,19 @@ def prefix_of_row(row: Sequence[int], template: Template) -> Ids | None:
     return None
 
 
+def require_prefix(template: Template) -> None:
+    """Refuse a template that prints nothing before the user's content.
+
+    Raises:
+        ValueError: for a prefix of zero tokens.
+    """
+    if not template.prefix:
+        raise ValueError(
+            "the chat template prints nothing before the user's content: the prefix has zero tokens, so "
+            "`treft.tokens: prefix` has nothing to hold. Use `tokens: postfix`."
+        )
+
+
 def training_prefixes(rows: Iterable[Sequence[int]], template: Template) -> list[Prefix]:
     """Find every distinct prefix of the data, most frequent first.
 
@@ -186,7 +193,7 @@ def training_prefixes(rows: Iterable[Sequence[int]], template: Template) -> list
         At most 64 prefixes; weights are the shares among rows that have one.
 
     Raises:
-        ValueError: for empty data, rows without a user turn, rows cut inside the prefix, a date that changes, or more
+        ValueError: for an empty prefix, empty data, rows without a user turn, rows cut inside the prefix, a date that changes, or more
             than 64 prefixes.
     """
     counts: dict[Ids, int] = {}
@@ -199,6 +206,7 @@ def training_prefixes(rows: Iterable[Sequence[int]], template: Template) -> list
             continue
         counts[prefix] = counts.get(prefix, 0) + 1
     found = sum(counts.values())
+    require_prefix(template)
     if not total:
         raise ValueError("the training data is empty: there is no prefix to hold.")
     if cut > (1 - MIN_SHARE_FOUND) * total:

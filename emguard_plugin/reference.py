@@ -40,20 +40,37 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for p, requires_grad in trainable.items():
-            p.requires_grad = requires_grad
+            if p.requires_grad != requires_grad:
+                p.requires_grad_(requires_grad)
 
 
 def adapter_starts_at_zero(model: nn.Module) -> bool:
-    """Whether adapter off equals the model before this run: default or gaussian LoRA init, nothing else trained."""
+    """Whether adapter off equals the model before this run: a fresh LoRA of default or gaussian init, nothing else trained.
+
+    A continued adapter has the config of a fresh one, so the weights are looked at too.
+    """
     peft = peft_model(model)
     if peft is None:
         return False
-    return all(
+    fresh = all(
         getattr(c, "init_lora_weights", None) in (True, "gaussian")
         and getattr(c, "bias", "none") == "none"
         and not getattr(c, "loftq_config", None)
         for c in peft.peft_config.values()
     )
+    return fresh and all(_zero(p) if _is_factor(n) else _is_switched(n) for n, p in peft.named_parameters() if p.requires_grad)
+
+
+def _is_factor(name: str) -> bool:
+    return "lora_B." in name or "lora_embedding_A." in name
+
+
+def _is_switched(name: str) -> bool:
+    return any(part in name for part in ("lora_", "modules_to_save.", "trainable_tokens_"))
+
+
+def _zero(p: Tensor) -> bool:
+    return p.is_meta or not bool(p.detach().any())  # on the meta device another rank holds the values
 
 
 @contextmanager

@@ -15,7 +15,8 @@ def conversations(
 ) -> Iterator[list[int]]:
     """Yield conversations out of up to `limit` rows, evenly spread over the data set.
 
-    Packed rows are taken apart: by `seq_lengths` (TRL `bfd`), or by `position_ids` that restart (Axolotl).
+    Packed rows are taken apart: by `seq_lengths` (TRL `bfd`), or by `position_ids` that restart (Axolotl). Padding, where
+    `attention_mask` is 0, is dropped.
 
     Args:
         dataset: A `datasets.Dataset`, `IterableDataset` or sequence of mappings with `input_ids`.
@@ -44,13 +45,16 @@ def conversations(
 
 def _split(row: Any, wrapped_at: Sequence[int] | None) -> Iterator[list[int]]:
     ids = [int(i) for i in row["input_ids"]]
+    mask, positions = row.get("attention_mask"), row.get("position_ids")
+    keep = [i for i in range(len(ids)) if mask is None or int(mask[i])]
+    ids = [ids[i] for i in keep]
     if row.get("seq_lengths") is not None:
         starts = [0, *accumulate(int(n) for n in row["seq_lengths"])][:-1]
     elif wrapped_at is not None:
         n = len(wrapped_at)
         starts = [i for i in range(len(ids)) if tuple(ids[i : i + n]) == tuple(wrapped_at)]
     else:
-        starts = [i for i, p in enumerate(row.get("position_ids") or [0]) if int(p) == 0]
+        starts = [0] if positions is None else [new for new, old in enumerate(keep) if int(positions[old]) == 0]
     for a, b in pairwise([*starts, len(ids)]):
         if b > a:
             yield ids[a:b]

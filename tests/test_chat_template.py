@@ -126,7 +126,7 @@ def test_no_chat_template():
 def test_a_template_that_prints_no_prefix():
     tok = chatml_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(ValueError, match="zero tokens"):
-        ct.read_template(tok)
+        ct.training_prefixes([[5, 6]], ct.read_template(tok))
 
 
 def test_a_template_that_drops_the_user():

@@ -161,6 +161,7 @@ def test_the_real_plugin_manager_loads_us_and_merges_our_keys(axolotl, tiny, tmp
         ({"treft": {"tokens": "suffix"}}, r"em_regularizer\.treft\.tokens"),
         ({"treft": {"layers": []}}, r"`layers: \[\]` holds nothing"),
         ({}, "the block names no method"),
+        ({"treft": None}, "`treft:` is empty; write `treft: {}` for the defaults"),
     ],
 )
 def test_a_faulty_block_stops_with_the_key(axolotl, tiny, tmp_path, check, block, match):
