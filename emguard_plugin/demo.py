@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -94,14 +95,16 @@ def _train(name: str, yaml: Path, show: object) -> int:
     axolotl = Path(sys.executable).with_name("axolotl")
     with open(log, "wb") as out:
         process = subprocess.Popen(
-            [str(axolotl), "train", str(yaml), "--launcher", "python"], stdout=out, stderr=subprocess.STDOUT, env=env
-        )
+            [str(axolotl), "train", str(yaml), "--launcher", "python"],
+            stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True,
+        )  # fmt: skip
         try:
             while process.poll() is None:
                 time.sleep(0.5)
                 show(*_progress(log.read_bytes()))
         except BaseException:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)  # with the measurement that it may have started
+            process.wait()
             raise
     return process.returncode
 
