@@ -124,6 +124,10 @@ def _check_treft(treft: TReFTConfig, cfg: Mapping[str, Any], report: Report) -> 
     kwargs = cfg.get("chat_template_kwargs") or {}
     try:
         template = ct.read_template(tokenizer, **kwargs)
+        if treft.tokens == "prefix":
+            ct.require_prefix(template)
+        elif not template.postfix:
+            raise ValueError("the chat template prints nothing between query and answer: `tokens: postfix` has nothing to hold.")
         held = [template.prefix] if treft.tokens == "prefix" else [template.postfix]
         held += [ct.system_prefix(tokenizer, s, **kwargs) for s in treft.extra_prefixes]
     except (ValueError, TypeError, TemplateError) as exc:
@@ -131,7 +135,7 @@ def _check_treft(treft: TReFTConfig, cfg: Mapping[str, Any], report: Report) -> 
         return
     for ids in held:
         report.active.append(f"treft holds {len(ids)} tokens: {tokenizer.decode(list(ids))!r}")
-    if template.dated_after is not None:
+    if template.dated_after is not None and treft.tokens == "prefix":
         report.problems.append(
             "em_regularizer.treft: the chat template prints today's date in the prefix. Pin it with `chat_template_kwargs`."
         )

@@ -100,9 +100,16 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_reference(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write a reference with its hash; `about` describes what it belongs to and is compared on load."""
+    """Write a reference with its hash; `about` describes what it belongs to and is compared on load.
+
+    Raises:
+        OSError: naming the file, when it cannot be written.
+    """
     cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(cpu, str(path), metadata={**about, "sha256": tensors_hash(cpu)})
+    try:
+        save_file(cpu, str(path), metadata={**about, "sha256": tensors_hash(cpu)})
+    except SafetensorError as exc:
+        raise OSError(f"{path} cannot be written ({exc}): the checkpoint would lack the model before this run.") from exc
 
 
 def load_reference(path: Path, about: Mapping[str, str]) -> dict[str, Tensor]:
