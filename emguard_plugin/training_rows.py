@@ -50,7 +50,7 @@ def _split(row: Any, wrapped_at: Sequence[int] | None) -> Iterator[list[int]]:
     ids = [ids[i] for i in keep]
     if row.get("seq_lengths") is not None:
         starts = [0, *accumulate(int(n) for n in row["seq_lengths"])][:-1]
-    elif wrapped_at is not None:
+    elif wrapped_at:
         n = len(wrapped_at)
         starts = [i for i in range(len(ids)) if tuple(ids[i : i + n]) == tuple(wrapped_at)]
     else:
