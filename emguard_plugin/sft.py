@@ -18,7 +18,8 @@ def parse(arguments: list[str]) -> tuple[Any, ...]:
         The four dataclasses that `train` takes.
 
     Raises:
-        ValueError: for a misspelt, empty or faulty block, and for any key that TRL does not know.
+        ValueError: for a misspelt, empty or faulty block, for any key that TRL does not know, and when no data or a
+            question file that is not there is named.
         OSError: when the file cannot be read.
     """
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
@@ -29,7 +30,12 @@ def parse(arguments: list[str]) -> tuple[Any, ...]:
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     _check_blocks(arguments)
     parser = TrlParser((ScriptArguments, EMGuardSFTConfig, ModelConfig, DatasetMixtureConfig), prog="emguard sft")
-    return parser.parse_args_and_config(arguments)
+    script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(arguments)
+    if not (dataset_args.datasets or script_args.dataset_name):
+        raise ValueError("name the data: `dataset_name:` or `datasets:`.")
+    if (config := training_args.eval_config()) is not None:
+        config.check_files()
+    return script_args, training_args, model_args, dataset_args
 
 
 def _check_blocks(arguments: list[str]) -> None:
@@ -55,13 +61,11 @@ def train(script_args: Any, training_args: Any, model_args: Any, dataset_args: A
     """Train, save and measure; the arguments are those of TRL's own script."""
     from emguard_plugin.evaluation.post_train import measure_saved_model
 
-    eval_config = training_args.eval_config()
-    if eval_config is not None:
-        eval_config.check_files()
     is_rank_0 = _train_and_save(script_args, training_args, model_args, dataset_args)
     gc.collect()  # the trainer is gone: its memory is the measurement's
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    eval_config = training_args.eval_config()
     if eval_config is not None and is_rank_0:
         measure_saved_model(eval_config, training_args.output_dir, base=model_args.model_name_or_path)
 
@@ -81,12 +85,10 @@ def _train_and_save(script_args: Any, training_args: Any, model_args: Any, datas
     }
     if dataset_args.datasets:
         dataset = get_dataset(dataset_args)
-    elif script_args.dataset_name:
+    else:
         dataset = load_dataset(
             script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
         )
-    else:
-        raise ValueError("name the data: `dataset_name:` or `datasets:`.")
     trainer = EMGuardSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
