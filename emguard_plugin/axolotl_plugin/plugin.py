@@ -19,7 +19,7 @@ except ImportError as exc:  # Axolotl catches this one while it loads a plugin, 
         "`pip install 'emguard-plugin[axolotl]'`."
     ) from exc
 
-LOG = get_logger(__name__)
+LOG = get_logger("axolotl.emguard")  # Axolotl shows INFO of loggers with its own name alone
 
 
 def _block(cfg: Any, name: str) -> dict[str, Any] | None:

@@ -371,6 +371,7 @@ def with_prompt_tuning():
 def test_reentrant_checkpointing_on_several_processes_becomes_non_reentrant(axolotl, tiny, tmp_path):
     over = {"gradient_checkpointing": True, **treft()}
     assert axolotl.call(several_processes, tmp_path / "unset", tiny_yaml(tiny, **over)) == {"use_reentrant": False}
+    assert "setting gradient_checkpointing_kwargs to {use_reentrant: false}" in read_log(tmp_path / "unset")
     over["gradient_checkpointing_kwargs"] = {"use_reentrant": True}
     with pytest.raises(Failed, match="use_reentrant: true"):
         axolotl.call(several_processes, tmp_path / "set", tiny_yaml(tiny, **over))
