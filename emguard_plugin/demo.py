@@ -16,6 +16,7 @@ from pathlib import Path
 RUNS = {"naive": "lab_naive.yaml", "treft": "lab_treft.yaml"}
 FOLDER = Path("demo")
 _TRAINED = re.compile(rb"(\d+)/(\d+) \[")
+_ANSWERS = re.compile(rb"em_eval: (base|tuned) answers: [^\r\n]*? (\d+)/(\d+) \[")
 _RATE = re.compile(r"\d+/\d+ \[[^\]]*?([\d.]+)(it/s|s/it)\]")
 
 
@@ -111,15 +112,16 @@ def _train(name: str, yaml: Path, show: object) -> int:
 
 def _progress(log: bytes) -> tuple[float, str]:
     """Return (percent, stage) from a log so far."""
-    text = log[-4000:]
-    steps = [(int(a), int(b)) for a, b in _TRAINED.findall(text) if int(b)]
-    if b"Training completed" in log:
-        done, total = steps[-1] if steps else (0, 1)
-        measuring = b"Training completed" not in text and done < total
-        return 60 + (40 * done / total if measuring else 0), "measuring the EM rate"
-    if b"Starting trainer" in log and steps:
-        return 20 + 40 * steps[-1][0] / steps[-1][1], f"training, step {steps[-1][0]} of {steps[-1][1]}"
-    return min(20.0, log.count(b"\n") / 10), "loading model and data"
+    loading, started, training = log.partition(b"Starting trainer")
+    training, completed, measuring = training.partition(b"Training completed")
+    if completed:
+        answers = _ANSWERS.findall(measuring)
+        role, done, total = answers[-1] if answers else (b"base", 0, 1)
+        return 60 + 20 * (role == b"tuned") + 20 * int(done) / int(total), "measuring the EM rate"
+    if steps := _TRAINED.findall(training):
+        done, total = map(int, steps[-1])
+        return 20 + 40 * done / total, f"training, step {done} of {total}"
+    return 20.0 if started else min(20.0, loading.count(b"\n") / 10), "loading model and data"
 
 
 def _seconds_per_step(log: Path) -> float:

@@ -48,7 +48,6 @@ def test_while_training(step):
     assert progress(trained(step)) == (20 + 40 * step / 120, f"training, step {step} of 120")
 
 
-@pytest.mark.xfail(reason="a bar jumps; see `_progress`")
 def test_the_bars_of_loading_are_not_training():
     start = START.splitlines(keepends=True)[0]
     assert progress(HEAD + start)[1] == "loading model and data"
@@ -63,7 +62,6 @@ def test_while_measuring():
     assert 60 <= stages[0][0] < stages[1][0] < stages[2][0] <= 100
 
 
-@pytest.mark.xfail(reason="a bar jumps; see `_progress`")
 def test_the_bar_never_goes_back():
     """Through a whole log, cut anywhere."""
     log = trained(120) + END + "\n" * 5000
