@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
+from emguard_plugin import TReFTCallback
 from tests.tiny import DATED, chat_rows, chatml_tokenizer
 from tests.trl_runs import LOG, REFERENCE, column, penalties, run, tiny
 
@@ -16,6 +17,11 @@ NON_REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs"
 
 def batch(trainer):
     return next(iter(trainer.get_train_dataloader()))
+
+
+def treft_of(trainer):
+    (treft,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, TReFTCallback))
+    return treft
 
 
 def supervised(trainer):
@@ -114,6 +120,8 @@ def test_mode(tmp_path, plain, mode):
     over, was_on, same = MODES[mode]
     free, held = pair_of_runs(tmp_path, **over)
     assert was_on(held)
+    (prefix,) = treft_of(held)._prefixes
+    assert len(prefix.ids) == 20, "found in rows of any shape"
     assert penalties(free)[0] == penalties(held)[0] == 0.0
     assert penalties(held)[1] > 1e-4
     assert penalties(free)[2] > 1.2 * penalties(held)[2] > 0
@@ -186,8 +194,7 @@ def test_the_chat_template_kwargs_column(tmp_path, stream):
     data = IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
     tokenizer = chatml_tokenizer(PINNABLE)
     trainer = run(tmp_path, rows=data, tokenizer=tokenizer)
-    (treft,) = (c for c in trainer.callback_handler.callbacks if getattr(c, "name", "") == "treft")
-    (prefix,) = treft._prefixes
+    (prefix,) = treft_of(trainer)._prefixes
     assert "Today: 26 Jul 2024" in tokenizer.decode(list(prefix.ids))
     assert column(trainer, f"{LOG}/penalty")[0] == 0.0
     with pytest.raises(ValueError, match="today's date in the prefix"):
