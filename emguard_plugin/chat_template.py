@@ -29,12 +29,14 @@ class Template:
         user_header: Ids between system and user content, or empty when the template has no system turn.
         postfix: Ids between user and assistant content.
         dated_after: Ids that stand before today's date, when the prefix prints one; else None.
+        system_open: Ids before a system message's content, short of the last; empty when there is no system turn.
     """
 
     prefix: Ids
     user_header: Ids
     postfix: Ids
     dated_after: Ids | None = None
+    system_open: Ids = ()
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,13 @@ def read_template(tokenizer: Any, **template_kwargs: Any) -> Template:
     user = {"role": "user", "content": _USER}
     text = _before_user(render(tokenizer, [user], **template_kwargs))
     dated = [_before_user(render(tokenizer, [user], strftime_now=lambda _f, d=d: d, **template_kwargs)) for d in _DATES]
+    system_open, user_header = _system_turn(tokenizer, user, template_kwargs)
     return Template(
         prefix=tokenize(tokenizer, text),
-        user_header=_user_header(tokenizer, user, template_kwargs),
+        user_header=user_header,
         postfix=_postfix(tokenizer, user, template_kwargs),
         dated_after=_ids_before_date(tokenizer, dated),
+        system_open=system_open,
     )
 
 
@@ -100,15 +104,18 @@ def _ids_before_date(tokenizer: Any, dated: list[str]) -> Ids | None:
     return tokenize(tokenizer, stable)[:-1]  # the last token may merge with the date
 
 
-def _user_header(tokenizer: Any, user: dict[str, str], kwargs: Mapping[str, Any]) -> Ids:
+def _system_turn(tokenizer: Any, user: dict[str, str], kwargs: Mapping[str, Any]) -> tuple[Ids, Ids]:
+    """Return the ids before a system message's content, short of the last, and those from it to the user's."""
     import jinja2
 
     try:
         text = render(tokenizer, [{"role": "system", "content": _SYSTEM}, user], **kwargs)
     except (jinja2.TemplateError, ValueError):  # templates refuse a system role with raise_exception
-        return ()
+        return (), ()
     start, end = text.find(_SYSTEM), text.find(_USER)
-    return tokenize(tokenizer, text[start + len(_SYSTEM) : end]) if 0 <= start < end else ()
+    if not 0 <= start < end:
+        return (), ()
+    return tokenize(tokenizer, text[:start])[:-1], tokenize(tokenizer, text[start + len(_SYSTEM) : end])
 
 
 def _postfix(tokenizer: Any, user: dict[str, str], kwargs: Mapping[str, Any]) -> Ids:

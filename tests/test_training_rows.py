@@ -136,3 +136,11 @@ def test_a_template_without_a_prefix_cuts_no_wrapped_row():
 def test_later_rows_without_ids_are_an_error_too():
     with pytest.raises(ValueError, match=r"rows have \['text'\] but no `input_ids`.*skip_prepare_dataset"):
         list(conversations([{"input_ids": [1]}, {"text": "x"}]))
+
+
+def test_wrapped_chunks_with_another_system_prompt_are_refused():
+    default, other = [7, 8, 20, 30], [7, 9, 21, 30]
+    row = {"input_ids": [*default, *default, 7]}
+    assert list(conversations([row], wrapped_at=(7, 8, 20), system_open=(7,))) == [default, [*default, 7]]
+    with pytest.raises(ValueError, match="packing_strategy: bfd"):
+        list(conversations([{"input_ids": [*default, *other]}], wrapped_at=(7, 8, 20), system_open=(7,)))

@@ -105,7 +105,7 @@ class TReFTCallback(EMRegularizerCallback):
             raise ValueError(f"`treft.layers: {layers[-1]}` is out of range: the model has layers 0 to {n - 1}.")
         self._layer_names, self._seed = layers, run.seed
         template = ct.read_template(run.tokenizer, **run.template_kwargs)
-        rows = conversations(run.dataset, wrapped_at=template.prefix if run.wrapped_packing else None)
+        rows = conversations(run.dataset, template.prefix if run.wrapped_packing else None, template.system_open)
         if self.tokens == "prefix":
             prefixes = ct.training_prefixes(rows, template)
             extra = [ct.system_prefix(run.tokenizer, s, **run.template_kwargs) for s in self.extra_prefixes]
