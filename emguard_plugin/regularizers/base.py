@@ -165,7 +165,7 @@ class EMRegularizerCallback(TrainerCallback):
         Raises:
             FloatingPointError: with the step and the first layer concerned.
         """
-        if self._last is None or bool(torch.isfinite(self._last.value)):
+        if self.coef == 0 or self._last is None or bool(torch.isfinite(self._last.value)):
             return
         where = ""
         if self._last.per_layer is not None:
