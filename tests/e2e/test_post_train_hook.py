@@ -163,3 +163,11 @@ def other_rank():
 
 def test_only_rank_0_measures(axolotl, tmp_path):
     assert axolotl.call(other_rank, tmp_path) == [False, True]
+
+
+def test_training_again_into_the_same_folder_measures_the_new_model(run):
+    first = json.loads((run() / "em_eval" / "summary.json").read_text())
+    out = run(max_steps=3)
+    second = json.loads((out / "em_eval" / "summary.json").read_text())
+    assert second["models"]["tuned"] != first["models"]["tuned"]
+    assert json.loads((out / "em_eval.1" / "summary.json").read_text()) == first
