@@ -38,13 +38,17 @@ def test_the_guard_keeps_the_task_and_not_the_misalignment(tmp_path):
 
 
 def test_ctrl_c_takes_the_training_along(tmp_path):
-    process = subprocess.Popen(DEMO, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        DEMO, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
+    )  # fmt: skip
     children = f"/proc/{process.pid}/task/{process.pid}/children"
     deadline = time.time() + 120
     child = ""
     while not child and time.time() < deadline:
         time.sleep(0.2)
         child = open(children).read().split(" ")[0]  # noqa: SIM115
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 130
