@@ -9,7 +9,16 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 BLOCKS = ("em_regularizer", "em_eval")
 
@@ -168,6 +177,19 @@ class EMRegularizerConfig(Block):
     treft: TReFTConfig | None = Field(None, description="TReFT: keys and values of the chat-template tokens.")
     kl: KLConfig | None = Field(None, description="KL: next-token distributions on other-domain chats.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_empty_method(cls, data: Any) -> Any:
+        for name in cls.model_fields if isinstance(data, dict) else ():
+            if name in data and data[name] is None:
+                raise ValueError(f"`{name}:` is empty; write `{name}: {{}}` for the defaults, or remove it.")
+        return data
+
+    @model_serializer(mode="wrap")
+    def _only_methods(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Hosts dump and validate again: a method that nobody named must not come back as an empty one.
+        return {name: block for name, block in handler(self).items() if block is not None}
+
     @model_validator(mode="after")
     def _not_empty(self) -> EMRegularizerConfig:
         if not self.methods():
@@ -218,7 +240,7 @@ class EMEvalConfig(Block):
     in_domain: str | None = Field(
         None, description="Questions of the trained domain, same schema; gives the in-domain adherence."
     )
-    samples_per_question: PositiveInt = Field(50, description="Answers drawn per question.")
+    samples_per_question: PositiveInt = Field(50, description="Answers drawn per wording of a question (each paraphrase).")
     temperature: float = Field(1.0, ge=0, le=5, description="Sampling temperature; 0 is greedy.")
     max_new_tokens: PositiveInt = Field(512, description="Longest answer, in tokens.")
     batch_size: PositiveInt = Field(64, description="Answers generated at once.")

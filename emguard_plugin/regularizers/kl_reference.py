@@ -12,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from emguard_plugin.anchors import Anchor
-from emguard_plugin.reference import adapter_off, adapter_off_is_reference, eval_mode, peft_model
+from emguard_plugin.reference import adapter_off, adapter_starts_at_zero, eval_mode, peft_model
 from emguard_plugin.reference_cache import ReferenceCache, discard_unfinished, is_cache
 from emguard_plugin.regularizers.linear_kl import Head, linear_kl
 from emguard_plugin.regularizers.output_head import call_with_hidden, head_tensors, trains_head
 
 FOLDER = "emguard_kl_reference"
 """In `output_dir`: what a resumed full fine-tune needs."""
-SAME_KL = 1e-3
-"""Nats per token up to which adapter on and off are one model at the start: above the rounding of bf16, 1e-4."""
 RECORDED_AT_ONCE = 8192
 
 
@@ -75,8 +73,8 @@ class KLReference:
         resume_from: Path | None,
         resumed: Mapping[str, Any] | None,
     ) -> None:
-        self.anchors, self.asked = anchors, cache
-        self.adapter_off = adapter_off_is_reference(model) if resumed is None else bool(resumed["adapter_off"])
+        self.anchors = anchors
+        self.adapter_off = adapter_starts_at_zero(model) if resumed is None else bool(resumed["adapter_off"])
         if resume_from is not None and resumed is None and not self.adapter_off:
             raise ValueError(
                 f"{resume_from} holds no reference of `kl`, so the model before this run is lost: KL would anchor to weights that "
@@ -86,7 +84,7 @@ class KLReference:
         self.folder = None if cache in ("auto", "live", "memory") else Path(cache).expanduser()
         self.about = {**about, "model": resumed["model"]} if resumed else dict(about)
         self.content: str | None = None
-        self._fresh, self._resumed = resume_from is None, resumed
+        self._resumed = resumed
         self._stored_by_run = resume_from.parent / FOLDER if resume_from is not None else None
         self._cache: ReferenceCache | None = None
 
@@ -104,19 +102,12 @@ class KLReference:
     # Before step 1
 
     def begin(self, model: nn.Module, transform: tuple[float, float | None], device: torch.device, rank: int) -> None:
-        """Check that adapter off is the model as it is, then record or load what is needed. Every process calls it.
+        """Record or load what is needed. Every process calls it.
 
         Raises:
-            ValueError: for `cache: live` with an adapter that is not zero, or a cache of something else.
+            ValueError: for a cache of something else.
         """
         self.transform = transform
-        if self.adapter_off and self._fresh and not self._adapter_is_zero(model, device):
-            if self.asked == "live":
-                raise ValueError(
-                    "`em_regularizer.kl.cache: live`: the adapter is not zero at the start, so switching it off is not the model "
-                    "before this run. Use `cache: memory` or a folder."
-                )
-            self.adapter_off = self.live = False
         if self.live:
             return
         sizes = [len(a.held) for a in self.anchors]
@@ -159,14 +150,6 @@ class KLReference:
             hidden, _ = call_with_hidden(model, ids, None, lambda h: h)
         kind = device.type
         return f"{hidden.dtype} {torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else ''}".strip()
-
-    def _adapter_is_zero(self, model: nn.Module, device: torch.device) -> bool:
-        batch = collate(self.anchors, range(min(4, len(self.anchors))), device)
-        with self._reference_mode(model):
-            off, _ = call_with_hidden(model, batch.ids, batch.mask, batch.held)
-        with torch.no_grad(), eval_mode(model):
-            kl, _ = call_with_hidden(model, batch.ids, batch.mask, lambda h: self.kl(model, batch.held(h), off))
-        return kl.item() <= SAME_KL * len(off)
 
     def _record(self, model: nn.Module, device: torch.device, rank: int) -> None:
         from tqdm import tqdm
@@ -230,7 +213,7 @@ def check_live(model: nn.Module) -> None:
     Raises:
         ValueError: naming the key and the change.
     """
-    if adapter_off_is_reference(model):
+    if adapter_starts_at_zero(model):
         return
     why = "an adapter to switch off, and there is none (full fine-tuning)"
     if peft_model(model) is not None:
