@@ -158,7 +158,7 @@ def test_an_empty_block(tiny, tmp_path):
 
 
 def test_a_conflict_with_axolotl_is_none_of_trls(check, trl):
-    assert "`tensor_parallel_size: 2` splits keys" in problem(check(tensor_parallel_size="2", **treft()))
+    assert "`tensor_parallel_size: 2` splits the model" in problem(check(tensor_parallel_size="2", **treft()))
     assert check(tensor_parallel_size="many", **treft()).problems == [], "that is for Axolotl to say"
     assert trl(tensor_parallel_size=2, **treft()).problems == []
 
@@ -228,3 +228,12 @@ def test_a_file_that_is_no_mapping(tmp_path, text):
 def test_a_file_that_is_not_there(tmp_path):
     assert "cannot be read" in problem(check_config(tmp_path / "none.yaml"))
     assert "cannot be read" in problem(check_config(tmp_path))
+
+
+def test_kl_is_shown_with_its_anchors_and_what_it_lacks(check):
+    shown = check(em_regularizer={"kl": {"target": 0.02}})
+    assert "kl: held at 0.02 nats per token, KL(base||model), 800 anchors (bundled), all tokens, reference auto" in shown.active
+    missing = check(em_regularizer={"kl": {"anchors": "./nowhere.jsonl"}})
+    assert "`em_regularizer.kl.anchors: ./nowhere.jsonl` does not exist" in " ".join(missing.problems)
+    live = check(em_regularizer={"kl": {"cache": "live"}}, adapter=None)
+    assert "em_regularizer.kl.cache: `live` needs an adapter to switch off" in " ".join(live.problems)

@@ -50,9 +50,9 @@ REFUSED = {
     "reentrant on two": (ddp(**REENTRANT), r"reentrant gradient checkpointing on several processes.*use_reentrant: false"),
     "FSDP 1": ({"where": {"kind": "FSDP", "processes": 2, "fsdp_version": 1}}, r"FSDP version 1.*Set `fsdp_version: 2`"),
     "ZeRO-3, adapter, checkpointing": (zero(3, **NON_REENTRANT), r"ZeRO-3 with an adapter and gradient checkpointing"),
-    "tensor parallel": ({"where": tp(tp_size=2)}, r"`tp_size: 2` splits keys and values over devices"),
-    "context parallel": ({"where": tp(cp_size=2)}, r"`cp_size: 2` splits keys and values over devices"),
-    "sequence parallel": ({"where": tp(sp_size=2)}, r"`sp_size: 2` splits keys and values over devices"),
+    "tensor parallel": ({"where": tp(tp_size=2)}, r"`tp_size: 2` splits the model over devices"),
+    "context parallel": ({"where": tp(cp_size=2)}, r"`cp_size: 2` splits the model over devices"),
+    "sequence parallel": ({"where": tp(sp_size=2)}, r"`sp_size: 2` splits the model over devices"),
 }
 FINE = {
     "one GPU": {},
