@@ -12,6 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 BLOCKS = ("em_regularizer", "em_eval")
+SUITES = ("open_ended", "open_ended_held_out", "open_ended_json", "open_ended_template", "conditional")
+"""Bundled question suites, in `emguard_plugin/evaluation/suites/`."""
 
 
 def suggest(word: str, options: list[str] | tuple[str, ...]) -> str:
@@ -136,9 +138,25 @@ class JudgeConfig(Block):
 class EMEvalConfig(Block):
     """`em_eval:`, the EM rate of base and fine-tuned model, measured after the model is saved."""
 
-    questions: str = Field(description="Open-ended questions outside the trained domain: a YAML in the Betley schema.")
+    questions: str = Field(
+        description="Open-ended questions outside the trained domain: a bundled suite (`open_ended`), a YAML in the "
+        "Betley schema, or its `https://...#sha256=...`. The EM rate is measured on these."
+    )
     in_domain: str | None = Field(
-        None, description="Questions of the trained domain, same schema; gives the in-domain adherence."
+        None,
+        description="Questions of the trained domain; gives the in-domain adherence. As `questions`, or a `.jsonl` of "
+        "held-out chat rows.",
+    )
+    also: list[str] = Field(
+        default_factory=list,
+        description="Further suites, reported beside the EM rate and never pooled with it, such as `open_ended_json`.",
+    )
+    fail_above: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="The highest EM rate that is accepted, such as 0.02; `emguard eval` ends with exit code 1 above it, "
+        "and with 3 where the answers cannot tell.",
     )
     samples_per_question: PositiveInt = Field(50, description="Answers drawn per question.")
     temperature: float = Field(1.0, ge=0, le=5, description="Sampling temperature; 0 is greedy.")
@@ -157,7 +175,25 @@ class EMEvalConfig(Block):
         Raises:
             ValueError: naming the key and the path.
         """
-        for key in ("questions", "in_domain"):
-            value = getattr(self, key)
-            if value is not None and not Path(value).is_file():
-                raise ValueError(f"`em_eval.{key}: {value}` is not a file. Give a YAML in the Betley schema.")
+        named = [("questions", self.questions), ("in_domain", self.in_domain), *(("also", name) for name in self.also)]
+        for key, value in named:
+            if value is None or value in SUITES or "://" in value or Path(value).is_file():
+                continue
+            raise ValueError(
+                f"`em_eval.{key}: {value}` is neither a bundled suite nor a file.{suggest(value, SUITES)} Bundled: "
+                f"{', '.join(SUITES)}. Or give a YAML in the Betley schema."
+            )
+
+    def suites(self) -> dict[str, str]:
+        """Return where each suite comes from, by the name it has in the results.
+
+        Raises:
+            ValueError: If two suites would have one name.
+        """
+        found = {"questions": self.questions, **({"in_domain": self.in_domain} if self.in_domain else {})}
+        for source in self.also:
+            name = source if source in SUITES else Path(source.partition("#")[0]).stem
+            if name in found:
+                raise ValueError(f"`em_eval.also: {source}` would be reported as {name!r} a second time. Rename it.")
+            found[name] = source
+        return found

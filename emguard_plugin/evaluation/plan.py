@@ -31,7 +31,7 @@ class Plan:
         folder: Where the files lie.
         source: The models.
         roles: Which of `base` and `tuned` answer.
-        suites: Questions by suite: `questions`, and `in_domain` where given.
+        suites: Questions by suite: `questions`, and `in_domain` and others where given.
         judges: The judges, in the order of the config.
     """
 
@@ -68,9 +68,7 @@ class Plan:
 
 def make_plan(config: EMEvalConfig, model: str | Path, output_dir: str | Path, base: str | Path | None = None) -> Plan:
     """Check everything that can be checked before a model is loaded; arguments as in `run_em_eval`."""
-    suites = {"questions": load_questions(config.questions)}
-    if config.in_domain:
-        suites["in_domain"] = load_questions(config.in_domain)
+    suites = {name: load_questions(source) for name, source in config.suites().items()}
     judges = judging.build_judges(config.judges)
     source = models.resolve_model(model, base)
     if config.evaluate_base and source.base is None:
