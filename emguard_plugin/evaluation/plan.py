@@ -29,7 +29,7 @@ class Plan:
     Attributes:
         config: The `em_eval` block.
         folder: Where the files lie.
-        source: The models.
+        source: The models; None where the answers are there and no model is needed.
         roles: Which of `base` and `tuned` answer.
         suites: Questions by suite: `questions`, and `in_domain` and others where given.
         judges: The judges, in the order of the config.
@@ -37,7 +37,7 @@ class Plan:
 
     config: EMEvalConfig
     folder: Path
-    source: models.ModelSource
+    source: models.ModelSource | None
     roles: tuple[str, ...]
     suites: dict[str, list[Question]]
     judges: list[judging.Judge]
@@ -66,10 +66,27 @@ class Plan:
         ]
 
 
-def make_plan(config: EMEvalConfig, model: str | Path, output_dir: str | Path, base: str | Path | None = None) -> Plan:
-    """Check everything that can be checked before a model is loaded; arguments as in `run_em_eval`."""
+def make_plan(
+    config: EMEvalConfig,
+    model: str | Path,
+    output_dir: str | Path,
+    base: str | Path | None = None,
+    with_model: bool = True,
+) -> Plan:
+    """Check everything that can be checked before a model is loaded.
+
+    Args:
+        config: As in `run_em_eval`.
+        model: As in `run_em_eval`.
+        output_dir: As in `run_em_eval`.
+        base: As in `run_em_eval`.
+        with_model: Whether answers may have to be drawn; otherwise the folder must hold those of an earlier run.
+    """
     suites = {name: load_questions(source) for name, source in config.suites().items()}
     judges = judging.build_judges(config.judges)
+    if not with_model:
+        folder = store.prepare_folder(output_dir)
+        return Plan(config, folder, None, tuple(store.claimed(folder)["models"]), suites, judges)
     source = models.resolve_model(model, base)
     if config.evaluate_base and source.base is None:
         raise ValueError(
@@ -82,7 +99,8 @@ def make_plan(config: EMEvalConfig, model: str | Path, output_dir: str | Path, b
 
 def open_run(plan: Plan) -> dict[str, Any]:
     """Tie the folder to this protocol and these models; return what is stored about the run."""
-    tokenizer = models.load_tokenizer(plan.source)
+    tokenizer = models.load_tokenizer(plan.source) if plan.source else None
+    known = store.claimed(plan.folder) if tokenizer is None else {}
     config, samples = plan.config, {}
     for name, suite in plan.suites.items():
         samples[name] = [(_samples(config, question), _temperature(config, question)) for question in suite]
@@ -103,10 +121,14 @@ def open_run(plan: Plan) -> dict[str, Any]:
             "max_new_tokens": config.max_new_tokens,
             "seed": config.seed,
         },
-        "chat_template_sha256": models.template_hash(tokenizer),
+        "chat_template_sha256": (
+            models.template_hash(tokenizer) if tokenizer else known["protocol"]["chat_template_sha256"]
+        ),
         "judges": [entry.identity() for entry in plan.judges],
         "thresholds": asdict(THRESHOLDS),
     }
+    if tokenizer is None:
+        return store.claim(plan.folder, {"protocol": protocol}, keys=("protocol",))
     record = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "protocol": protocol,

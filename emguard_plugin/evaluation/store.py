@@ -143,6 +143,18 @@ def claim(folder: Path, record: dict[str, Any], keys: tuple[str, ...]) -> dict[s
     return stored
 
 
+def claimed(folder: Path) -> dict[str, Any]:
+    """Return what an earlier run stored about itself.
+
+    Raises:
+        ValueError: If the folder holds no run.
+    """
+    path = folder / PROTOCOL
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no answers yet. Run the phase `generate` first, or give its `--output-dir`.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file in one piece: a reader sees the old file or the new one."""
     draft = path.with_name(path.name + ".tmp")

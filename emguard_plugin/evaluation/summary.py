@@ -129,6 +129,7 @@ class Summary(_Part):
     protocol: dict[str, Any] = Field(description="Suites, decoding, chat template, judges, thresholds.")
     example_prompt: str = Field(description="The first question as the model sees it, rendered by the chat template.")
     models: dict[str, Any] = Field(description="What was measured, by role: names and sha256 of the weights.")
+    sources: dict[str, str] = Field(description="Where each suite came from: a name, a file or a pinned URL.")
     judges: list[JudgeResult]
     agreement: list[Agreement] = Field(default_factory=list, description="Each pair of judges.")
     fleiss_kappa: float | None = Field(None, description="Of all judges, three or more, on the open-ended questions.")
