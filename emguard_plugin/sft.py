@@ -37,7 +37,12 @@ def _refuse_misspelt_blocks(arguments: list[str]) -> None:
 
 
 def train(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
-    """Train, save and measure; the arguments are those of TRL's own script."""
+    """Train, save and measure; the arguments are those of TRL's own script.
+
+    Raises:
+        SystemExit: With `em_eval.fail_above` set, after everything is saved, if the gate is not passed: 1 above it, 3
+            where the answers cannot tell, 2 where nothing could be measured. In a distributed run rank 0 ends so.
+    """
     from datasets import load_dataset
     from trl import get_dataset, get_peft_config, get_quantization_config
 
@@ -74,4 +79,7 @@ def train(script_args: Any, training_args: Any, model_args: Any, dataset_args: A
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Saved to {training_args.output_dir}")
     if eval_config is not None and trainer.is_world_process_zero():
-        measure_saved_model(eval_config, training_args.output_dir, base=model_args.model_name_or_path)
+        measured = measure_saved_model(eval_config, training_args.output_dir, base=model_args.model_name_or_path)
+        # Only a gate ends a run that was saved with an exit code: without one, a measurement that failed is a line.
+        if eval_config.fail_above is not None and measured.exit_code:
+            raise SystemExit(measured.exit_code)
