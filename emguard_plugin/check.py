@@ -143,12 +143,12 @@ def _check_eval(config: EMEvalConfig, report: Report) -> None:
 
     try:
         config.check_files()
-        build_judges(config.judges)
+        built = build_judges(config.judges)
         suites = {k: load_questions(p) for k, p in (("questions", config.questions), ("in_domain", config.in_domain)) if p}
     except (ValueError, ImportError) as exc:
         report.problems.append(f"em_eval: {exc}")
         return
     n = sum(map(len, suites.values())) * config.samples_per_question * (2 if config.evaluate_base else 1)
     sizes = ", ".join(f"{len(q)} in {k}" for k, q in suites.items())
-    judges = ", ".join(j.function for j in config.judges)
+    judges = ", ".join(judge.name for judge in built)
     report.active.append(f"em_eval: {sizes}; {n} answers in all; judged by {judges}")

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from emguard_plugin.keys import check_endpoint, refuse_keys
+
 BLOCKS = ("em_regularizer", "em_eval")
 SUITES = ("open_ended", "open_ended_held_out", "open_ended_json", "open_ended_template", "conditional")
 """Bundled question suites, in `emguard_plugin/evaluation/suites/`."""
@@ -119,20 +121,69 @@ class EMRegularizerConfig(Block):
 class JudgeConfig(Block):
     """One entry of `em_eval.judges`."""
 
-    provider: Literal["exact"] = Field(
-        "exact", description="exact: a Python function decides, without a model. LLM judges use the same interface."
+    provider: Literal["exact", "openai", "hf", "replay", "mock"] = Field(
+        "exact",
+        description="exact: a Python function. openai: a model behind any OpenAI-compatible endpoint. hf: a local "
+        "transformers model. replay: an earlier `judgments.jsonl`. mock: meaningless scores for dry runs.",
     )
-    function: str = Field(
-        description="`package.module:function`, called as function(question, answer) and returning a mapping with "
-        "`aligned` (0 to 100 or null) and `coherent` (0 to 100 or null)."
+    function: str | None = Field(
+        None,
+        description="exact: `package.module:function`, called as function(question, answer) and returning a mapping "
+        "with `aligned` (0 to 100 or null) and `coherent` (0 to 100 or null).",
     )
+    model: str | None = Field(None, description="openai: name at the server. hf: folder or name on the hub.")
+    name: str | None = Field(None, description="openai, hf: name in files and tables; default is the model's.")
+    base_url: str = Field("https://api.openai.com/v1", description="openai: the endpoint, up to and including `/v1`.")
+    api_key_env: str | None = Field(None, description="openai: NAME of the environment variable that holds the key.")
+    allow_remote: bool = Field(False, description="openai: answers may be sent to a server that is not this machine.")
+    mode: Literal["auto", "logprob", "trie", "sampled", "label"] = Field(
+        "auto",
+        description="openai: how a score is read. logprob: mean over the first token's probabilities. trie: the same, "
+        "digit by digit. sampled: mean of several draws. label: a class from 1 to 5. auto: a probe chooses.",
+    )
+    samples: PositiveInt = Field(5, description="openai: draws per score with `mode: sampled`.")
+    concurrency: int = Field(32, ge=1, le=512, description="openai: calls at once.")
+    timeout: float = Field(60, gt=0, description="openai: seconds that one call may take.")
+    deadline: float = Field(1800, gt=0, description="openai: seconds that judging may take in all.")
+    max_calls: PositiveInt | None = Field(None, description="openai: refuse to begin where more calls may be needed.")
+    revision: str | None = Field(None, description="hf: commit or tag on the hub.")
+    batch_size: PositiveInt = Field(8, description="hf: answers scored at once.")
+    file: str | None = Field(None, description="replay: a `judgments.jsonl`.")
+    judge: str | None = Field(None, description="replay: whose judgments, where the file holds several judges'.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_key_in_a_file(cls, data: Any) -> Any:
+        refuse_keys(data)
+        return data
 
     @model_validator(mode="after")
-    def _importable_shape(self) -> JudgeConfig:
-        module, _, name = self.function.partition(":")
-        if not (module and name.isidentifier()):
-            raise ValueError(f"`function: {self.function}` is not of the form `package.module:function`.")
+    def _consistent(self) -> JudgeConfig:
+        for key in self.model_fields_set - {"provider"}:
+            providers = _JUDGE_KEYS[key]
+            if self.provider not in providers:
+                raise ValueError(f"`{key}` goes with `provider: {' or '.join(providers)}`, not with {self.provider}.")
+        needed = {"exact": "function", "openai": "model", "hf": "model", "replay": "file"}.get(self.provider)
+        if needed and not getattr(self, needed):
+            raise ValueError(f"`provider: {self.provider}` needs `{needed}`.")
+        if self.function is not None:
+            module, _, name = self.function.partition(":")
+            if not (module and name.isidentifier()):
+                raise ValueError(f"`function: {self.function}` is not of the form `package.module:function`.")
+        if self.provider == "openai":
+            check_endpoint(self.base_url, self.api_key_env, self.allow_remote)
         return self
+
+
+_JUDGE_KEYS = {
+    "function": ("exact",),
+    "model": ("openai", "hf"),
+    "name": ("openai", "hf"),
+    **dict.fromkeys(("base_url", "api_key_env", "allow_remote", "mode", "samples"), ("openai",)),
+    **dict.fromkeys(("concurrency", "timeout", "deadline", "max_calls"), ("openai",)),
+    **dict.fromkeys(("revision", "batch_size"), ("hf",)),
+    **dict.fromkeys(("file", "judge"), ("replay",)),
+}
 
 
 class EMEvalConfig(Block):

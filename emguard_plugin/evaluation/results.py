@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 from emguard_plugin.evaluation.agreement import agreement, fleiss
+from emguard_plugin.evaluation.judging import found_out
 from emguard_plugin.evaluation.plan import Plan
 from emguard_plugin.evaluation.rates import Scored, difference, suite_rates
 from emguard_plugin.evaluation.sampler import AnswerKey
@@ -26,7 +27,15 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
     """
     from emguard_plugin.evaluation.report import write_report
 
-    results, by_judge = [], {}
+    results, by_judge, known = [], {}, found_out(plan)
+    # Which mode a judge was read in is part of the protocol, and known only once it has been probed.
+    protocol = {
+        **stored["protocol"],
+        "judges": [
+            {**identity, **({"found": found} if (found := known.get(entry.name, {}).get("found")) else {})}
+            for identity, entry in zip(stored["protocol"]["judges"], plan.judges, strict=True)
+        ],
+    }
     for entry in plan.judges:
         scored = by_judge[entry.name] = scored_answers(plan, entry.name)
         rates = {role: {name: suite_rates(answers) for name, answers in by.items()} for role, by in scored.items()}
@@ -35,7 +44,16 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
             differences = {name: difference(scored["base"][name], scored["tuned"][name]) for name in plan.suites}
         gate = plan.config.fail_above
         decided = None if gate is None else verdict(scored["tuned"]["questions"], gate)
-        results.append(JudgeResult(name=entry.name, rates=rates, differences=differences, verdict=decided))
+        results.append(
+            JudgeResult(
+                name=entry.name,
+                rates=rates,
+                differences=differences,
+                verdict=decided,
+                measured=not entry.identity().get("not_a_measurement", False),
+                stopped=known.get(entry.name, {}).get("stopped"),
+            )
+        )
     pooled = {
         suite: {name: [a for by in scored.values() for a in by[suite]] for name, scored in by_judge.items()}
         for suite in plan.suites
@@ -43,8 +61,8 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
     summary = Summary(
         created=stored["created"],
         versions=stored["versions"],
-        fingerprint=hashlib.sha256(json.dumps(stored["protocol"], sort_keys=True).encode()).hexdigest(),
-        protocol=stored["protocol"],
+        fingerprint=hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest(),
+        protocol=protocol,
         example_prompt=stored["example_prompt"],
         models=stored["models"],
         sources=plan.config.suites(),
@@ -69,6 +87,8 @@ def scored_answers(plan: Plan, judge_name: str) -> dict[str, dict[str, list[Scor
     responses = {(row["role"], answer_key(row)): row for row in plan.responses.read()}
     # A later record replaces an earlier one: an unscored answer may have been judged again.
     judgments = {(row["role"], answer_key(row)): row for row in plan.judgments.read() if row["judge"] == judge_name}
+    stopped = found_out(plan).get(judge_name, {}).get("stopped")
+    unjudged = f"not judged: {stopped}" if stopped else "not judged"
     found: dict[str, dict[str, list[Scored]]] = {role: {name: [] for name in plan.suites} for role in plan.roles}
     for role in plan.roles:
         for request in plan.requests():
@@ -79,7 +99,7 @@ def scored_answers(plan: Plan, judge_name: str) -> dict[str, dict[str, list[Scor
                     category=request.question.category,
                     aligned=judgment["aligned"] if judgment else None,
                     coherent=judgment["coherent"] if judgment else None,
-                    reason=judgment["detail"] if judgment else "not judged" if answer else "no answer was generated",
+                    reason=judgment["detail"] if judgment else unjudged if answer else "no answer was generated",
                     truncated=bool(answer) and answer["finish"] == "length",
                     status=judgment["status"] if judgment else "unscored",
                 )

@@ -6,11 +6,11 @@ generate -> responses.jsonl    judge -> judgments.jsonl    report -> summary.jso
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict
 from pathlib import Path
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import models, store
+from emguard_plugin.evaluation.judging import judge
 from emguard_plugin.evaluation.plan import Plan, make_plan, open_run
 from emguard_plugin.evaluation.results import answer_key, report
 from emguard_plugin.evaluation.sampler import AnswerKey, TransformersSampler
@@ -98,23 +98,3 @@ def generate(plan: Plan) -> None:
                 bar.update(len(batch))
         # The next model is loaded when the loop asks for it; this one must be gone by then.
         del model, sampler
-
-
-def judge(plan: Plan) -> None:
-    """Judge the answers that `judgments.jsonl` lacks; unscored ones are judged again."""
-    from tqdm.auto import tqdm
-
-    responses, questions, file = plan.responses.read(), plan.questions(), plan.judgments
-    done = {(row["judge"], row["role"], answer_key(row)) for row in file.read() if row["status"] == "scored"}
-    for entry in plan.judges:
-        missing = [row for row in responses if (entry.name, row["role"], answer_key(row)) not in done]
-        if not missing:
-            continue
-        records = []
-        for row in tqdm(missing, desc=f"em_eval: judging by {entry.name}", unit="answer"):
-            found = entry.judge(questions[row["suite"], row["question"], row["paraphrase"]], row["text"])
-            records.append({"judge": entry.name, "role": row["role"], **answer_key(row)._asdict(), **asdict(found)})
-            if len(records) == 256:
-                file.append(records)
-                records = []
-        file.append(records)

@@ -117,6 +117,8 @@ class JudgeResult(_Part):
     rates: dict[Role, dict[str, SuiteRates]]
     differences: dict[str, Difference]
     verdict: Verdict | None = Field(None, description="Against `em_eval.fail_above`; None without one.")
+    measured: bool = Field(True, description="False for the mock judge, whose numbers mean nothing.")
+    stopped: str | None = Field(None, description="Why it left answers unjudged; None if it went through.")
 
 
 class Summary(_Part):
@@ -151,6 +153,8 @@ class Summary(_Part):
 
     def metrics(self) -> dict[str, float]:
         """Return the fine-tuned model's rates under the names that trainers log; rates that do not exist are absent."""
+        if not self.judges[0].measured:
+            return {}
         open_ended, in_domain = self.rates(), self.rates(suite="in_domain")
         found = {}
         if open_ended:
