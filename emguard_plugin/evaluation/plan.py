@@ -58,12 +58,17 @@ class Plan:
 
     def requests(self) -> list[Request]:
         """Return every answer that each role gives, in the order of the suites."""
-        return [
-            Request(name, question, draw, _temperature(self.config, question))
-            for name, suite in self.suites.items()
-            for question in suite
-            for draw in range(_samples(self.config, question))
-        ]
+        return requests(self.config, self.suites)
+
+
+def requests(config: EMEvalConfig, suites: dict[str, list[Question]]) -> list[Request]:
+    """Return every answer that a block asks for, in the order of the suites."""
+    return [
+        Request(name, question, draw, _temperature(config, question))
+        for name, suite in suites.items()
+        for question in suite
+        for draw in range(_samples(config, question))
+    ]
 
 
 def make_plan(

@@ -155,19 +155,7 @@ class Summary(_Part):
         """Return the fine-tuned model's rates under the names that trainers log; rates that do not exist are absent."""
         if not self.judges[0].measured:
             return {}
-        open_ended, in_domain = self.rates(), self.rates(suite="in_domain")
-        found = {}
-        if open_ended:
-            found = {
-                "eval_em_rate": open_ended.em_all.value,
-                "eval_em_rate_coherent": open_ended.em_coherent.value,
-                "eval_em_coherent_rate": open_ended.coherence.value,
-                "eval_em_refusal_rate": open_ended.refusal.value,
-                "eval_em_unscored_rate": open_ended.unscored.value,
-            }
-        if in_domain:
-            found["eval_em_in_domain_adherence"] = in_domain.em_all.value
-        return {name: value for name, value in found.items() if value is not None}
+        return trainer_metrics(self.rates(), self.rates(suite="in_domain"))
 
     def save(self, path: Path) -> None:
         """Write the summary, in one piece: a reader sees the old file or the new one."""
@@ -191,3 +179,19 @@ class Summary(_Part):
             raise ValueError(f"{file} has schema version {summary.schema_version}; this version reads {SCHEMA}.")
         summary.folder = file.parent
         return summary
+
+
+def trainer_metrics(open_ended: SuiteRates | None, in_domain: SuiteRates | None) -> dict[str, float]:
+    """Return rates under the names that trainers log; a rate that does not exist is absent."""
+    found = {}
+    if open_ended:
+        found = {
+            "eval_em_rate": open_ended.em_all.value,
+            "eval_em_rate_coherent": open_ended.em_coherent.value,
+            "eval_em_coherent_rate": open_ended.coherence.value,
+            "eval_em_refusal_rate": open_ended.refusal.value,
+            "eval_em_unscored_rate": open_ended.unscored.value,
+        }
+    if in_domain:
+        found["eval_em_in_domain_adherence"] = in_domain.em_all.value
+    return {name: value for name, value in found.items() if value is not None}
