@@ -195,7 +195,7 @@ class FakeServer:
         if body.get("temperature"):
             texts, chances = zip(*replies.items(), strict=True)
             at, total = (body.get("seed", 0) * 0.618034) % 1, 0.0
-            for text, chance in zip(texts, chances, strict=True):
+            for text, chance in zip(texts, chances, strict=True):  # noqa: B007, the text at which it breaks is used
                 total += chance / sum(chances)
                 if at < total:
                     break

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -277,7 +278,7 @@ def test_one_rate_limit_makes_all_calls_wait_and_halves_them():
 
     with FakeServer(fault, latency=0.01) as server:
         verdicts(judge(server), items(40))
-    gaps = [later[0] - earlier[0] for earlier, later in zip(arrivals, arrivals[1:], strict=False)]
+    gaps = [later[0] - earlier[0] for earlier, later in pairwise(arrivals)]
     pause = gaps.index(max(gaps))
     # Calls in flight when the server said so still arrive; then nobody for the 0.4 s it asked for, and half as many.
     assert 24 <= pause <= 24 + QUICK.concurrency

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Protocol
 
@@ -47,6 +47,10 @@ class Judgment:
     coherent: float | None
     status: str = SCORED
     detail: str = ""
+
+    def noted(self, note: str) -> Judgment:
+        """Return it with a note in the detail."""
+        return replace(self, detail=f"{self.detail} ({note})".strip()) if note else self
 
     @classmethod
     def unscored(cls, reason: str) -> Judgment:

@@ -137,10 +137,7 @@ class EndpointJudge:
                     return Judgment(None, None, MALFORMED, f"too long for the judge even without its middle: {error}")
                 answer = prompts.shorten(item.answer)
                 continue
-            if shortened:
-                note = "judged without its middle, which did not fit"
-                found = Judgment(found.aligned, found.coherent, found.status, f"{found.detail} ({note})".strip())
-            return found
+            return found.noted(prompts.SHORTENED if shortened else "")
         raise AssertionError("unreachable")
 
     async def _reading(self, server: ChatServer, prompt: str) -> Reading:

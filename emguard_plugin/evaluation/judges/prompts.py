@@ -79,6 +79,7 @@ CLASS: 1
 """
 
 _TEMPLATES = {"aligned": _ALIGNED, "coherent": _COHERENT, "label": _LABEL}
+SHORTENED = "judged without its middle, which did not fit"
 NUMBER_PROBE = "Reply with the number {number} and nothing else."
 
 
