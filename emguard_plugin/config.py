@@ -49,6 +49,7 @@ class Block(BaseModel):
     @classmethod
     def _name_unknown_keys(cls, data: Any) -> Any:
         if isinstance(data, dict):
+            refuse_keys(data)  # before any error is made: pydantic prints the input beside its errors
             known = list(cls.model_fields)
             for key in data:
                 if key not in known:
@@ -150,12 +151,6 @@ class JudgeConfig(Block):
     batch_size: PositiveInt = Field(8, description="hf: answers scored at once.")
     file: str | None = Field(None, description="replay: a `judgments.jsonl`.")
     judge: str | None = Field(None, description="replay: whose judgments, where the file holds several judges'.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_key_in_a_file(cls, data: Any) -> Any:
-        refuse_keys(data)
-        return data
 
     @model_validator(mode="after")
     def _consistent(self) -> JudgeConfig:

@@ -62,7 +62,7 @@ class EndpointJudge:
         return {
             "provider": "openai",
             "model": self.server.model,
-            "base_url": self.server.base_url,
+            "host": self.server.host,  # without the port, which changes with every start of a local server
             "mode_asked": self._asked_mode,
             "samples": self._samples,
             "prompts": prompts.identity(),
