@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 from emguard_plugin.evaluation.agreement import agreement, fleiss
+from emguard_plugin.evaluation.exports import write_exports
 from emguard_plugin.evaluation.judging import found_out
 from emguard_plugin.evaluation.plan import Plan
 from emguard_plugin.evaluation.rates import Scored, difference, suite_rates
@@ -44,13 +46,16 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
             differences = {name: difference(scored["base"][name], scored["tuned"][name]) for name in plan.suites}
         gate = plan.config.fail_above
         decided = None if gate is None else verdict(scored["tuned"]["questions"], gate)
+        measured = not entry.identity().get("not_a_measurement", False)
+        if decided and not measured:
+            decided = decided.model_copy(update={"outcome": "inconclusive", "reason": f"{entry.name}: no measurement"})
         results.append(
             JudgeResult(
                 name=entry.name,
                 rates=rates,
                 differences=differences,
                 verdict=decided,
-                measured=not entry.identity().get("not_a_measurement", False),
+                measured=measured,
                 stopped=known.get(entry.name, {}).get("stopped"),
             )
         )
@@ -65,7 +70,9 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
         protocol=protocol,
         example_prompt=stored["example_prompt"],
         models=stored["models"],
-        sources=plan.config.suites(),
+        sources={
+            name: source if "://" in source else Path(source).name for name, source in plan.config.suites().items()
+        },
         judges=results,
         agreement=[pair for suite, answers in pooled.items() for pair in agreement(answers, suite)],
         fleiss_kappa=fleiss(pooled["questions"]),
@@ -73,6 +80,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
     )
     summary.save(plan.folder / "summary.json")
     write_report(summary, plan.folder / "report.html")
+    write_exports(summary, plan.folder)
     for result in results:
         rates = result.rates["tuned"]["questions"]
         if rates.em_all.n == 0:

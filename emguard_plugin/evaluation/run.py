@@ -54,6 +54,8 @@ def run_em_eval(
     plan = make_plan(config, model, output_dir, base, with_model="generate" in phases)
     with store.locked(plan.folder):
         stored = open_run(plan)
+        if plan.source:
+            store.keep_private(plan.folder, plan.source.path)
         if "generate" in phases:
             generate(plan)
         if "judge" in phases:
