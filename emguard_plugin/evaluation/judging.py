@@ -75,7 +75,7 @@ def _judge(plan: Plan, entry: Judge, rows: list[dict[str, Any]], items: list[Ite
 
     records: list[dict[str, Any]] = []
     written = time.monotonic()
-    bar = tqdm(total=len(items), desc=f"em_eval: judging by {entry.name}", unit="answer")
+    bar = tqdm(total=len(items), desc=f"em_eval: judging by {entry.name}", unit="answer", disable=None)
     try:
         with bar:
             for index, verdict in entry.judge(items):
