@@ -49,7 +49,7 @@ def model_card(summary: Summary) -> str:
                 "n": rate.n,
                 "interval_95_these_questions": list(rate.interval),
                 "interval_95_questions_like_these": rate.interval_clustered and list(rate.interval_clustered),
-                "verdict": result.verdict.outcome if result.verdict else None,
+                **({"verdict": result.verdict.outcome} if result.verdict and metric == "em_rate_coherent" else {}),
                 "protocol": summary.fingerprint,
             },
         )
@@ -218,8 +218,11 @@ def rates_csv(summary: Summary) -> str:
 
 
 def write_exports(summary: Summary, folder: Path) -> None:
-    """Write `model_card.md`, `inspect.json` and `rates.csv` beside the summary; `inspect.json` holds the answers."""
+    """Write `model_card.md`, `rates.csv` and the log in `inspect/` beside the summary; the log holds the answers."""
     (folder / "model_card.md").write_text(model_card(summary), encoding="utf-8")
     (folder / "rates.csv").write_text(rates_csv(summary), encoding="utf-8")
     files = (JsonLines(folder / "responses.jsonl"), JsonLines(folder / "judgments.jsonl"))
-    write_json(folder / "inspect.json", inspect_log(summary, *(file.read() for file in files)))
+    (folder / "inspect").mkdir(exist_ok=True)
+    # `inspect view --log-dir` lists files whose name begins with a time.
+    name = f"{summary.created[:19].replace(':', '-')}_emergent-misalignment_{summary.fingerprint[:16]}.json"
+    write_json(folder / "inspect" / name, inspect_log(summary, *(file.read() for file in files)))

@@ -29,10 +29,11 @@ def verdicts(columns: Sequence[Column], judge: str) -> Iterator[str]:
         found = next(result for result in column.summary.judges if result.name == judge).verdict
         if found:
             who = f"{escape(column.name)}: " if len(tuned) > 1 else ""
+            reason = escape(found.reason).replace(" %", "&nbsp;%")
             extra = "" if found.outcome != "inconclusive" else " Inconclusive is not a pass."
             yield (
                 f'<p class="verdict {found.outcome}"><b>{who}{found.outcome}</b> at <code>fail_above: '
-                f"{found.fail_above:g}</code>. EM rate over coherent answers: {escape(found.reason)}.{extra}</p>"
+                f"{found.fail_above:g}</code>. EM rate over coherent answers: {reason}.{extra}</p>"
             )
 
 

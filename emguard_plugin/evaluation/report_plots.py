@@ -114,7 +114,7 @@ def _question_row(name: str, found: Sequence[dict[str, Rate]], columns: Sequence
         lanes.append(marks.lane(rate, colour) if rate else "")
         shown = f"{rate.count} / {rate.n}" if rate else "–"
         values.append(f'<span class="c{colour}">{shown}</span>')
-    return _row(escape(name), "".join(lanes), "".join(values))
+    return _row(escape(name).replace("/", "/<wbr>"), "".join(lanes), "".join(values))
 
 
 def threshold_plot(columns: Sequence[Column], judge: str) -> Iterator[str]:

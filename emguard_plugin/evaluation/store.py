@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 PROTOCOL = "protocol.json"
-HOLD_ANSWERS = ("responses.jsonl", "judgments.jsonl", "report.html", "inspect.json")
+HOLD_ANSWERS = ("responses.jsonl", "judgments.jsonl", "report.html", "inspect/")
 
 
 class JsonLines:

@@ -4,6 +4,7 @@ import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_a_format_variant_asks_the_same_questions_in_another_format(name, asks):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A real server with one suite, and an empty cache; `server.hits` counts what was asked of it."""
-    content = open(write_suite(tmp_path / "suite.yaml", ITEMS), "rb").read()
+    content = Path(write_suite(tmp_path / "suite.yaml", ITEMS)).read_bytes()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
