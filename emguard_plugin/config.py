@@ -181,6 +181,38 @@ _JUDGE_KEYS = {
 }
 
 
+class SamplerConfig(Block):
+    """`em_eval.sampler`: what draws the answers."""
+
+    provider: Literal["transformers", "openai", "vllm"] = Field(
+        "transformers",
+        description="transformers: in this process. openai: a model behind any OpenAI-compatible endpoint. vllm: the "
+        "command `vllm serve`, started and stopped by emguard.",
+    )
+    base_url: str | None = Field(None, description="openai: the endpoint, up to and including `/v1`.")
+    model: str | None = Field(None, description="openai: the fine-tuned model's name there; default is MODEL itself.")
+    base_model: str | None = Field(None, description="openai: the base model's name there, for `evaluate_base`.")
+    api_key_env: str | None = Field(None, description="openai: NAME of the environment variable that holds the key.")
+    allow_remote: bool = Field(False, description="openai: questions may be sent to another machine.")
+    args: list[str] = Field(default_factory=list, description="vllm: further arguments of `vllm serve`.")
+    concurrency: int = Field(32, ge=1, le=512, description="openai, vllm: answers drawn at once.")
+    timeout: float = Field(600, gt=0, description="openai, vllm: seconds that one answer may take.")
+    deadline: float = Field(86400, gt=0, description="openai, vllm: seconds that drawing may take in all.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SamplerConfig:
+        served = {"concurrency", "timeout", "deadline"}
+        allowed = {"transformers": set(), "openai": set(type(self).model_fields) - {"args"}, "vllm": {"args", *served}}
+        wrong = sorted(self.model_fields_set - {"provider"} - allowed[self.provider])
+        if wrong:
+            raise ValueError(f"`{wrong[0]}` does not go with `provider: {self.provider}`.")
+        if self.provider == "openai":
+            if not self.base_url:
+                raise ValueError("`provider: openai` needs `base_url`, such as `http://localhost:8000/v1`.")
+            check_endpoint(self.base_url, self.api_key_env, self.allow_remote)
+        return self
+
+
 class EMEvalConfig(Block):
     """`em_eval:`, the EM rate of base and fine-tuned model, measured after the model is saved."""
 
@@ -210,6 +242,7 @@ class EMEvalConfig(Block):
     batch_size: PositiveInt = Field(64, description="Answers generated at once.")
     seed: NonNegativeInt = Field(0, description="Seeds every (question, draw); the same for base and fine-tuned.")
     evaluate_base: bool = Field(True, description="Measure the untuned model as well, with the same seeds.")
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="What draws the answers.")
     judges: list[JudgeConfig] = Field(min_length=1, description="At least one judge; each is reported.")
     output_dir: str | None = Field(None, description="Where results go; default `<output_dir>/em_eval`.")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import judges as judging
@@ -15,10 +17,16 @@ from emguard_plugin.evaluation import models, store
 from emguard_plugin.evaluation.questions import Question, load_questions, suite_hash
 from emguard_plugin.evaluation.rates import THRESHOLDS
 from emguard_plugin.evaluation.sampler import Request
+from emguard_plugin.evaluation.served import ServedSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SAMPLERS = {
+    "transformers": "transformers, inverse CDF, no top-k or top-p",
+    "openai": "chat completions, top_p 1, a seed per draw",
+    "vllm": "vLLM, top_p 1, no top-k, a seed per draw",
+}
 PACKAGES = ("emguard-plugin", "torch", "transformers", "peft", "numpy", "scipy", "statsmodels")
 
 
@@ -37,7 +45,7 @@ class Plan:
 
     config: EMEvalConfig
     folder: Path
-    source: models.ModelSource | None
+    source: models.ModelSource | ServedSource | None
     roles: tuple[str, ...]
     suites: dict[str, list[Question]]
     judges: list[judging.Judge]
@@ -92,7 +100,7 @@ def make_plan(
     if not with_model:
         folder = store.prepare_folder(output_dir)
         return Plan(config, folder, None, tuple(store.claimed(folder)["models"]), suites, judges)
-    source = models.resolve_model(model, base)
+    source = _source(config, model, base)
     if config.evaluate_base and source.base is None:
         raise ValueError(
             f"{model} is a whole model and does not say what it was trained from. Pass `base`, "
@@ -102,10 +110,20 @@ def make_plan(
     return Plan(config, store.prepare_folder(output_dir), source, roles, suites, judges)
 
 
+def _source(config: EMEvalConfig, model: str | Path, base: str | Path | None) -> models.ModelSource | ServedSource:
+    sampler = config.sampler
+    if sampler.provider != "openai":
+        return models.resolve_model(model, base)
+    start = sampler.base_model or (str(base) if base else None)
+    return ServedSource(sampler.model or str(model), start, urlsplit(sampler.base_url).hostname)
+
+
 def open_run(plan: Plan) -> dict[str, Any]:
     """Tie the folder to this protocol and these models; return what is stored about the run."""
-    tokenizer = models.load_tokenizer(plan.source) if plan.source else None
-    known = store.claimed(plan.folder) if tokenizer is None else {}
+    served = isinstance(plan.source, ServedSource)
+    tokenizer = models.load_tokenizer(plan.source) if plan.source and not served else None
+    # Without a model, whatever drew the answers stands in the folder.
+    known = store.claimed(plan.folder)["protocol"] if plan.source is None else {}
     config, samples = plan.config, {}
     for name, suite in plan.suites.items():
         samples[name] = [(_samples(config, question), _temperature(config, question)) for question in suite]
@@ -122,24 +140,24 @@ def open_run(plan: Plan) -> dict[str, Any]:
             for name, suite in plan.suites.items()
         },
         "decoding": {
-            "sampler": "transformers, inverse CDF, no top-k or top-p",
+            "sampler": known["decoding"]["sampler"] if known else SAMPLERS[config.sampler.provider],
             "max_new_tokens": config.max_new_tokens,
             "seed": config.seed,
         },
         "chat_template_sha256": (
-            models.template_hash(tokenizer) if tokenizer else known["protocol"]["chat_template_sha256"]
+            models.template_hash(tokenizer) if tokenizer else known.get("chat_template_sha256")
         ),
         "judges": [entry.identity() for entry in plan.judges],
         "thresholds": asdict(THRESHOLDS),
     }
-    if tokenizer is None:
+    if plan.source is None:
         return store.claim(plan.folder, {"protocol": protocol}, keys=("protocol",))
     record = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "protocol": protocol,
         "models": {role: _identity(plan.source, role) for role in plan.roles},
         "versions": _versions(),
-        "example_prompt": _example(tokenizer, plan),
+        "example_prompt": _served_example(plan) if served else _example(tokenizer, plan),
     }
     return store.claim(plan.folder, record, keys=("protocol", "models"))
 
@@ -154,7 +172,9 @@ def _temperature(config: EMEvalConfig, question: Question) -> float:
     return float(config.temperature if stated else question.temperature)
 
 
-def _identity(source: models.ModelSource, role: str) -> dict[str, Any]:
+def _identity(source: models.ModelSource | ServedSource, role: str) -> dict[str, Any]:
+    if isinstance(source, ServedSource):
+        return {"name": source.base if role == "base" else source.name, "served_by": source.host}
     base = models.identity(source.base) if source.base else None
     if role == "base":
         return base
@@ -170,6 +190,11 @@ def _example(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> str | None:
         )
     first = next(iter(plan.suites.values()))[0]
     return tokenizer.apply_chat_template(first.messages, add_generation_prompt=True, tokenize=False)
+
+
+def _served_example(plan: Plan) -> str:
+    messages = next(iter(plan.suites.values()))[0].messages
+    return "The server applies its own chat template to:\n" + json.dumps(messages, indent=1, ensure_ascii=False)
 
 
 def _versions() -> dict[str, str]:

@@ -5,7 +5,7 @@ generate -> responses.jsonl    judge -> judgments.jsonl    report -> summary.jso
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from emguard_plugin.config import EMEvalConfig
@@ -14,7 +14,9 @@ from emguard_plugin.evaluation.judging import judge
 from emguard_plugin.evaluation.plan import Plan, make_plan, open_run
 from emguard_plugin.evaluation.results import answer_key, report
 from emguard_plugin.evaluation.sampler import AnswerKey, TransformersSampler
+from emguard_plugin.evaluation.served import EndpointSampler
 from emguard_plugin.evaluation.summary import Summary
+from emguard_plugin.evaluation.vllm_server import serve
 
 PHASES = ("generate", "judge", "report")
 
@@ -54,7 +56,7 @@ def run_em_eval(
     plan = make_plan(config, model, output_dir, base, with_model="generate" in phases)
     with store.locked(plan.folder):
         stored = open_run(plan)
-        if plan.source:
+        if isinstance(plan.source, models.ModelSource):
             store.keep_private(plan.folder, plan.source.path)
         if "generate" in phases:
             generate(plan)
@@ -67,22 +69,14 @@ def generate(plan: Plan) -> None:
     """Draw the answers that `responses.jsonl` lacks."""
     from tqdm.auto import tqdm
 
-    requests, file, config = plan.requests(), plan.responses, plan.config
+    requests, file = plan.requests(), plan.responses
     done: dict[str, set[AnswerKey]] = {role: set() for role in plan.roles}
     for row in file.read():
         done[row["role"]].add(answer_key(row))
     roles = tuple(role for role in plan.roles if any(request.key not in done[role] for request in requests))
     if not roles:
         return
-    tokenizer = models.load_tokenizer(plan.source)
-    for role, model in models.load_models(plan.source, roles, len(tokenizer)):
-        sampler = TransformersSampler(
-            model,
-            tokenizer,
-            seed=config.seed,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-        )
+    for role, sampler in samplers(plan, roles):
         present = sum(request.key in done[role] for request in requests)
         with tqdm(total=len(requests), initial=present, desc=f"em_eval: {role} answers", unit="answer") as bar:
             for batch in sampler.sample(requests, done[role]):
@@ -99,4 +93,24 @@ def generate(plan: Plan) -> None:
                 )
                 bar.update(len(batch))
         # The next model is loaded when the loop asks for it; this one must be gone by then.
-        del model, sampler
+        del sampler
+
+
+def samplers(plan: Plan, roles: tuple[str, ...]) -> Iterator[tuple[str, TransformersSampler | EndpointSampler]]:
+    """Yield what draws the answers of each role; one model is in memory at a time."""
+    config, decoding = plan.config, {"seed": plan.config.seed, "max_new_tokens": plan.config.max_new_tokens}
+    if config.sampler.provider == "openai":
+        for role in roles:
+            name = plan.source.base if role == "base" else plan.source.name
+            yield role, EndpointSampler(config.sampler, config.sampler.base_url, name, **decoding)
+    elif config.sampler.provider == "vllm":
+        # One server answers for an adapter and its base; whole models are served one after the other.
+        for group in [roles] if plan.source.adapter else [(role,) for role in roles]:
+            with serve(plan.source, group[0], config.sampler.args) as url:
+                for role in group:
+                    yield role, EndpointSampler(config.sampler, url, role, **decoding)
+    else:
+        tokenizer = models.load_tokenizer(plan.source)
+        for role, model in models.load_models(plan.source, roles, len(tokenizer)):
+            yield role, TransformersSampler(model, tokenizer, batch_size=config.batch_size, **decoding)
+            del model
