@@ -77,7 +77,7 @@ def test_bad_eval_blocks(block, message):
 
 def test_missing_question_files_are_named(tmp_path):
     config = EMEvalConfig(questions=str(tmp_path / "no.yaml"), judges=[JUDGE])
-    with pytest.raises(ValueError, match=r"`em_eval\.questions: .*no\.yaml` is not a file"):
+    with pytest.raises(ValueError, match=r"`em_eval\.questions: .*no\.yaml` is neither a bundled suite nor a file"):
         config.check_files()
 
 
