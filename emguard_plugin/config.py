@@ -9,7 +9,16 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from emguard_plugin.keys import check_endpoint, refuse_keys
 
@@ -57,6 +66,18 @@ class Block(BaseModel):
                         f"unknown key '{key}'.{suggest(str(key), known)} Allowed here: {', '.join(known)}."
                     )
         return data
+
+
+class StatedBlock(Block):
+    """A block of which only the stated keys are dumped.
+
+    Axolotl hands its plugins a dump of the validated block. With the defaults in it they could not be told from wishes
+    of the user's, such as a `samples_per_question` that wins over the question file.
+    """
+
+    @model_serializer(mode="wrap")
+    def _dump_what_was_stated(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key in self.model_fields_set}
 
 
 class TReFTConfig(Block):
@@ -119,7 +140,7 @@ class EMRegularizerConfig(Block):
         return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
 
 
-class JudgeConfig(Block):
+class JudgeConfig(StatedBlock):
     """One entry of `em_eval.judges`."""
 
     provider: Literal["exact", "openai", "hf", "replay", "mock"] = Field(
@@ -181,7 +202,7 @@ _JUDGE_KEYS = {
 }
 
 
-class SamplerConfig(Block):
+class SamplerConfig(StatedBlock):
     """`em_eval.sampler`: what draws the answers."""
 
     provider: Literal["transformers", "openai", "vllm"] = Field(
@@ -213,7 +234,7 @@ class SamplerConfig(Block):
         return self
 
 
-class EMEvalConfig(Block):
+class EMEvalConfig(StatedBlock):
     """`em_eval:`, the EM rate of base and fine-tuned model, measured after the model is saved."""
 
     questions: str = Field(
