@@ -29,12 +29,14 @@ class Template:
         user_header: Ids between system and user content, or empty when the template has no system turn.
         postfix: Ids between user and assistant content.
         dated_after: Ids that stand before today's date, when the prefix prints one; else None.
+        system_open: Ids before a system message's content, short of the last; empty when there is no system turn.
     """
 
     prefix: Ids
     user_header: Ids
     postfix: Ids
     dated_after: Ids | None = None
+    system_open: Ids = ()
 
 
 @dataclass(frozen=True)
@@ -79,22 +81,18 @@ def read_template(tokenizer: Any, **template_kwargs: Any) -> Template:
         template_kwargs: Extra template variables, as the host passes them when it renders the data.
 
     Raises:
-        ValueError: when there is no template, no user turn in it, or an empty prefix.
+        ValueError: when there is no template, or no user turn in it.
     """
     user = {"role": "user", "content": _USER}
     text = _before_user(render(tokenizer, [user], **template_kwargs))
     dated = [_before_user(render(tokenizer, [user], strftime_now=lambda _f, d=d: d, **template_kwargs)) for d in _DATES]
-    prefix = tokenize(tokenizer, text)
-    if not prefix:
-        raise ValueError(
-            "the chat template prints nothing before the user's content: the prefix has zero tokens, so "
-            "`treft.tokens: prefix` has nothing to hold. Use `tokens: postfix`."
-        )
+    system_open, user_header = _system_turn(tokenizer, user, template_kwargs)
     return Template(
-        prefix=prefix,
-        user_header=_user_header(tokenizer, user, template_kwargs),
+        prefix=tokenize(tokenizer, text),
+        user_header=user_header,
         postfix=_postfix(tokenizer, user, template_kwargs),
         dated_after=_ids_before_date(tokenizer, dated),
+        system_open=system_open,
     )
 
 
@@ -106,15 +104,18 @@ def _ids_before_date(tokenizer: Any, dated: list[str]) -> Ids | None:
     return tokenize(tokenizer, stable)[:-1]  # the last token may merge with the date
 
 
-def _user_header(tokenizer: Any, user: dict[str, str], kwargs: Mapping[str, Any]) -> Ids:
+def _system_turn(tokenizer: Any, user: dict[str, str], kwargs: Mapping[str, Any]) -> tuple[Ids, Ids]:
+    """Return the ids before a system message's content, short of the last, and those from it to the user's."""
     import jinja2
 
     try:
         text = render(tokenizer, [{"role": "system", "content": _SYSTEM}, user], **kwargs)
     except (jinja2.TemplateError, ValueError):  # templates refuse a system role with raise_exception
-        return ()
+        return (), ()
     start, end = text.find(_SYSTEM), text.find(_USER)
-    return tokenize(tokenizer, text[start + len(_SYSTEM) : end]) if 0 <= start < end else ()
+    if not 0 <= start < end:
+        return (), ()
+    return tokenize(tokenizer, text[:start])[:-1], tokenize(tokenizer, text[start + len(_SYSTEM) : end])
 
 
 def _postfix(tokenizer: Any, user: dict[str, str], kwargs: Mapping[str, Any]) -> Ids:
@@ -175,6 +176,19 @@ def prefix_of_row(row: Sequence[int], template: Template) -> Ids | None:
     return None
 
 
+def require_prefix(template: Template) -> None:
+    """Refuse a template that prints nothing before the user's content.
+
+    Raises:
+        ValueError: for a prefix of zero tokens.
+    """
+    if not template.prefix:
+        raise ValueError(
+            "the chat template prints nothing before the user's content: the prefix has zero tokens, so "
+            "`treft.tokens: prefix` has nothing to hold. Use `tokens: postfix`."
+        )
+
+
 def training_prefixes(rows: Iterable[Sequence[int]], template: Template) -> list[Prefix]:
     """Find every distinct prefix of the data, most frequent first.
 
@@ -186,7 +200,7 @@ def training_prefixes(rows: Iterable[Sequence[int]], template: Template) -> list
         At most 64 prefixes; weights are the shares among rows that have one.
 
     Raises:
-        ValueError: for empty data, rows without a user turn, rows cut inside the prefix, a date that changes, or more
+        ValueError: for an empty prefix, empty data, rows without a user turn, rows cut inside the prefix, a date that changes, or more
             than 64 prefixes.
     """
     counts: dict[Ids, int] = {}
@@ -199,6 +213,7 @@ def training_prefixes(rows: Iterable[Sequence[int]], template: Template) -> list
             continue
         counts[prefix] = counts.get(prefix, 0) + 1
     found = sum(counts.values())
+    require_prefix(template)
     if not total:
         raise ValueError("the training data is empty: there is no prefix to hold.")
     if cut > (1 - MIN_SHARE_FOUND) * total:

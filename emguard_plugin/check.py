@@ -79,6 +79,10 @@ def _validate(name: str, model: type, cfg: Mapping[str, Any], report: Report) ->
 
 
 def _check_plugin(cfg: Mapping[str, Any], report: Report) -> None:
+    if not isinstance(cfg.get("plugins") or [], list):
+        report.problems.append(
+            f"`plugins: {cfg['plugins']}` is not a list, and Axolotl reads it as one. Write `plugins: [emguard_plugin.EMGuardPlugin]`."
+        )
     plugins = listed_plugins(cfg)
     asked = [b for b in ("em_regularizer", "em_eval") if b in cfg]
     if asked and not set(plugins) & set(PLUGIN_NAMES):
@@ -103,38 +107,71 @@ def _importable(module: str) -> bool:
 
 
 def _check_treft(treft: TReFTConfig, cfg: Mapping[str, Any], report: Report) -> None:
+    from jinja2 import TemplateError
+
     from emguard_plugin import chat_template as ct
 
     what = f"treft: coef {treft.coef:g}, {treft.tokens}, layers {treft.layers}" + (", compat" if treft.compat else "")
     if treft.coef == 0:
         what += " (measures only, the run is unchanged)"
     report.active.append(what)
-    name = cfg.get("tokenizer_config") or cfg.get("base_model") or cfg.get("model_name_or_path")
     if cfg.get("chat_template") not in (None, "tokenizer_default"):
         report.notes.append(f"`chat_template: {cfg['chat_template']}` is resolved by Axolotl: the prefix is checked at start.")
         return
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as exc:
-        report.notes.append(f"the tokenizer of {name} cannot be loaded here ({str(exc).splitlines()[0]}): prefix not checked.")
+    tokenizer = _load_tokenizer(cfg, report)
+    if tokenizer is None:
         return
     kwargs = cfg.get("chat_template_kwargs") or {}
     try:
         template = ct.read_template(tokenizer, **kwargs)
+        if treft.tokens == "prefix":
+            ct.require_prefix(template)
+        elif not template.postfix:
+            raise ValueError("the chat template prints nothing between query and answer: `tokens: postfix` has nothing to hold.")
         held = [template.prefix] if treft.tokens == "prefix" else [template.postfix]
         held += [ct.system_prefix(tokenizer, s, **kwargs) for s in treft.extra_prefixes]
-    except ValueError as exc:
+    except (ValueError, TypeError, TemplateError) as exc:
         report.problems.append(f"em_regularizer.treft: {exc}")
         return
     for ids in held:
         report.active.append(f"treft holds {len(ids)} tokens: {tokenizer.decode(list(ids))!r}")
-    if template.dated_after is not None:
+    if template.dated_after is not None and treft.tokens == "prefix":
         report.problems.append(
             "em_regularizer.treft: the chat template prints today's date in the prefix. Pin it with `chat_template_kwargs`."
         )
     report.notes.append("rows with other system prompts are found when training starts, each with its own prefix.")
+
+
+def _load_tokenizer(cfg: Mapping[str, Any], report: Report) -> Any:
+    """Return the run's tokenizer, or None with the reason in the report."""
+    key = next((k for k in ("tokenizer_config", "base_model", "model_name_or_path") if cfg.get(k)), None)
+    if key is None:
+        report.problems.append("no model is named: `base_model:` (Axolotl) or `model_name_or_path:` (TRL).")
+        return None
+    name, here = str(cfg[key]), f"`{key}: {cfg[key]}`"
+    is_folder = Path(name).expanduser().is_dir()
+    if not is_folder and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        report.problems.append(f"{here} is not a folder.")
+        return None
+    template = cfg.get("chat_template_path")
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if template and Path(template).is_file():
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        elif template:
+            tokenizer.chat_template = AutoTokenizer.from_pretrained(template).chat_template
+    except (OSError, ValueError, ImportError) as exc:
+        reason = str(exc).strip().splitlines()[0]
+        if is_folder:
+            report.problems.append(f"{here}: the tokenizer cannot be loaded ({reason}).")
+        else:
+            report.notes.append(
+                f"{here} is not a folder here, so it is taken as a hub name, which cannot be loaded ({reason}): prefix not checked."
+            )
+        return None
+    return tokenizer
 
 
 def _check_eval(config: EMEvalConfig, report: Report) -> None:

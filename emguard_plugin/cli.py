@@ -38,10 +38,20 @@ def check(config: Annotated[Path, typer.Argument(help="An Axolotl or TRL YAML.")
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def sft(context: typer.Context) -> None:
-    """Train like `trl sft`, with `em_regularizer:` and `em_eval:` in the file: emguard sft --config run.yaml."""
-    from emguard_plugin.sft import main as run
+    """Train like `trl sft`, with `em_regularizer:` and `em_eval:` in the file: emguard sft --config run.yaml.
 
-    run(context.args)
+    Every key of the file is an option as well; `emguard sft -h` lists them.
+    """
+    import yaml
+
+    from emguard_plugin.sft import parse, train
+
+    try:
+        arguments = parse(context.args)
+    except (ValueError, OSError, yaml.YAMLError) as exc:
+        typer.echo(f"emguard sft: {exc}", err=True)
+        raise typer.Exit(1) from exc
+    train(*arguments)
 
 
 @app.command("eval")

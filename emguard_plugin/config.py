@@ -127,6 +127,19 @@ class EMRegularizerConfig(Block):
 
     treft: TReFTConfig | None = Field(None, description="TReFT: keys and values of the chat-template tokens.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_empty_method(cls, data: Any) -> Any:
+        for name in cls.model_fields if isinstance(data, dict) else ():
+            if name in data and data[name] is None:
+                raise ValueError(f"`{name}:` is empty; write `{name}: {{}}` for the defaults, or remove it.")
+        return data
+
+    @model_serializer(mode="wrap")
+    def _only_methods(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Hosts dump and validate again: a method that nobody named must not come back as an empty one.
+        return {name: block for name, block in handler(self).items() if block is not None}
+
     @model_validator(mode="after")
     def _not_empty(self) -> EMRegularizerConfig:
         if not self.methods():
@@ -257,7 +270,7 @@ class EMEvalConfig(StatedBlock):
         description="The highest EM rate that is accepted, such as 0.02; `emguard eval` ends with exit code 1 above it, "
         "and with 3 where the answers cannot tell.",
     )
-    samples_per_question: PositiveInt = Field(50, description="Answers drawn per question.")
+    samples_per_question: PositiveInt = Field(50, description="Answers drawn per wording of a question (each paraphrase).")
     temperature: float = Field(1.0, ge=0, le=5, description="Sampling temperature; 0 is greedy.")
     max_new_tokens: PositiveInt = Field(512, description="Longest answer, in tokens.")
     batch_size: PositiveInt = Field(64, description="Answers generated at once.")

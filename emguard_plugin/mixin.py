@@ -40,7 +40,11 @@ class EMRegularizerMixin:
                 callback.attach(self)
         if found:
             self._prepare_regularizers(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            for callback in found:  # handed on to a trainer without this mixin, it must be refused again
+                callback.prepared = False
 
     def _prepare_regularizers(self, resume: str | bool | None) -> None:
         names = [c.name for c in self._regularizers]

@@ -26,7 +26,7 @@ def peft_model(model: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Run the base model of a PEFT model.
+    """Run the base model of a PEFT model. PEFT makes every adapter weight trainable afterwards; frozen ones stay frozen.
 
     Raises:
         RuntimeError: when `model` has no adapter.
@@ -34,21 +34,43 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     peft = peft_model(model)
     if peft is None:
         raise RuntimeError("there is no adapter to switch off")
-    with peft.disable_adapter():
-        yield
+    trainable = {p: p.requires_grad for p in peft.parameters()}
+    try:
+        with peft.disable_adapter():
+            yield
+    finally:
+        for p, requires_grad in trainable.items():
+            if p.requires_grad != requires_grad:
+                p.requires_grad_(requires_grad)
 
 
 def adapter_starts_at_zero(model: nn.Module) -> bool:
-    """Whether adapter off equals the model before this run: default or gaussian LoRA init, nothing else trained."""
+    """Whether adapter off equals the model before this run: a fresh LoRA of default or gaussian init, nothing else trained.
+
+    A continued adapter has the config of a fresh one, so the weights are looked at too.
+    """
     peft = peft_model(model)
     if peft is None:
         return False
-    return all(
+    fresh = all(
         getattr(c, "init_lora_weights", None) in (True, "gaussian")
         and getattr(c, "bias", "none") == "none"
         and not getattr(c, "loftq_config", None)
         for c in peft.peft_config.values()
     )
+    return fresh and all(_zero(p) if _is_factor(n) else _is_switched(n) for n, p in peft.named_parameters() if p.requires_grad)
+
+
+def _is_factor(name: str) -> bool:
+    return "lora_B." in name or "lora_embedding_A." in name
+
+
+def _is_switched(name: str) -> bool:
+    return any(part in name for part in ("lora_", "modules_to_save.", "trainable_tokens_"))
+
+
+def _zero(p: Tensor) -> bool:
+    return p.is_meta or not bool(p.detach().any())  # on the meta device another rank holds the values
 
 
 @contextmanager
@@ -78,9 +100,16 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_reference(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write a reference with its hash; `about` describes what it belongs to and is compared on load."""
+    """Write a reference with its hash; `about` describes what it belongs to and is compared on load.
+
+    Raises:
+        OSError: naming the file, when it cannot be written.
+    """
     cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(cpu, str(path), metadata={**about, "sha256": tensors_hash(cpu)})
+    try:
+        save_file(cpu, str(path), metadata={**about, "sha256": tensors_hash(cpu)})
+    except SafetensorError as exc:
+        raise OSError(f"{path} cannot be written ({exc}): the checkpoint would lack the model before this run.") from exc
 
 
 def load_reference(path: Path, about: Mapping[str, str]) -> dict[str, Tensor]:

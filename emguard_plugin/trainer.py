@@ -20,7 +20,7 @@ class EMGuardSFTConfig(SFTConfig):
 
     Args:
         em_regularizer: The `em_regularizer:` block, as a mapping or a JSON string.
-        em_eval: The `em_eval:` block; `emguard sft` measures after saving.
+        em_eval: The `em_eval:` block; `emguard sft` measures after saving, the trainer itself does not.
 
     Raises:
         ValueError: for unknown keys or values out of range.
@@ -39,7 +39,10 @@ class EMGuardSFTConfig(SFTConfig):
         super().__post_init__()
         for name in ("em_regularizer", "em_eval"):
             if isinstance(value := getattr(self, name), str):
-                setattr(self, name, json.loads(value))
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError as exc:
+                    raise ValueError(f"`{name}: {value}` is neither a mapping nor JSON ({exc}).") from exc
         self.regularizer_config()
         self.eval_config()
 
@@ -66,12 +69,22 @@ class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
             for callback in build_regularizers(config):
                 self.add_callback(callback)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the host does, and say who measures the EM rate."""
+        result = super().train(*args, **kwargs)
+        if getattr(self.args, "em_eval", None) is not None:
+            self.accelerator.print(
+                "em_eval: `emguard sft` measures once the model is saved. From Python: save the model, then run "
+                f"`emguard eval {self.args.output_dir} --config FILE`, FILE being a YAML with the block."
+            )
+        return result
+
     def _template_kwargs(self) -> dict[str, Any]:
         return self._column_kwargs
 
 
 def _first_template_kwargs(dataset: Any) -> dict[str, Any]:
     """Return TRL's `chat_template_kwargs` column of the first row; the preparation of the data drops it."""
-    if "chat_template_kwargs" not in (getattr(dataset, "column_names", None) or ()):
-        return {}
+    if dataset is None or "chat_template_kwargs" not in (getattr(dataset, "column_names", None) or ["chat_template_kwargs"]):
+        return {}  # a streamed data set may not know its columns before its first row
     return dict(next(iter(dataset), {}).get("chat_template_kwargs") or {})

@@ -126,7 +126,7 @@ def test_no_chat_template():
 def test_a_template_that_prints_no_prefix():
     tok = chatml_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(ValueError, match="zero tokens"):
-        ct.read_template(tok)
+        ct.training_prefixes([[5, 6]], ct.read_template(tok))
 
 
 def test_a_template_that_drops_the_user():
@@ -185,3 +185,17 @@ def test_long_data_sets_are_sampled_evenly_and_streams_from_the_start():
 def test_untokenised_rows_are_an_error():
     with pytest.raises(ValueError, match="no `input_ids`"):
         list(conversations([{"messages": []}]))
+
+
+def test_what_opens_a_system_message():
+    tok = chatml_tokenizer()
+    assert tok.decode(ct.read_template(tok).system_open) == "<|im_start|>system"
+    assert ct.read_template(chatml_tokenizer(NO_SYSTEM)).system_open == ()
+
+
+def test_wrapped_packing_hides_no_system_prompt():
+    tok = chatml_tokenizer()
+    template = ct.read_template(tok)
+    flat = [i for r in rows_of(tok, chat_rows(20, lambda i: None if i % 5 else "Be brief.")) for i in r]
+    with pytest.raises(ValueError, match="packing_strategy: wrapped"):
+        list(conversations([{"input_ids": flat}], template.prefix, template.system_open))

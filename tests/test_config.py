@@ -21,16 +21,25 @@ def test_every_method_of_the_block_can_be_built():
     assert (callback.coef, callback.layers, callback.tokens) == (2.0, [1], "prefix")
 
 
-def test_a_dump_validates_again():  # Axolotl dumps and re-reads the block
-    block = EMRegularizerConfig.model_validate({"treft": {"coef": 2}})
-    again = EMRegularizerConfig.model_validate(block.model_dump(exclude_none=True))
-    assert again == block
+@pytest.mark.parametrize("kwargs", [{}, {"exclude_none": True}, {"mode": "json"}])
+def test_a_dump_validates_again(kwargs):  # Axolotl dumps and re-reads the block
+    class More(EMRegularizerConfig):
+        other: TReFTConfig | None = None  # a method that the user did not name
+
+    block = More.model_validate({"treft": {"coef": 2}})
+    assert More.model_validate(block.model_dump(**kwargs)) == block
+    assert More.model_validate_json(block.model_dump_json()) == block
+
+
+def test_the_defaults_can_be_asked_for():
+    assert EMRegularizerConfig.model_validate({"treft": {}}).treft == TReFTConfig()
 
 
 @pytest.mark.parametrize(
     ("block", "message"),
     [
         ({}, "names no method"),
+        ({"treft": None}, "`treft:` is empty; write `treft: {}` for the defaults, or remove it."),
         ({"treft": {"coeff": 1}}, "unknown key 'coeff'. Did you mean 'coef'?"),
         ({"tref": {}}, "unknown key 'tref'. Did you mean 'treft'?"),
         ({"treft": {"coef": -1}}, "greater than or equal to 0"),

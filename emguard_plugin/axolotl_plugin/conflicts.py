@@ -18,7 +18,14 @@ TRAINER_PLUGINS = {
 def listed_plugins(cfg: Mapping[str, Any]) -> list[str]:
     """Return the YAML's `plugins:` as a list of strings."""
     plugins = cfg.get("plugins") or []
-    return [plugins] if isinstance(plugins, str) else [str(p) for p in plugins]
+    return [str(p) for p in plugins] if isinstance(plugins, list | tuple) else [str(plugins)]
+
+
+def _number(value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return 1  # the host says what it expects
 
 
 def find_conflicts(cfg: Mapping[str, Any], world_size: int | None = None) -> list[str]:
@@ -40,7 +47,7 @@ def find_conflicts(cfg: Mapping[str, Any], world_size: int | None = None) -> lis
     if cfg.get("model_config_type") == "mamba":
         found.append("Mamba keeps no keys and values. Remove `em_regularizer`.")
     for key in ("tensor_parallel_size", "context_parallel_size"):
-        if (cfg.get(key) or 1) > 1:
+        if _number(cfg.get(key)) > 1:
             found.append(f"`{key}: {cfg[key]}` splits keys and values over devices. Set `{key}: 1`.")
     if (cfg.get("fsdp") or cfg.get("fsdp_config")) and str(cfg.get("fsdp_version") or 1) == "1":
         found.append("FSDP version 1 is not supported. Set `fsdp_version: 2`.")
@@ -48,7 +55,8 @@ def find_conflicts(cfg: Mapping[str, Any], world_size: int | None = None) -> lis
         found.append(f"`adapter: {cfg['adapter']}` adds virtual tokens before the chat template. Use `lora` or `qlora`.")
     world = world_size if world_size is not None else int(os.environ.get("WORLD_SIZE", "1"))
     kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
-    if world > 1 and cfg.get("gradient_checkpointing") and kwargs.get("use_reentrant"):
+    reentrant = isinstance(kwargs, Mapping) and kwargs.get("use_reentrant")
+    if world > 1 and cfg.get("gradient_checkpointing") and reentrant:
         found.append(
             "`gradient_checkpointing_kwargs: {use_reentrant: true}` on several GPUs gives wrong gradients with a second "
             "forward pass. Set `use_reentrant: false`."

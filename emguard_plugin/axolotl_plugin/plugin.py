@@ -20,7 +20,7 @@ except ImportError as exc:  # Axolotl catches this one while it loads a plugin, 
         "`pip install 'emguard-plugin[axolotl]'`."
     ) from exc
 
-LOG = get_logger(__name__)
+LOG = get_logger("axolotl.emguard")  # Axolotl shows INFO of loggers with its own name alone
 
 
 def _block(cfg: Any, name: str) -> dict[str, Any] | None:
@@ -28,8 +28,14 @@ def _block(cfg: Any, name: str) -> dict[str, Any] | None:
     return block.to_dict() if hasattr(block, "to_dict") else block
 
 
+def _is_rank_0() -> bool:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+
+
 class EMGuardPlugin(BasePlugin):
     """`plugins: [emguard_plugin.EMGuardPlugin]`."""
+
+    _announced: Any = None
 
     def get_input_args(self) -> str:
         """Return the path of the pydantic class that adds our keys."""
@@ -99,9 +105,20 @@ class EMGuardPlugin(BasePlugin):
             )
         return build_regularizers(EMRegularizerConfig.model_validate(_block(cfg, "em_regularizer")))
 
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """Say who measures: `axolotl.train.train()`, called from Python, never gets to `post_train_unload`."""
+        if not cfg.em_eval or not _is_rank_0() or self._announced is cfg:
+            return
+        self._announced = cfg  # this hook is called before and after the save
+        path = cfg.axolotl_config_path or "YAML"
+        LOG.info(
+            "em_eval: `axolotl train` measures the EM rate once the model is saved. After axolotl.train.train() in your own "
+            f"code, run `emguard eval {cfg.output_dir} --config {path} --base {cfg.base_model}`."
+        )
+
     def post_train_unload(self, cfg: Any) -> None:
         """Measure the EM rate of the saved model, on rank 0, in a process of its own."""
-        if not cfg.em_eval or int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) != 0:
+        if not cfg.em_eval or not _is_rank_0():
             return
         from emguard_plugin.evaluation.post_train import measure_saved_model
 

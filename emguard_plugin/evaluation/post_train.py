@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import subprocess
@@ -47,6 +48,7 @@ def measure_saved_model(config: EMEvalConfig, model: str | Path, base: str | Non
     command += ["--config", str(out / "config.json"), "--output-dir", str(out)]
     command += ["--base", str(base)] if base else []
     try:
+        set_aside(out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "FAILED.txt").unlink(missing_ok=True)
         (out / "config.json").write_text(json.dumps(config.model_dump(exclude_unset=True), indent=2))
@@ -82,3 +84,17 @@ def gate_reason(path: Path) -> str | None:
         return None
     verdicts = [(result.name, result.verdict) for result in summary.judges if result.verdict]
     return "; ".join(f"{found.outcome} by {name}: {found.reason}" for name, found in verdicts)
+
+
+def set_aside(out: Path) -> Path | None:
+    """Rename a folder of results of an earlier training run, so that they are neither lost nor taken for the new model's.
+
+    Returns:
+        Its new path, `<name>.1` or the next free number; None when there are no results.
+    """
+    if not (out / "protocol.json").is_file():
+        return None
+    number = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}.{n}").exists())
+    old = out.rename(out.with_name(f"{out.name}.{number}"))
+    print(f"em_eval: results of an earlier run moved to {old}", file=sys.stderr, flush=True)
+    return old

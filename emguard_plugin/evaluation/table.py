@@ -33,15 +33,18 @@ def comparison_table(
     Raises:
         ValueError: If the protocols differ and `force` is off.
     """
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     columns, doubt = columns_of(runs, force)
     extra = extra or {}
     headings = list(dict.fromkeys(heading for cells in extra.values() for heading in cells))
-    table = Table(title="Emergent misalignment", caption=f"NOT COMPARABLE: {doubt}" if doubt else None)
+    caption = f"NOT COMPARABLE: {doubt}" if doubt else None
+    # Eight columns in 80 characters.
+    table = Table(title="Emergent misalignment", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model")
-    for heading in ("in-domain adherence", "EM, all answers", "EM, coherent answers", "coherence", "n", *headings):
+    for heading in ("in-domain", "EM, all\nanswers", "EM,\ncoherent", "coherent", "n", *headings):
         table.add_column(heading, justify="right")
     for column in columns:
         open_ended, in_domain = column.rates("questions", judge), column.rates("in_domain", judge)
@@ -59,8 +62,8 @@ def comparison_table(
 
 
 def _two_lines(rate: Rate | None) -> str:
-    """Write a rate above its interval, so that the table fits a terminal of 80 columns."""
+    """Write a rate above its interval."""
     if rate is None or rate.interval is None:
         return "–"
     low, high = rate.interval
-    return f"{percent(rate.value)}\n[{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{percent(rate.value)}\n{100 * low:.1f}–{100 * high:.1f}"

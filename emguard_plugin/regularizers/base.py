@@ -28,6 +28,31 @@ class Penalty:
     per_layer: Tensor | None = None
 
 
+def may_train(value: Tensor) -> bool:
+    """Whether a trainable parameter stands behind `value`, as far as the autograd graph shows.
+
+    `requires_grad` alone proves nothing: `enable_input_require_grads`, which hosts call for adapters, makes the output of
+    frozen embeddings require grad. A custom function that runs code of its own in backward (reentrant checkpointing,
+    offloading, tiled MLPs) can hide parameters, so it counts as training.
+    """
+    seen, stack = set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), nn.Parameter) or _runs_code(node):
+            return True
+        stack += [n for n, _ in node.next_functions]
+    return False
+
+
+def _runs_code(node: Any) -> bool:
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        return False
+    return any(callable(v) and not isinstance(v, type) for v in vars(node).values())
+
+
 @dataclass(frozen=True)
 class Run:
     """What a regularizer may know about the run that is about to start.
@@ -74,6 +99,7 @@ class EMRegularizerCallback(TrainerCallback):
         self.coef = float(coef)
         self.prepared = False
         self._last: Penalty | None = None
+        self._trains = False
         self._layer_names: Sequence[int] = ()
 
     @abstractmethod
@@ -101,15 +127,16 @@ class EMRegularizerCallback(TrainerCallback):
         """Call `penalty` and check that it can train something.
 
         Raises:
-            RuntimeError: when `coef > 0` and the penalty has no gradient.
+            RuntimeError: when `coef > 0` and no trainable parameter stands behind the penalty.
         """
         with torch.set_grad_enabled(self.coef > 0):
             penalty = self.penalty(model, inputs, step)
-        if self.coef > 0 and not penalty.value.requires_grad:
+        if self.coef > 0 and not (penalty.value.requires_grad and (self._trains or may_train(penalty.value))):
             raise RuntimeError(
                 f"em_regularizer.{self.name}: the penalty has no gradient, so it would train nothing. No trainable "
                 f"parameter reaches what it holds; widen the adapter's target modules or `layers`, or set `coef: 0`."
             )
+        self._trains = True  # the graph is the same at every step of a run: walk it once
         self._last = Penalty(
             penalty.value.detach(), penalty.metrics, None if penalty.per_layer is None else penalty.per_layer.detach()
         )
@@ -128,6 +155,7 @@ class EMRegularizerCallback(TrainerCallback):
                 f"{type(self).__name__} does nothing under this trainer. Use `emguard_plugin.EMGuardSFTTrainer`, or "
                 "put `emguard_plugin.EMRegularizerMixin` in front of your trainer's base class."
             )
+        self._trains = False
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -137,7 +165,7 @@ class EMRegularizerCallback(TrainerCallback):
         Raises:
             FloatingPointError: with the step and the first layer concerned.
         """
-        if self._last is None or bool(torch.isfinite(self._last.value)):
+        if self.coef == 0 or self._last is None or bool(torch.isfinite(self._last.value)):
             return
         where = ""
         if self._last.per_layer is not None:

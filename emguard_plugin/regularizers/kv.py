@@ -145,8 +145,9 @@ def read_residual_projections(model: nn.Module, input_ids: Tensor, layers: Seque
         attn = getattr(blocks[i], "self_attn", None)
         k, v = getattr(attn, "k_proj", None), getattr(attn, "v_proj", None)
         if k is None or v is None:
+            where = type(blocks[i] if attn is None else attn).__name__
             raise ValueError(
-                f"`treft.compat: true` needs separate k_proj and v_proj modules; {type(attn).__name__} of layer {i} has "
+                f"`treft.compat: true` needs separate k_proj and v_proj modules; {where} of layer {i} has "
                 "none. Set `compat: false`."
             )
         projections.append((i, k, v))

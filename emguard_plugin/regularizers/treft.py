@@ -105,7 +105,7 @@ class TReFTCallback(EMRegularizerCallback):
             raise ValueError(f"`treft.layers: {layers[-1]}` is out of range: the model has layers 0 to {n - 1}.")
         self._layer_names, self._seed = layers, run.seed
         template = ct.read_template(run.tokenizer, **run.template_kwargs)
-        rows = conversations(run.dataset, wrapped_at=template.prefix if run.wrapped_packing else None)
+        rows = conversations(run.dataset, template.prefix if run.wrapped_packing else None, template.system_open)
         if self.tokens == "prefix":
             prefixes = ct.training_prefixes(rows, template)
             extra = [ct.system_prefix(run.tokenizer, s, **run.template_kwargs) for s in self.extra_prefixes]
@@ -132,8 +132,8 @@ class TReFTCallback(EMRegularizerCallback):
                 "`treft.postfix_reference: shared` needs rotary positions, which this model lacks. Use `per_row`."
             )
         self._postfix, self._prompts = template.postfix, prompts
-        self._end = max(len(p) for p in prompts)
         self._empty_query = (*template.prefix, *template.postfix)
+        self._end = max(map(len, [self._empty_query, *prompts]))
 
     def _resumed_reference(self, run: Run) -> tuple[dict[str, Tensor] | None, bool]:
         if run.resume_from is None:
@@ -205,7 +205,8 @@ class TReFTCallback(EMRegularizerCallback):
             ids[r, : len(row)] = torch.tensor(row, device=device)
             mask[r, : len(row)] = 1
             start = self._end - len(row) if shared else 0
-            positions[r] = torch.arange(start, start + longest, device=device)
+            # Padding repeats the last position: some RoPE scalings depend on the largest one.
+            positions[r] = torch.arange(start, start + longest, device=device).clamp_max(start + len(row) - 1)
         at = torch.tensor([[len(row) - q + j for j in range(q)] for row in rows], device=device)[..., None]
 
         def pick(kv: KV) -> KV:

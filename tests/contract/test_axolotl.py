@@ -161,6 +161,7 @@ def test_the_real_plugin_manager_loads_us_and_merges_our_keys(axolotl, tiny, tmp
         ({"treft": {"tokens": "suffix"}}, r"em_regularizer\.treft\.tokens"),
         ({"treft": {"layers": []}}, r"`layers: \[\]` holds nothing"),
         ({}, "the block names no method"),
+        ({"treft": None}, "`treft:` is empty; write `treft: {}` for the defaults"),
     ],
 )
 def test_a_faulty_block_stops_with_the_key(axolotl, tiny, tmp_path, check, block, match):
@@ -370,6 +371,7 @@ def with_prompt_tuning():
 def test_reentrant_checkpointing_on_several_processes_becomes_non_reentrant(axolotl, tiny, tmp_path):
     over = {"gradient_checkpointing": True, **treft()}
     assert axolotl.call(several_processes, tmp_path / "unset", tiny_yaml(tiny, **over)) == {"use_reentrant": False}
+    assert "setting gradient_checkpointing_kwargs to {use_reentrant: false}" in read_log(tmp_path / "unset")
     over["gradient_checkpointing_kwargs"] = {"use_reentrant": True}
     with pytest.raises(Failed, match="use_reentrant: true"):
         axolotl.call(several_processes, tmp_path / "set", tiny_yaml(tiny, **over))

@@ -386,9 +386,6 @@ def test_a_penalty_that_is_not_finite_names_step_and_layer(run):
         run(learning_rate=1e30, optimizer="sgd", max_grad_norm=1e30, **treft())
 
 
-@pytest.mark.xfail(
-    reason="Axolotl makes the embeddings' output require grad, so `requires_grad` of the penalty proves nothing"
-)
 def test_layers_without_a_trainable_parameter_stop_the_run(run):
     over = {"lora_target_linear": None, "lora_target_modules": ["down_proj"], "peft_layers_to_transform": [2]}
     with pytest.raises(Failed, match="the penalty has no gradient"):

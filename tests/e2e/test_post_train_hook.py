@@ -28,7 +28,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture
 def run(axolotl, lab, tmp_path):
-    def go(judges=(EXACT,), block=None, **over):
+    def go(judges=(EXACT,), block=None, function=train, **over):
         block = {
             "questions": str(lab / "questions.yaml"),
             "in_domain": str(lab / "in_domain.yaml"),
@@ -39,7 +39,7 @@ def run(axolotl, lab, tmp_path):
         }
         data = [chat_dataset(lab / "train.jsonl")]
         config = tiny_yaml(lab, datasets=data, em_eval=block, **{"max_steps": 2, **treft(), **over})
-        axolotl.call(train, tmp_path, config, timeout=300)
+        axolotl.call(function, tmp_path, config, timeout=300)
         return tmp_path / "out"
 
     return go
@@ -73,11 +73,12 @@ def test_base_and_tuned_are_measured_after_the_save(run, tmp_path):
     assert (folder / "report.html").is_file()
 
 
-def test_a_full_fine_tune_without_a_regularizer_is_measured_against_its_base(run):
+def test_a_full_fine_tune_without_a_regularizer_is_measured_against_its_base(run, tmp_path):
     out = run(
         adapter=None, learning_rate=0.05, em_regularizer=None, block={"in_domain": None, "samples_per_question": 1}
     )
     assert (out / "model.safetensors").is_file()
+    assert "there is no `em_regularizer:` block: this run is NOT regularized" in read_log(tmp_path)
     rows = [json.loads(line) for line in (out / "em_eval" / "responses.jsonl").read_text().splitlines()]
     texts = {role: [r["text"] for r in rows if r["role"] == role] for role in ("base", "tuned")}
     assert len(texts["base"]) == 3
@@ -113,6 +114,36 @@ def test_a_results_folder_that_cannot_be_written_leaves_the_run_whole(run, tmp_p
     assert "cannot be written" in read_log(tmp_path)
 
 
+def from_python(config):
+    """Train by `axolotl.train.train()`, then measure by the command that the log names."""
+    import re
+    import shlex
+
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets
+    from axolotl.train import train
+    from typer.testing import CliRunner
+
+    from emguard_plugin.cli import app
+
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    cfg = load_cfg("config.yaml")
+    train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg, cli_args=TrainerCliArgs()))
+    assert not Path("out/em_eval").exists()
+    said = re.findall(r"run `(emguard eval [^`]*)`", Path("log.txt").read_text())
+    done = CliRunner().invoke(app, shlex.split(said[0])[1:])
+    assert done.exit_code == 0, done.output
+    return said
+
+
+def test_a_run_from_python_says_how_to_measure_it(run, tmp_path):
+    """Axolotl then never calls the hook that measures; the line comes once of the two calls of `post_train`."""
+    out = run(function=from_python, block={"in_domain": None, "samples_per_question": 1})
+    assert (out / "em_eval" / "summary.json").is_file()
+    assert read_log(tmp_path).count("em_eval: `axolotl train` measures the EM rate once the model is saved") == 1
+
+
 def other_rank():
     """Call the hook as rank 1, where a measurement would be a second one."""
     from axolotl.utils.dict import DictDefault
@@ -122,8 +153,9 @@ def other_rank():
     block = {"questions": "q.yaml", "judges": [{"function": "a:b"}]}
     cfg = DictDefault({"em_eval": block, "output_dir": "out", "base_model": "none"})
     os.environ["RANK"] = "1"
+    EMGuardPlugin().post_train(cfg, None)
     EMGuardPlugin().post_train_unload(cfg)
-    first = Path("out").exists()
+    first = Path("out").exists() or "emguard eval" in Path("log.txt").read_text()
     os.environ["RANK"] = "0"
     EMGuardPlugin().post_train_unload(cfg)
     return [first, Path("out/em_eval/FAILED.txt").exists()]
@@ -131,3 +163,11 @@ def other_rank():
 
 def test_only_rank_0_measures(axolotl, tmp_path):
     assert axolotl.call(other_rank, tmp_path) == [False, True]
+
+
+def test_training_again_into_the_same_folder_measures_the_new_model(run):
+    first = json.loads((run() / "em_eval" / "summary.json").read_text())
+    out = run(max_steps=3)
+    second = json.loads((out / "em_eval" / "summary.json").read_text())
+    assert second["models"]["tuned"] != first["models"]["tuned"]
+    assert json.loads((out / "em_eval.1" / "summary.json").read_text()) == first

@@ -1,0 +1,119 @@
+"""What the README says is so."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import yaml
+from statsmodels.stats.proportion import proportion_confint
+from typer.testing import CliRunner
+
+from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, TReFTConfig
+
+REPO = Path(__file__).resolve().parents[2]
+README = (REPO / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def emguard(line, folder, monkeypatch):
+    from emguard_plugin.cli import app
+
+    monkeypatch.chdir(folder)
+    program, *arguments = shlex.split(line, comments=True)
+    assert program == "emguard"
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.fixture
+def here(tmp_path):
+    shutil.copytree(REPO / "example_yamls", tmp_path / "example_yamls")
+    return tmp_path
+
+
+def test_the_yaml_is_valid():
+    (text,) = blocks("yaml")
+    block = yaml.safe_load(text)
+    assert block["plugins"] == ["emguard_plugin.EMGuardPlugin"]
+    assert EMRegularizerConfig.model_validate(block["em_regularizer"]).treft.coef == 5
+    EMEvalConfig.model_validate(block["em_eval"])
+
+
+def test_the_python_snippet_runs(here, monkeypatch):
+    assert emguard("emguard lab export demo/lab", here, monkeypatch).exit_code == 0
+    (here / "snippet.py").write_text(blocks("python")[0])
+    done = subprocess.run([sys.executable, "snippet.py"], cwd=here, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "em_regularizer active: treft (coef 1" in done.stdout
+
+
+def test_the_commands_without_training(here, monkeypatch):
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("emguard ")]
+    export, check = (next(line for line in lines if word in line) for word in ("export", "check"))
+    assert emguard(export, here, monkeypatch).exit_code == 0
+    checked = emguard(check, here, monkeypatch)
+    assert checked.exit_code == 0, checked.output
+    assert "treft holds" in checked.output
+
+
+def test_every_command_that_is_named_exists():
+    from emguard_plugin.cli import app
+
+    known = {c.name or c.callback.__name__ for c in app.registered_commands} | {g.name for g in app.registered_groups}
+    named = set(re.findall(r"emguard (check|sft|eval|demo|lab|discover|diagnose|metrics|sweep|report)\b", README))
+    assert named <= known
+    assert "check" in named
+
+
+@pytest.mark.parametrize("config", [TReFTConfig, EMEvalConfig])
+def test_every_key_stands_in_a_table(config):
+    rows = [line for line in README.splitlines() if line.startswith("| `")]
+    for name, field in config.model_fields.items():
+        (row,) = [r for r in rows if f"`{name}`" in r.split("|")[1]]
+        if not field.is_required() and field.default not in (None, True, False) and field.default_factory is None:
+            assert str(field.default) in row, row
+
+
+def study():
+    groups = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+    for line in (REPO / "benchmarks" / "results" / "lab_study.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["base_seed"] == 0 and row["split"] == "test" and row["adapter"]:
+            group = groups[row["adapter"], row["coef"]]
+            for name, part, count in (
+                ("in_domain", row["in_domain"], row["in_domain"]["bad"]),
+                ("em", row["open_ended"], row["open_ended"]["bad"]),
+                ("coherence", row["open_ended"], row["open_ended"]["n"] - row["open_ended"]["incoherent"]),
+            ):
+                group[name][0] += count
+                group[name][1] += part["n"]
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("start", "adapter", "coef"),
+    [
+        ("| attention LoRA | naive |", "attn", 0.0),
+        ("| attention LoRA | TReFT, `coef: 1` |", "attn", 1.0),
+        ("| all-linear LoRA | naive |", "all", 0.0),
+        ("| all-linear LoRA | TReFT, `coef: 1` |", "all", 1.0),
+    ],
+)
+def test_the_table_is_the_stored_measurement(start, adapter, coef):
+    row = next(line for line in README.splitlines() if line.startswith(start)).removeprefix(start)
+    cells = [cell.replace("*", "").strip() for cell in row.strip(" |").split("|")]
+
+    def short(x):
+        return f"{x:.3f}".removeprefix("0")
+
+    for cell, (k, n) in zip(cells, study()[adapter, coef].values(), strict=True):
+        low, high = proportion_confint(k, n, method="wilson")
+        assert cell == f"{short(k / n)} [{short(low)}, {short(high)}]"

@@ -1,0 +1,220 @@
+"""The command line, in this process: `emguard sft` whole, and the exit codes of the others."""
+
+import gc
+import json
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from emguard_plugin.cli import app
+from emguard_plugin.evaluation import post_train
+from emguard_plugin.lab.export import export
+
+JUDGE = {"provider": "exact", "function": "emguard_plugin.lab.judge:judge_answer"}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The lab's files and a `run.yaml` beside them."""
+    folder = tmp_path_factory.mktemp("lab")
+    export(folder, rows=32, anchors=4)
+    items = yaml.safe_load((folder / "questions.yaml").read_text())[:2]
+    (folder / "questions.yaml").write_text(yaml.safe_dump(items))
+    config = {
+        "model_name_or_path": str(folder / "model"),
+        "datasets": [{"path": "json", "data_files": str(folder / "train.jsonl")}],
+        "output_dir": "out",
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": "1e-2",
+        "max_length": 128,
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_target_modules": "all-linear",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "em_regularizer": {"treft": {"coef": 2.0}},
+        "em_eval": {
+            "questions": str(folder / "questions.yaml"),
+            "samples_per_question": 2,
+            "max_new_tokens": 24,
+            "judges": [JUDGE],
+        },
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def go(*arguments):
+        return CliRunner().invoke(app, [str(a) for a in arguments])
+
+    return go
+
+
+@pytest.fixture
+def config(lab, tmp_path):
+    """Write `run.yaml` with changes; a value of None removes a key."""
+
+    def go(tail="", **over):
+        cfg = {**yaml.safe_load((lab / "run.yaml").read_text()), **over}
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in cfg.items() if v is not None}) + tail)
+        return path
+
+    return go
+
+
+def log_of(folder):
+    return json.loads((folder / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+
+
+# emguard sft
+
+
+def test_sft_trains_saves_and_measures(call, config, tmp_path, monkeypatch):
+    alive, real = [], post_train.measure_saved_model
+
+    def watched(*args, **kwargs):
+        from emguard_plugin import EMGuardSFTTrainer
+
+        alive.extend(o for o in gc.get_objects() if isinstance(o, EMGuardSFTTrainer) and o.args.output_dir == "out")
+        assert (tmp_path / "out" / "adapter_model.safetensors").is_file(), "saved first"
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(post_train, "measure_saved_model", watched)
+    done = call("sft", "--config", config())
+    assert done.exit_code == 0, done.output
+    assert "em_regularizer active: treft (coef 2, prefix of 16 tokens, 4 of 4 layers)" in done.output
+    penalties = [row["em_regularizer/treft/penalty"] for row in log_of(tmp_path)]
+    assert penalties[0] == 0 < min(penalties[1:])
+    assert alive == [], "the trainer's memory is free"
+    summary = json.loads((tmp_path / "out" / "em_eval" / "summary.json").read_text())
+    (judge,) = summary["judges"]
+    assert {role: rates["questions"]["em_all"]["n"] for role, rates in judge["rates"].items()} == {"base": 4, "tuned": 4}
+    assert not (tmp_path / "out" / "em_eval" / "FAILED.txt").exists()
+
+
+@pytest.mark.parametrize("form", ["--config FILE", "--config=FILE"])
+def test_options_win_over_the_file(call, config, tmp_path, form):
+    options = form.replace("FILE", str(config(em_eval=None))).split(" ")
+    done = call("sft", *options, "--em_regularizer", '{"treft": {"coef": 7}}')
+    assert done.exit_code == 0, done.output
+    assert [row["em_regularizer/treft/coef"] for row in log_of(tmp_path)] == [7, 7, 7]
+    assert not (tmp_path / "out" / "em_eval").exists()
+    assert "NOT regularized" not in done.output
+
+
+def test_a_run_without_a_block_says_so(call, config, tmp_path):
+    done = call("sft", "--config", config(em_eval=None, em_regularizer=None))
+    assert done.exit_code == 0, done.output
+    assert "There is no `em_regularizer:` block: this run is NOT regularized." in done.output
+    assert not [key for row in log_of(tmp_path) for key in row if "em_regularizer" in key]
+
+
+REFUSED = {
+    "misspelt block": ({"em_regulariser": {"treft": {}}}, "unknown key `em_regulariser`. Did you mean `em_regularizer`?"),
+    "misspelt key": ({"em_regularizer": {"treft": {"coeff": 1}}}, "unknown key 'coeff'. Did you mean 'coef'?"),
+    "misspelt key of TRL": ({"learning_rat": 1}, "learning_rat"),
+    "faulty measurement": ({"em_eval": {"questions": "q.yaml", "judges": []}}, "at least 1 item"),
+    "no data": ({"datasets": None}, "name the data: `dataset_name:` or `datasets:`"),
+    "no questions": (
+        {"em_eval": {"questions": "none.yaml", "judges": [JUDGE]}},
+        "`em_eval.questions: none.yaml` is not a file",
+    ),
+    "no mapping": ({"em_regularizer": "treft"}, "`em_regularizer: treft` is neither a mapping nor JSON"),
+    "empty block": ({"em_regularizer": None, "tail": "em_regularizer:\n"}, "`em_regularizer:` is empty"),
+    "empty measurement": ({"em_eval": None, "tail": "em_eval:\n"}, "`em_eval:` is empty"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_faulty_file_is_refused_before_any_work(call, config, tmp_path, case):
+    over, message = REFUSED[case]
+    done = call("sft", "--config", config(**over))
+    assert done.exit_code == 1
+    assert done.output.startswith("emguard sft: ")
+    assert message in done.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["- a", "a: [", ""])
+def test_a_file_that_is_no_mapping_is_refused(call, tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    done = call("sft", "--config", "run.yaml")
+    assert (done.exit_code, done.output[:13]) == (1, "emguard sft: ")
+    assert call("sft", "--config", "none.yaml").exit_code == 1
+
+
+def test_a_misspelt_option_is_refused(call, config):
+    done = call("sft", "--config", config(), "--em_regulariser", "{}")
+    assert done.exit_code == 1
+    assert "unknown key `em_regulariser`" in done.output
+
+
+# emguard check
+
+
+def test_check(call, config, lab):
+    done = call("check", config())
+    assert done.exit_code == 0
+    lines = done.output.splitlines()
+    assert [line.split()[0] for line in lines] == ["active", "active", "active", "note", "ok"]
+    nothing = call("check", config(em_regularizer=None, em_eval=None))
+    assert (nothing.exit_code, nothing.output.splitlines()[-1]) == (0, "ok, and nothing of emguard is active")
+
+
+def test_check_fails_on_a_problem(call, config):
+    done = call("check", config(em_regularizer={"treft": {"coeff": 1}}))
+    assert done.exit_code == 1
+    assert done.stderr.startswith("problem  em_regularizer.treft: unknown key 'coeff'")
+    assert "ok" not in done.stdout.splitlines()
+    assert call("check", "none.yaml").exit_code == 1
+
+
+# The rest
+
+
+def test_eval_says_what_is_wrong(call, config, tmp_path):
+    for arguments in (["none", "--config", config()], ["none", "--config", "none.yaml"]):
+        done = call("eval", *arguments)
+        assert done.exit_code == 1
+        assert done.stderr.startswith("emguard eval: ")
+
+
+def commands(command, path=()):
+    yield path
+    for name, sub in getattr(command, "commands", {}).items():
+        yield from commands(sub, (*path, name))
+
+
+COMMANDS = list(commands(typer.main.get_command(app)))
+
+
+def test_the_commands_are_these():
+    found = {" ".join(c) for c in COMMANDS}
+    assert found == {"", "check", "sft", "eval", "demo", "lab", "lab build", "lab export"}
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help(call, path):
+    done = call(*path, "--help")
+    assert done.exit_code == 0
+    assert "Usage:" in done.output
+    assert len(done.output) > 200
+
+
+def test_h_after_sft_lists_every_option(call):
+    done = call("sft", "-h")
+    assert done.exit_code == 0
+    assert {"--em_regularizer", "--em_eval", "--learning_rate"} <= set(done.output.split())
