@@ -1,156 +1,17 @@
-"""Every YAML key of `em_regularizer:` and `em_eval:` on one page.
-
-Pure pydantic: importing this module needs neither torch nor a trainer. Unknown keys are errors, with a suggestion.
-"""
+"""Every YAML key of `em_eval:`."""
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from emguard_plugin.keys import check_endpoint, refuse_keys
+from emguard_plugin.config.block import StatedBlock, suggest
+from emguard_plugin.keys import check_endpoint
 
-BLOCKS = ("em_regularizer", "em_eval")
 SUITES = ("open_ended", "open_ended_held_out", "open_ended_json", "open_ended_template", "conditional")
 """Bundled question suites, in `emguard_plugin/evaluation/suites/`."""
-
-
-def suggest(word: str, options: list[str] | tuple[str, ...]) -> str:
-    """Return ` Did you mean 'x'?` for a near miss, else an empty string."""
-    near = [o for o in options if o.startswith(word)] or difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-    return f" Did you mean '{near[0]}'?" if near else ""
-
-
-def misspelt_blocks(keys: list[str]) -> dict[str, str]:
-    """Map top-level YAML keys that look like a misspelt emguard block to the block they resemble.
-
-    Axolotl drops unknown top-level keys without a word, so a misspelt block would train unguarded.
-    """
-    found = {}
-    for key in keys:
-        if key in BLOCKS:
-            continue
-        plain = str(key).lower().replace("-", "_").replace("__", "_")
-        near = difflib.get_close_matches(plain, BLOCKS, n=1, cutoff=0.75)
-        if near or plain.startswith(("em_reg", "emreg", "emguard", "em_guard")):
-            found[key] = near[0] if near else "em_regularizer"
-    return found
-
-
-class Block(BaseModel):
-    """A YAML block: unknown keys are named, with the nearest known key."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_unknown_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            refuse_keys(data)  # before any error is made: pydantic prints the input beside its errors
-            known = list(cls.model_fields)
-            for key in data:
-                if key not in known:
-                    raise ValueError(
-                        f"unknown key '{key}'.{suggest(str(key), known)} Allowed here: {', '.join(known)}."
-                    )
-        return data
-
-
-class StatedBlock(Block):
-    """A block of which only the stated keys are dumped.
-
-    Axolotl hands its plugins a dump of the validated block. With the defaults in it they could not be told from wishes
-    of the user's, such as a `samples_per_question` that wins over the question file.
-    """
-
-    @model_serializer(mode="wrap")
-    def _dump_what_was_stated(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key in self.model_fields_set}
-
-
-class TReFTConfig(Block):
-    """`em_regularizer.treft`: hold the keys and values of chat-template tokens (arXiv 2606.06667)."""
-
-    coef: float = Field(
-        5.0, ge=0, allow_inf_nan=False, description="lambda of Eq. 3; the paper uses 1 to 30. 0 measures only."
-    )
-    tokens: Literal["prefix", "postfix"] = Field(
-        "prefix",
-        description="prefix: everything before the first user content. postfix: the tokens between query and answer, "
-        "for templates without a system prompt (Qwen3).",
-    )
-    layers: Literal["all"] | list[NonNegativeInt] = Field(
-        "all", description="0-based decoder layers to hold; `all` is the paper's choice."
-    )
-    extra_prefixes: list[str] = Field(
-        default_factory=list,
-        description="System prompts that do not occur in the data but will at inference; their prefixes are held too.",
-    )
-    postfix_reference: Literal["shared", "per_row"] | None = Field(
-        None,
-        description="tokens: postfix only. shared (default): the untuned model's postfix after an empty query (paper). "
-        "per_row: the untuned model's postfix after the same query; needs an adapter.",
-    )
-    compat: bool = Field(
-        False,
-        description="Penalise k_proj/v_proj of the un-normalised residual stream, as the authors' released code does. "
-        "For replication only.",
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TReFTConfig:
-        if self.layers != "all" and not self.layers:
-            raise ValueError("`layers: []` holds nothing. Use `layers: all`, list at least one layer, or `coef: 0`.")
-        if self.tokens == "postfix" and self.extra_prefixes:
-            raise ValueError("`extra_prefixes` goes with `tokens: prefix`. Remove it, or set `tokens: prefix`.")
-        if self.tokens == "prefix" and self.postfix_reference is not None:
-            raise ValueError("`postfix_reference` goes with `tokens: postfix`. Remove it, or set `tokens: postfix`.")
-        if self.tokens == "postfix" and self.compat:
-            raise ValueError("`compat: true` covers `tokens: prefix` only. Set `compat: false`.")
-        return self
-
-
-class EMRegularizerConfig(Block):
-    """`em_regularizer:`, any combination of methods."""
-
-    treft: TReFTConfig | None = Field(None, description="TReFT: keys and values of the chat-template tokens.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_empty_method(cls, data: Any) -> Any:
-        for name in cls.model_fields if isinstance(data, dict) else ():
-            if name in data and data[name] is None:
-                raise ValueError(f"`{name}:` is empty; write `{name}: {{}}` for the defaults, or remove it.")
-        return data
-
-    @model_serializer(mode="wrap")
-    def _only_methods(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Hosts dump and validate again: a method that nobody named must not come back as an empty one.
-        return {name: block for name, block in handler(self).items() if block is not None}
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> EMRegularizerConfig:
-        if not self.methods():
-            raise ValueError(
-                "the block names no method, so the run would be unguarded. Add `treft:`, or remove `em_regularizer:`."
-            )
-        return self
-
-    def methods(self) -> dict[str, Block]:
-        """Return the methods that the block asks for, by name."""
-        return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
 
 
 class JudgeConfig(StatedBlock):
