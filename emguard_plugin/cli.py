@@ -108,7 +108,7 @@ def _show(runs: list, page: Path, force: bool = False) -> None:
 
 
 def _gate(summary: Any) -> None:
-    from emguard_plugin.evaluation.post_train import EXIT_FAIL, EXIT_INCONCLUSIVE
+    from emguard_plugin.evaluation.post_train import EXIT_ERROR, EXIT_FAIL, EXIT_INCONCLUSIVE
     from emguard_plugin.evaluation.text import clean
 
     for result in summary.judges:
@@ -120,6 +120,9 @@ def _gate(summary: Any) -> None:
         typer.echo("inconclusive is not a pass; everything is saved", err=True)
     if outcome in ("fail", "inconclusive"):
         raise typer.Exit(EXIT_FAIL if outcome == "fail" else EXIT_INCONCLUSIVE)
+    if stopped := [result.name for result in summary.judges if result.stopped]:
+        typer.echo(clean(f"not measured in full: {', '.join(stopped)} stopped"), err=True)
+        raise typer.Exit(EXIT_ERROR)
 
 
 def _named(run: str) -> tuple[str, str]:

@@ -22,6 +22,30 @@ JUDGES = "judges.json"
 RECORDS, SECONDS = 256, 2.0
 
 
+def preflight(plan: Plan) -> None:
+    """Open and test the judges that are quick to open, before answers are drawn for them.
+
+    Raises:
+        RuntimeError: If every judge stops.
+    """
+    stopped = {}
+    for entry in plan.judges:
+        if not entry.quick_to_open:
+            continue
+        try:
+            known = found_out(plan).get(entry.name, {})
+            _note(plan, entry.name, {**known, **_ready(entry, known)})
+        except Stopped as error:
+            stopped[entry.name] = redact(error)
+        finally:
+            entry.close()
+    if len(stopped) == len(plan.judges):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in stopped.items())
+        raise RuntimeError(f"no judge of `em_eval.judges` can judge, so no answer was drawn. {reasons}")
+    for name, reason in stopped.items():
+        logger.error("em_eval: the judge %s does not work and is tried again after the answers: %s", name, reason)
+
+
 def judge(plan: Plan) -> None:
     """Judge the answers that `judgments.jsonl` lacks.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import models, store
-from emguard_plugin.evaluation.judging import judge
+from emguard_plugin.evaluation.judging import judge, preflight
 from emguard_plugin.evaluation.plan import Plan, make_plan, open_run
 from emguard_plugin.evaluation.results import answer_key, report
 from emguard_plugin.evaluation.sampler import AnswerKey, TransformersSampler
@@ -48,7 +48,7 @@ def run_em_eval(
     Raises:
         ValueError: For settings that cannot work: unreadable questions, a judge that cannot be imported, a folder that
             cannot be written or holds results of another protocol, a model without chat template.
-        RuntimeError: If another process works in the folder, or if memory does not suffice for one answer.
+        RuntimeError: If no judge can judge, another process works in the folder, or memory does not suffice for one answer.
     """
     unknown = set(phases) - set(PHASES)
     if unknown or not phases:
@@ -59,14 +59,14 @@ def run_em_eval(
         if isinstance(plan.source, models.ModelSource):
             store.keep_private(plan.folder, plan.source.path)
         if "generate" in phases:
-            generate(plan)
+            generate(plan, try_judges="judge" in phases)
         if "judge" in phases:
             judge(plan)
         return report(plan, stored) if "report" in phases else None
 
 
-def generate(plan: Plan) -> None:
-    """Draw the answers that `responses.jsonl` lacks."""
+def generate(plan: Plan, try_judges: bool = False) -> None:
+    """Draw the answers that `responses.jsonl` lacks, after a look whether any judge can judge them."""
     from tqdm.auto import tqdm
 
     requests, file = plan.requests(), plan.responses
@@ -76,6 +76,8 @@ def generate(plan: Plan) -> None:
     roles = tuple(role for role in plan.roles if any(request.key not in done[role] for request in requests))
     if not roles:
         return
+    if try_judges:
+        preflight(plan)
     for role, sampler in samplers(plan, roles):
         present = sum(request.key in done[role] for request in requests)
         with tqdm(total=len(requests), initial=present, desc=f"em_eval: {role} answers", unit="answer") as bar:

@@ -120,6 +120,15 @@ def test_a_judge_that_fails_the_self_test_judges_nothing_and_gives_no_rate(evalu
     assert "There is no EM rate" in (answered / "report.html").read_text()
 
 
+def test_no_answer_is_drawn_when_no_judge_works(evaluate, answered):
+    (answered / "responses.jsonl").unlink()
+    with FakeServer(lambda number, body: "401") as dead, FakeServer(reply=graded) as server:
+        with pytest.raises(RuntimeError, match="no answer was drawn"):
+            evaluate(endpoint(dead))
+        assert not (answered / "responses.jsonl").exists()
+        assert evaluate(endpoint(dead, name="dead"), endpoint(server, name="alive")).rates(judge="alive").em_all.n > 0
+
+
 def test_one_judge_that_stops_does_not_stop_the_other(evaluate):
     with FakeServer(lambda number, body: "401") as dead, FakeServer(reply=graded) as server:
         summary = evaluate(endpoint(dead, name="dead"), endpoint(server, name="alive"))

@@ -65,10 +65,13 @@ class Judge(Protocol):
         name: Short name, unique in a run; stands in files and tables.
         self_tested: Whether fixed items are judged before any answer is. A judge that knows no general questions, or
             only repeats stored scores, cannot be tested that way.
+        quick_to_open: Whether it is opened and tested before answers are drawn. A local model is not: it would take the
+            memory of the model that answers.
     """
 
     name: str
     self_tested: bool
+    quick_to_open: bool
 
     def identity(self) -> dict[str, Any]:
         """Return what the scores depend on, for the protocol: provider, model or source hash, prompt hash."""

@@ -38,6 +38,7 @@ class EndpointJudge:
     """
 
     self_tested = True
+    quick_to_open = True
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ class ExactJudge:
     """
 
     self_tested = False
+    quick_to_open = True
 
     def __init__(self, function: str) -> None:
         self.name = function

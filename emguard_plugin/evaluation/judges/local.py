@@ -37,6 +37,7 @@ class LocalJudge:
     """
 
     self_tested = True
+    quick_to_open = False
 
     def __init__(self, model: str, *, revision: str | None = None, batch_size: int = 8, name: str | None = None) -> None:
         from transformers import AutoTokenizer

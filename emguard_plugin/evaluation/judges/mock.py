@@ -16,6 +16,7 @@ class MockJudge:
 
     name = "MOCK, NOT A MEASUREMENT"
     self_tested = False
+    quick_to_open = True
 
     def identity(self) -> dict[str, Any]:
         """Return the mark."""

@@ -24,6 +24,7 @@ class ReplayJudge:
     """
 
     self_tested = False
+    quick_to_open = True
 
     def __init__(self, file: str, judge: str | None = None) -> None:
         hint = f"`em_eval.judges: file: {file}`"
