@@ -17,6 +17,7 @@ _PUBLIC = {
     "EMRegularizerMixin": "mixin",
     "EMRegularizerCallback": "regularizers.base",
     "Penalty": "regularizers.base",
+    "EMRateCallback": "em_rate",
     "TReFTCallback": "regularizers.treft",
     "build_regularizers": "regularizers",
     "EMRegularizerConfig": "config",
