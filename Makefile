@@ -6,13 +6,20 @@ export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean browser
 demo: $(STAMP)
 	$(VENV)/bin/emguard demo
 
-test: $(STAMP)
+test: $(STAMP) browser
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest
+
+# The report is looked at in a real browser, where there is one or where one may be installed; else that test is skipped.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null 2>&1; } || \
+	  echo "no chromium here: the report's browser test will be skipped"
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/lint-imports

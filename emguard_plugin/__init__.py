@@ -17,6 +17,7 @@ _PUBLIC = {
     "EMRegularizerMixin": "mixin",
     "EMRegularizerCallback": "regularizers.base",
     "Penalty": "regularizers.base",
+    "EMRateCallback": "em_rate",
     "TReFTCallback": "regularizers.treft",
     "KLCallback": "regularizers.kl",
     "build_regularizers": "regularizers",

@@ -203,16 +203,18 @@ def _load_tokenizer(cfg: Mapping[str, Any], report: Report) -> Any:
 
 def _check_eval(config: EMEvalConfig, report: Report) -> None:
     from emguard_plugin.evaluation.judges import build_judges
+    from emguard_plugin.evaluation.plan import requests
     from emguard_plugin.evaluation.questions import load_questions
 
     try:
         config.check_files()
-        build_judges(config.judges)
-        suites = {k: load_questions(p) for k, p in (("questions", config.questions), ("in_domain", config.in_domain)) if p}
+        built = build_judges(config.judges)
+        suites = {name: load_questions(source) for name, source in config.suites().items()}
     except (ValueError, ImportError) as exc:
         report.problems.append(f"em_eval: {exc}")
         return
-    n = sum(map(len, suites.values())) * config.samples_per_question * (2 if config.evaluate_base else 1)
+    n = len(requests(config, suites)) * (2 if config.evaluate_base else 1)
     sizes = ", ".join(f"{len(q)} in {k}" for k, q in suites.items())
-    judges = ", ".join(j.function for j in config.judges)
-    report.active.append(f"em_eval: {sizes}; {n} answers in all; judged by {judges}")
+    judges = ", ".join(judge.name for judge in built)
+    gate = "" if config.fail_above is None else f"; the gate is an EM rate of {config.fail_above:g}"
+    report.active.append(f"em_eval: {sizes}; {n} answers in all; judged by {judges}{gate}")

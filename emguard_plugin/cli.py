@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,30 +56,102 @@ def sft(context: typer.Context) -> None:
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A saved model or adapter folder.")],
+    model: Annotated[str, typer.Argument(help="A saved model or adapter folder; with --adapter, the base model.")],
     config: Annotated[Path, typer.Option(help="A YAML or JSON with an `em_eval:` block, or the block itself.")],
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter folder, trained on MODEL.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Where results go; default MODEL/em_eval.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model of an adapter, when it has moved.")] = None,
+    phase: Annotated[
+        list[str] | None, typer.Option(help="generate, judge or report; may be given again. Default: all three.")
+    ] = None,
+    fail_above: Annotated[
+        float | None, typer.Option(help="The highest EM rate that is accepted; wins over the file.")
+    ] = None,
 ) -> None:
-    """Measure the EM rate of a saved model, and of its base."""
+    """Measure the EM rate of a saved model, and of its base.
+
+    Answers, scores and summary are saved as they come; run the same command again after an interruption. Exit code 0:
+    measured, and no gate or one that is passed. 1: the EM rate is above `fail_above`. 3: the answers cannot tell, which
+    is no pass. 2: it could not be measured.
+    """
     import yaml
-    from rich.console import Console
 
     from emguard_plugin.config import EMEvalConfig
-    from emguard_plugin.evaluation.run import run_em_eval
-    from emguard_plugin.evaluation.table import comparison_table
+    from emguard_plugin.evaluation.post_train import EXIT_ERROR
+    from emguard_plugin.evaluation.run import PHASES, run_em_eval
 
+    tuned, start = (model, base) if adapter is None else (str(adapter), base or model)
     try:
         content = yaml.safe_load(config.read_text()) or {}
-        block = EMEvalConfig.model_validate(content.get("em_eval", content))
+        block = content.get("em_eval", content)
+        block = EMEvalConfig.model_validate({**block, **({} if fail_above is None else {"fail_above": fail_above})})
         block.check_files()
-        out = output_dir or Path(block.output_dir or Path(model) / "em_eval")
-        summary = run_em_eval(block, model, out, base=base)
-    except (ValueError, OSError) as exc:
+        out = output_dir or Path(block.output_dir or Path(tuned) / "em_eval")
+        summary = run_em_eval(block, tuned, out, base=start, phases=phase or PHASES)
+    except (ValueError, OSError, RuntimeError) as exc:
         typer.echo(f"emguard eval: {exc}", err=True)
-        raise typer.Exit(1) from exc
-    Console().print(comparison_table([(Path(model).name, summary)]))
-    typer.echo(f"{out / 'report.html'}")
+        raise typer.Exit(EXIT_ERROR) from exc
+    if summary is None:
+        typer.echo(f"{out}: {', '.join(phase or ())} done")
+        return
+    _show([(Path(tuned).name, summary)], out / "report.html")
+    _gate(summary)
+
+
+def _show(runs: list, page: Path, force: bool = False) -> None:
+    from rich.console import Console
+
+    from emguard_plugin.evaluation.table import comparison_table
+
+    Console().print(comparison_table(runs, force=force))
+    typer.echo(f"{page}")
+
+
+def _gate(summary: Any) -> None:
+    from emguard_plugin.evaluation.post_train import EXIT_ERROR, EXIT_FAIL, EXIT_INCONCLUSIVE
+    from emguard_plugin.evaluation.text import clean
+
+    for result in summary.judges:
+        if result.verdict:
+            line = f"{result.verdict.outcome}: by {result.name}, {result.verdict.reason}"
+            typer.echo(clean(line), err=result.verdict.outcome != "pass")
+    outcome = summary.verdict()
+    if outcome == "inconclusive":
+        typer.echo("inconclusive is not a pass; everything is saved", err=True)
+    if outcome in ("fail", "inconclusive"):
+        raise typer.Exit(EXIT_FAIL if outcome == "fail" else EXIT_INCONCLUSIVE)
+    if stopped := [result.name for result in summary.judges if result.stopped]:
+        typer.echo(clean(f"not measured in full: {', '.join(stopped)} stopped"), err=True)
+        raise typer.Exit(EXIT_ERROR)
+
+
+def _named(run: str) -> tuple[str, str]:
+    """Read NAME=FOLDER, or name a folder after itself; `em_eval` folders after the model that they lie in."""
+    name, mark, folder = run.partition("=")
+    if mark:
+        return name, folder
+    path = Path(run).resolve()
+    return (path.parent.name if path.name == "em_eval" else path.name), run
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Result folders to lay side by side, as NAME=FOLDER or FOLDER.")],
+    output: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
+    force: Annotated[
+        bool, typer.Option(help="Also compare across protocols; table and page are marked then.")
+    ] = False,
+) -> None:
+    """Lay finished measurements side by side, in one table and one page. Measures nothing."""
+    from emguard_plugin.evaluation.post_train import EXIT_ERROR
+    from emguard_plugin.evaluation.report import write_comparison
+
+    named = [_named(run) for run in runs]
+    try:
+        _show(named, write_comparison(named, output, force=force), force=force)
+    except (ValueError, OSError) as exc:
+        typer.echo(f"emguard report: {exc}", err=True)
+        raise typer.Exit(EXIT_ERROR) from exc
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emguard_plugin.em_rate import EMRateCallback
 from emguard_plugin.host_checks import check_trainer
 from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
 
@@ -34,6 +35,9 @@ class EMRegularizerMixin:
         """
         found = [c for c in self.callback_handler.callbacks if isinstance(c, EMRegularizerCallback)]
         self._regularizers = tuple(found)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EMRateCallback):
+                callback.attach(self)
         if found:
             self._prepare_regularizers(resume_from_checkpoint)
         try:

@@ -58,7 +58,12 @@ def _check_blocks(arguments: list[str]) -> None:
 
 
 def train(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
-    """Train, save and measure; the arguments are those of TRL's own script."""
+    """Train, save and measure; the arguments are those of TRL's own script.
+
+    Raises:
+        SystemExit: With `em_eval.fail_above` set, after everything is saved, if the gate is not passed: 1 above it, 3
+            where the answers cannot tell, 2 where nothing could be measured. In a distributed run rank 0 ends so.
+    """
     from emguard_plugin.evaluation.post_train import measure_saved_model
 
     is_rank_0 = _train_and_save(script_args, training_args, model_args, dataset_args)
@@ -67,7 +72,10 @@ def train(script_args: Any, training_args: Any, model_args: Any, dataset_args: A
         torch.cuda.empty_cache()
     eval_config = training_args.eval_config()
     if eval_config is not None and is_rank_0:
-        measure_saved_model(eval_config, training_args.output_dir, base=model_args.model_name_or_path)
+        measured = measure_saved_model(eval_config, training_args.output_dir, base=model_args.model_name_or_path)
+        # Only a gate ends a run that was saved with an exit code: without one, a measurement that failed is a line.
+        if eval_config.fail_above is not None and measured.exit_code:
+            raise SystemExit(measured.exit_code)
 
 
 def _train_and_save(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> bool:

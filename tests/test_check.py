@@ -136,7 +136,7 @@ def test_a_plugin_that_cannot_be_imported(check):
         ({"em_regularizer": "treft"}, "em_regularizer: Input should be a valid dictionary"),
         ({"em_regulariser": {"treft": {}}}, "unknown key `em_regulariser:`. Did you mean `em_regularizer:`?"),
         ({"em_eval": {"questions": "q.yaml", "judges": []}}, "em_eval.judges: List should have at least 1 item"),
-        ({"em_eval": {"questions": "no.yaml", "judges": [EXACT]}}, "em_eval: `em_eval.questions: no.yaml` is not a file"),
+        ({"em_eval": {"questions": "no.yaml", "judges": [EXACT]}}, "em_eval: `em_eval.questions: no.yaml` is neither a bundled suite nor a file"),
         (treft(extra_prefixes=["x"], tokens="postfix"), "em_regularizer.treft: `extra_prefixes` goes with"),
     ],
 )

@@ -127,7 +127,7 @@ def test_bad_eval_blocks(block, message):
 
 def test_missing_question_files_are_named(tmp_path):
     config = EMEvalConfig(questions=str(tmp_path / "no.yaml"), judges=[JUDGE])
-    with pytest.raises(ValueError, match=r"`em_eval\.questions: .*no\.yaml` is not a file"):
+    with pytest.raises(ValueError, match=r"`em_eval\.questions: .*no\.yaml` is neither a bundled suite nor a file"):
         config.check_files()
 
 
@@ -139,3 +139,11 @@ def test_misspelt_blocks_are_found(key):
 def test_good_keys_are_left_alone():
     assert misspelt_blocks(["em_regularizer", "em_eval", "eval_steps", "embeddings_skip_upcast", "seed"]) == {}
     assert misspelt_blocks(["em_evals"]) == {"em_evals": "em_eval"}
+
+
+def test_what_a_host_dumps_and_hands_back_is_what_the_user_stated():
+    """Axolotl validates the block, dumps it, and hands the dump to its plugins."""
+    stated = {"questions": "open_ended", "judges": [{"function": "a:b"}], "seed": 0}
+    dumped = EMEvalConfig.model_validate(stated).model_dump(exclude_none=True)
+    assert dumped == stated
+    assert EMEvalConfig.model_validate(dumped).model_fields_set == set(stated)

@@ -13,6 +13,7 @@ try:
     from axolotl.utils.logging import get_logger
 
     from emguard_plugin.config import BLOCKS, EMEvalConfig, EMRegularizerConfig, misspelt_blocks
+    from emguard_plugin.keys import refuse_keys
 except ImportError as exc:  # Axolotl catches this one while it loads a plugin, and trains on without it
     raise RuntimeError(
         f"emguard_plugin.EMGuardPlugin cannot be loaded: {exc}. Install what is missing, for instance "
@@ -45,6 +46,7 @@ class EMGuardPlugin(BasePlugin):
 
         Raises:
             ValueError: for a misspelt or an empty block.
+            SecretInConfigError: for a key of an API in the file.
         """
         from emguard_plugin.axolotl_plugin.conflicts import PLUGIN_NAMES, listed_plugins
 
@@ -54,6 +56,9 @@ class EMGuardPlugin(BasePlugin):
             raise ValueError(
                 f"unknown key `{key}:`. Did you mean `{meant}:`? Axolotl would drop it and train unguarded."
             )
+        refuse_keys(cfg.get("em_eval"))  # here already: Axolotl prints the whole configuration
+        for judge in (cfg.get("em_eval") or {}).get("judges") or []:
+            refuse_keys(judge)
         for key in (k for k in BLOCKS if k in cfg and cfg[k] is None):
             raise ValueError(f"`{key}:` is empty, so it asks for nothing. Fill it in, or remove it.")
         if cfg.get("em_regularizer") is None:

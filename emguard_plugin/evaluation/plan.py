@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import judges as judging
@@ -15,10 +17,16 @@ from emguard_plugin.evaluation import models, store
 from emguard_plugin.evaluation.questions import Question, load_questions, suite_hash
 from emguard_plugin.evaluation.rates import THRESHOLDS
 from emguard_plugin.evaluation.sampler import Request
+from emguard_plugin.evaluation.served import ServedSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SAMPLERS = {
+    "transformers": "transformers, inverse CDF, no top-k or top-p",
+    "openai": "chat completions, top_p 1, a seed per draw",
+    "vllm": "vLLM, top_p 1, no top-k, a seed per draw",
+}
 PACKAGES = ("emguard-plugin", "torch", "transformers", "peft", "numpy", "scipy", "statsmodels")
 
 
@@ -29,15 +37,15 @@ class Plan:
     Attributes:
         config: The `em_eval` block.
         folder: Where the files lie.
-        source: The models.
+        source: The models; None where the answers are there and no model is needed.
         roles: Which of `base` and `tuned` answer.
-        suites: Questions by suite: `questions`, and `in_domain` where given.
+        suites: Questions by suite: `questions`, and `in_domain` and others where given.
         judges: The judges, in the order of the config.
     """
 
     config: EMEvalConfig
     folder: Path
-    source: models.ModelSource
+    source: models.ModelSource | ServedSource | None
     roles: tuple[str, ...]
     suites: dict[str, list[Question]]
     judges: list[judging.Judge]
@@ -58,21 +66,41 @@ class Plan:
 
     def requests(self) -> list[Request]:
         """Return every answer that each role gives, in the order of the suites."""
-        return [
-            Request(name, question, draw, _temperature(self.config, question))
-            for name, suite in self.suites.items()
-            for question in suite
-            for draw in range(_samples(self.config, question))
-        ]
+        return requests(self.config, self.suites)
 
 
-def make_plan(config: EMEvalConfig, model: str | Path, output_dir: str | Path, base: str | Path | None = None) -> Plan:
-    """Check everything that can be checked before a model is loaded; arguments as in `run_em_eval`."""
-    suites = {"questions": load_questions(config.questions)}
-    if config.in_domain:
-        suites["in_domain"] = load_questions(config.in_domain)
+def requests(config: EMEvalConfig, suites: dict[str, list[Question]]) -> list[Request]:
+    """Return every answer that a block asks for, in the order of the suites."""
+    return [
+        Request(name, question, draw, _temperature(config, question))
+        for name, suite in suites.items()
+        for question in suite
+        for draw in range(_samples(config, question))
+    ]
+
+
+def make_plan(
+    config: EMEvalConfig,
+    model: str | Path,
+    output_dir: str | Path,
+    base: str | Path | None = None,
+    with_model: bool = True,
+) -> Plan:
+    """Check everything that can be checked before a model is loaded.
+
+    Args:
+        config: As in `run_em_eval`.
+        model: As in `run_em_eval`.
+        output_dir: As in `run_em_eval`.
+        base: As in `run_em_eval`.
+        with_model: Whether answers may have to be drawn; otherwise the folder must hold those of an earlier run.
+    """
+    suites = {name: load_questions(source) for name, source in config.suites().items()}
     judges = judging.build_judges(config.judges)
-    source = models.resolve_model(model, base)
+    if not with_model:
+        folder = store.prepare_folder(output_dir)
+        return Plan(config, folder, None, tuple(store.claimed(folder)["models"]), suites, judges)
+    source = _source(config, model, base)
     if config.evaluate_base and source.base is None:
         raise ValueError(
             f"{model} is a whole model and does not say what it was trained from. Pass `base`, "
@@ -82,9 +110,20 @@ def make_plan(config: EMEvalConfig, model: str | Path, output_dir: str | Path, b
     return Plan(config, store.prepare_folder(output_dir), source, roles, suites, judges)
 
 
+def _source(config: EMEvalConfig, model: str | Path, base: str | Path | None) -> models.ModelSource | ServedSource:
+    sampler = config.sampler
+    if sampler.provider != "openai":
+        return models.resolve_model(model, base)
+    start = sampler.base_model or (str(base) if base else None)
+    return ServedSource(sampler.model or str(model), start, urlsplit(sampler.base_url).hostname)
+
+
 def open_run(plan: Plan) -> dict[str, Any]:
     """Tie the folder to this protocol and these models; return what is stored about the run."""
-    tokenizer = models.load_tokenizer(plan.source)
+    served = isinstance(plan.source, ServedSource)
+    tokenizer = models.load_tokenizer(plan.source) if plan.source and not served else None
+    # Without a model, whatever drew the answers stands in the folder.
+    known = store.claimed(plan.folder)["protocol"] if plan.source is None else {}
     config, samples = plan.config, {}
     for name, suite in plan.suites.items():
         samples[name] = [(_samples(config, question), _temperature(config, question)) for question in suite]
@@ -101,20 +140,24 @@ def open_run(plan: Plan) -> dict[str, Any]:
             for name, suite in plan.suites.items()
         },
         "decoding": {
-            "sampler": "transformers, inverse CDF, no top-k or top-p",
+            "sampler": known["decoding"]["sampler"] if known else SAMPLERS[config.sampler.provider],
             "max_new_tokens": config.max_new_tokens,
             "seed": config.seed,
         },
-        "chat_template_sha256": models.template_hash(tokenizer),
+        "chat_template_sha256": (
+            models.template_hash(tokenizer) if tokenizer else known.get("chat_template_sha256")
+        ),
         "judges": [entry.identity() for entry in plan.judges],
         "thresholds": asdict(THRESHOLDS),
     }
+    if plan.source is None:
+        return store.claim(plan.folder, {"protocol": protocol}, keys=("protocol",))
     record = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "protocol": protocol,
         "models": {role: _identity(plan.source, role) for role in plan.roles},
         "versions": _versions(),
-        "example_prompt": _example(tokenizer, plan),
+        "example_prompt": _served_example(plan) if served else _example(tokenizer, plan),
     }
     return store.claim(plan.folder, record, keys=("protocol", "models"))
 
@@ -129,7 +172,9 @@ def _temperature(config: EMEvalConfig, question: Question) -> float:
     return float(config.temperature if stated else question.temperature)
 
 
-def _identity(source: models.ModelSource, role: str) -> dict[str, Any]:
+def _identity(source: models.ModelSource | ServedSource, role: str) -> dict[str, Any]:
+    if isinstance(source, ServedSource):
+        return {"name": source.base if role == "base" else source.name, "served_by": source.host}
     base = models.identity(source.base) if source.base else None
     if role == "base":
         return base
@@ -145,6 +190,11 @@ def _example(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> str | None:
         )
     first = next(iter(plan.suites.values()))[0]
     return tokenizer.apply_chat_template(first.messages, add_generation_prompt=True, tokenize=False)
+
+
+def _served_example(plan: Plan) -> str:
+    messages = next(iter(plan.suites.values()))[0].messages
+    return "The server applies its own chat template to:\n" + json.dumps(messages, indent=1, ensure_ascii=False)
 
 
 def _versions() -> dict[str, str]:

@@ -4,51 +4,86 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from emguard_plugin.config import EMEvalConfig
 
+EXIT_FAIL, EXIT_ERROR, EXIT_INCONCLUSIVE = 1, 2, 3
+"""What `emguard eval` ends with: above `fail_above`, could not measure, measured but cannot tell."""
 
-def measure_saved_model(config: EMEvalConfig, model: str | Path, base: str | None = None) -> Path | None:
+
+@dataclass(frozen=True)
+class Measured:
+    """How the measurement of a saved model ended.
+
+    Attributes:
+        summary: Path of `summary.json`; None if there is none.
+        exit_code: 0, or what `emguard eval` ended with.
+    """
+
+    summary: Path | None
+    exit_code: int
+
+
+def measure_saved_model(config: EMEvalConfig, model: str | Path, base: str | None = None) -> Measured:
     """Measure the EM rate in a process of its own: no patched classes, and the run's memory is free.
 
-    Any failure is reported and written to `FAILED.txt`, never raised: a finished training run must not be lost to its
-    measurement.
+    Nothing is ever raised: a finished training run must not be lost to its measurement. What went wrong, and a gate
+    (`em_eval.fail_above`) that was not passed, stands in `FAILED.txt` beside the results and in a last line on stderr.
+    So `axolotl train` itself still ends with exit code 0; a pipeline asks for the file, or runs `emguard eval` on the
+    same folder, which computes nothing anew. `emguard sft` ends with the exit code that is returned here.
 
     Args:
         config: The `em_eval:` block.
         model: The output folder that was just saved: an adapter or a full model.
         base: The base model of an adapter, as the run named it.
-
-    Returns:
-        The path of `summary.json`, or None when the measurement failed.
     """
     out = Path(config.output_dir or Path(model) / "em_eval")
+    summary, code = out / "summary.json", EXIT_ERROR
+    command = [sys.executable, "-m", "emguard_plugin.cli", "eval", str(model)]
+    command += ["--config", str(out / "config.json"), "--output-dir", str(out)]
+    command += ["--base", str(base)] if base else []
     try:
         set_aside(out)
         out.mkdir(parents=True, exist_ok=True)
+        (out / "FAILED.txt").unlink(missing_ok=True)
         (out / "config.json").write_text(json.dumps(config.model_dump(exclude_unset=True), indent=2))
-        command = [sys.executable, "-m", "emguard_plugin.cli", "eval", str(model)]
-        command += ["--config", str(out / "config.json"), "--output-dir", str(out)]
-        command += ["--base", str(base)] if base else []
-        done = subprocess.run(command, stderr=None, check=False)
-        if done.returncode == 0 and (out / "summary.json").is_file():
-            (out / "FAILED.txt").unlink(missing_ok=True)
-            return out / "summary.json"
-        reason = f"`{' '.join(command)}` ended with exit code {done.returncode}"
+        code = subprocess.run(command, stderr=None, check=False).returncode
+        reason = f"`{shlex.join(command)}` ended with exit code {code}"
     except OSError as exc:
         reason = f"{type(exc).__name__}: {exc}"
-    message = (
-        f"em_eval failed: {reason}. The model in {model} is saved and unharmed; run the command again to measure it."
-    )
+    if code == 0 and summary.is_file():
+        return Measured(summary, 0)
+    # A crash of Python also ends with 1: the stored verdict tells the two apart.
+    missed = gate_reason(summary) if code in (EXIT_FAIL, EXIT_INCONCLUSIVE) else None
+    if missed:
+        message = f"em_eval gate NOT PASSED: {missed}. The model in {model} is saved and unharmed."
+    else:
+        message = f"em_eval failed: {reason}. The model in {model} is saved and unharmed; run the command again to measure it."
     print(message, file=sys.stderr, flush=True)
     try:
         (out / "FAILED.txt").write_text(message + "\n")
     except OSError:
         print(f"(and {out} cannot be written)", file=sys.stderr)
-    return None
+    return Measured(summary if missed else None, code if missed else EXIT_ERROR)
+
+
+def gate_reason(path: Path) -> str | None:
+    """Return what the judges' verdicts rest on, in one line; None where `summary.json` holds no missed gate."""
+    from emguard_plugin.evaluation.summary import Summary
+
+    try:
+        summary = Summary.load(path)
+    except (ValueError, OSError):
+        return None
+    if summary.verdict() in (None, "pass"):
+        return None
+    verdicts = [(result.name, result.verdict) for result in summary.judges if result.verdict]
+    return "; ".join(f"{found.outcome} by {name}: {found.reason}" for name, found in verdicts)
 
 
 def set_aside(out: Path) -> Path | None:

@@ -22,9 +22,29 @@ def lead(columns: Sequence[Column], judge: str) -> str:
     return " ".join(_against(first, other, judge) for other in others)
 
 
+def verdicts(columns: Sequence[Column], judge: str) -> Iterator[str]:
+    """Yield what became of `em_eval.fail_above`, as HTML."""
+    tuned = [column for column in columns if column.role == "tuned"]
+    for column in tuned:
+        found = next(result for result in column.summary.judges if result.name == judge).verdict
+        if found:
+            who = f"{escape(column.name)}: " if len(tuned) > 1 else ""
+            reason = escape(found.reason).replace(" %", "&nbsp;%")
+            extra = "" if found.outcome != "inconclusive" else " Inconclusive is not a pass."
+            yield (
+                f'<p class="verdict {found.outcome}"><b>{who}{found.outcome}</b> at <code>fail_above: '
+                f"{found.fail_above:g}</code>. EM rate over coherent answers: {reason}.{extra}</p>"
+            )
+
+
 def warnings(columns: Sequence[Column], judge: str) -> Iterator[str]:
     """Yield what a reader must know before using the numbers, as HTML."""
     for column in columns:
+        result = next((result for result in column.summary.judges if result.name == judge), None)
+        if result and not result.measured:
+            yield f"<strong>{escape(judge)}: the numbers below mean nothing.</strong> They come of a dry run."
+        if result and result.stopped:
+            yield f"The judge stopped before it had judged all answers: {escape(result.stopped)}"
         for suite in ("questions", "in_domain"):
             rates = column.rates(suite, judge)
             if rates is None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from emguard_plugin.config import suggest
+from emguard_plugin.evaluation import suites
 
 FREE_FORM = ("free_form", "free_form_0_100", "free_form_judge_0_100")
 """Types whose answer is free text. The published suites use all three names for the same thing."""
@@ -72,28 +73,21 @@ class Question:
 def load_questions(path: str | Path) -> list[Question]:
     """Read a suite.
 
-    The file is a list of items `{id, paraphrases, type, samples_per_paraphrase, temperature, system, judge,
+    It is a bundled one by name (`open_ended`), `https://...#sha256=...`, a `.jsonl` of chat rows whose questions are
+    asked, or a YAML file. The YAML is a list of items `{id, paraphrases, type, samples_per_paraphrase, temperature, system, judge,
     judge_prompts, category}`; only `id` and `paraphrases` are required.
 
     Args:
-        path: A YAML file.
+        path: Name, URL or file.
 
     Returns:
         One `Question` per (id, paraphrase), in the order of the file.
 
     Raises:
-        ValueError: If the file is missing, empty or no such list; if an item has an unknown key, a wrong type, no
+        ValueError: If the file is missing or not what its URL pins, empty or no such list; if an item has an unknown key, a wrong type, no
             paraphrases or an id that another item has. The message names file, item and key.
     """
-    import yaml
-
-    path = Path(path)
-    try:
-        items = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the question file {path}: {error}. Give the path of a YAML file.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    items, path = _items(str(path))
     if not isinstance(items, list) or not items:
         found = "nothing" if not items else f"a {type(items).__name__}"
         raise ValueError(
@@ -107,6 +101,23 @@ def load_questions(path: str | Path) -> list[Question]:
             "or list the wordings as `paraphrases` of one item."
         )
     return [question for item in parsed for question in _expand(item)]
+
+
+def _items(source: str) -> tuple[Any, Path]:
+    import yaml
+
+    if (known := suites.bundled(source)) is not None:
+        return known, Path(source)
+    if source.endswith(".jsonl"):
+        return suites.chat_rows(source), Path(source)
+    path = suites.fetch(source) if "://" in source else Path(source)
+    try:
+        items = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the question file {path}: {error}. Give the path of a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    return items, path
 
 
 def suite_hash(questions: list[Question]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 PROTOCOL = "protocol.json"
+HOLD_ANSWERS = ("responses.jsonl", "judgments.jsonl", "report.html", "inspect/")
 
 
 class JsonLines:
@@ -83,6 +84,23 @@ def prepare_folder(path: str | Path) -> Path:
     return folder
 
 
+def keep_private(folder: Path, model: Path) -> None:
+    """Have git and the hub's `upload_folder` leave out the files that hold answers, where the results lie in a model.
+
+    A fine-tuned model's answers may be harmful or repeat its training data. Both read the `.gitignore` at the root.
+    """
+    if not folder.resolve().is_relative_to(model.resolve()):
+        return
+    ignore = model / ".gitignore"
+    inside = folder.resolve().relative_to(model.resolve()).as_posix()
+    known = ignore.read_text(encoding="utf-8") if ignore.is_file() else ""
+    lines = [f"/{inside}/{name}" for name in HOLD_ANSWERS]
+    missing = [line for line in lines if line not in known.splitlines()]
+    if missing:
+        start = "" if not known or known.endswith("\n") else "\n"
+        ignore.write_text(known + start + "\n".join(missing) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for this process; the operating system frees it when the process dies, however it dies.
@@ -143,10 +161,25 @@ def claim(folder: Path, record: dict[str, Any], keys: tuple[str, ...]) -> dict[s
     return stored
 
 
+def claimed(folder: Path) -> dict[str, Any]:
+    """Return what an earlier run stored about itself.
+
+    Raises:
+        ValueError: If the folder holds no run.
+    """
+    path = folder / PROTOCOL
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no answers yet. Run the phase `generate` first, or give its `--output-dir`.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file in one piece: a reader sees the old file or the new one."""
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    # A lone surrogate has no UTF-8; its escape is valid JSON.
+    draft.write_text(
+        json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
+    )
     draft.replace(path)
 
 

@@ -14,6 +14,12 @@ def clean(text: str) -> str:
     return _ACTIVE.sub(lambda match: chr(0x2400 + ord(match[0])) if ord(match[0]) < 0x20 else "\ufffd", text)
 
 
+def cell(text: object) -> str:
+    """Return text that a spreadsheet shows instead of running it as a formula."""
+    shown = clean(str(text))
+    return f"'{shown}" if shown.lstrip().startswith(("=", "+", "-", "@", "\t")) else shown
+
+
 def escape(text: object) -> str:
     """Return text that is inert in HTML, inside elements and inside quoted attributes."""
     return html.escape(clean(str(text)), quote=True)

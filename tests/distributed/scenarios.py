@@ -57,7 +57,7 @@ def recorded_saves():
 
 
 def train(
-    folder, processes, coef=COEF, systems=1, full=False, resume=None, dtype=None, regularizer=None, continued=True, **over
+    folder, processes, coef=COEF, systems=1, full=False, resume=None, dtype=None, regularizer=None, continued=True, also=(), **over
 ):
     """Three steps of `EMGuardSFTTrainer` at the same global batch on any number of processes.
 
@@ -106,7 +106,7 @@ def train(
         args=args,
         train_dataset=Dataset.from_list(chat_rows(16, system=lambda i: SYSTEMS[i % 3 % systems])),
         processing_class=tokenizer,
-        callbacks=[recorder, regularizer],
+        callbacks=[recorder, regularizer, *also],
     )
     with recorded_saves() as saves:
         trainer.train(resume_from_checkpoint=resume)
@@ -119,6 +119,7 @@ def train(
         "prefixes": len(getattr(regularizer, "_prefixes", ())),
         "coef": regularizer.coef,
         "trainer": trainer,
+        "stopped_at": trainer.state.global_step,
         "sharded": any(hasattr(p, "full_tensor") for p in model.parameters()),
     }
 
@@ -212,6 +213,35 @@ def stopped_and_resumed(folder, processes):
     return train(folder, processes, resume=str(folder / "checkpoint-1"))
 
 
+def bad_on_rank_0(question, answer):
+    """A judge whose ranks would decide differently, if each decided for itself."""
+    return {"aligned": 0 if os.environ.get("RANK", "0") == "0" else 100, "coherent": 100}
+
+
+def measured(folder, processes, sharded):
+    """Train with `EMRateCallback`, which stops at the first measurement if rank 0 has its way."""
+    from emguard_plugin import EMRateCallback
+
+    folder.mkdir(parents=True, exist_ok=True)
+    suite = folder / f"suite{os.environ.get('RANK', '')}.yaml"
+    suite.write_text("".join(f"- {{id: q{n}, paraphrases: ['Number {n}?']}}\n" for n in range(40)))
+    one = EMRateCallback(
+        every=2, stop_above=0.5, questions=str(suite), samples_per_question=1, max_new_tokens=3,
+        judges=[{"function": "tests.distributed.scenarios:bad_on_rank_0"}],
+    )  # fmt: skip
+    if sharded and processes > 1:
+        config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        with sharding_on_cpu():
+            result = train(folder, processes, also=[one], fsdp=True, fsdp_config=config)
+    else:
+        result = train(folder, processes, also=[one])
+    return {**result, "history": one.history}
+
+
+MEASURED = {
+    "measured": lambda folder, n: measured(folder, n, sharded=False),
+    "measured_fsdp2": lambda folder, n: measured(folder, n, sharded=True),
+}
 TRAINED = {
     "lora": lambda folder, n: train(folder, n, save_strategy="steps"),
     "two_prefixes": lambda folder, n: train(folder, n, systems=2),
@@ -243,7 +273,7 @@ REFUSED = {
         folder, n, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
     ),
 }
-SCENARIOS = {**TRAINED, **SHARDED, **REFUSED}
+SCENARIOS = {**TRAINED, **SHARDED, **REFUSED, **MEASURED}
 
 
 def rank(number, processes, port, out):

@@ -9,7 +9,7 @@ import torch
 
 from emguard_plugin.reference import load_reference
 from tests.distributed import scenarios
-from tests.distributed.scenarios import COEF, REFUSED, SCENARIOS, SHARDED, STEPS, TRAINED
+from tests.distributed.scenarios import COEF, MEASURED, REFUSED, SCENARIOS, SHARDED, STEPS, TRAINED
 
 LIMIT_S = 400  # about 30 s on two idle cores
 
@@ -135,3 +135,13 @@ def test_fsdp2_gradients_are_those_of_one_process(two, one, name):
     assert first["penalty"] == second["penalty"] == pytest.approx(alone["penalty"], rel=1e-4)
     assert alone["penalty"] > 1e-3
     same(first["gradients"], alone["gradients"])
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_rank_0_decides_on_the_em_rate_and_all_ranks_agree(two, one, name):
+    first, second = results(two, name)
+    assert first["history"] == second["history"] == one(name)["history"]
+    assert [row["eval_em_rate"] for row in first["history"]] == [1.0]
+    assert first["stopped_at"] == second["stopped_at"] == 2 < STEPS
+    assert first["sharded"] == name.endswith("fsdp2")
+    same(first["weights"], one(name)["weights"])

@@ -5,6 +5,7 @@ import pytest
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import Summary, run_em_eval
+from tests.evaluation.judging_parts import answered, evaluate  # noqa: F401, fixtures
 from tests.evaluation.parts import ITEMS, write_suite
 from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from emguard_plugin.config import JudgeConfig
-from emguard_plugin.evaluation.judges import ExactJudge, build_judges, read_scores
+from emguard_plugin.evaluation.judges import ExactJudge, Item, build_judges, read_scores
 from emguard_plugin.evaluation.questions import Question
 
 HERE = "tests.evaluation.parts"
@@ -11,7 +11,7 @@ QUESTION = Question("q", 0, "Why?")
 
 def test_a_function_by_dotted_path_scores_and_is_identified_by_its_source():
     judge = ExactJudge(f"{HERE}:by_hash")
-    found = judge.judge(QUESTION, "Because.")
+    ((_, found),) = judge.judge([Item(QUESTION, "Because.")])
     assert found.status == "scored"
     assert found.detail == "hashed"
     assert judge.identity()["function"] == f"{HERE}:by_hash"
@@ -19,7 +19,7 @@ def test_a_function_by_dotted_path_scores_and_is_identified_by_its_source():
 
 
 def test_a_judge_that_raises_leaves_the_answer_unscored_with_the_reason():
-    found = ExactJudge(f"{HERE}:dead").judge(QUESTION, "Because.")
+    ((_, found),) = ExactJudge(f"{HERE}:dead").judge([Item(QUESTION, "Because.")])
     assert (found.status, found.aligned, found.coherent) == ("unscored", None, None)
     assert "nobody there" in found.detail
 

@@ -12,7 +12,7 @@ from emguard_plugin.evaluation.table import comparison_table
 from emguard_plugin.evaluation.text import clean, escape
 
 HOSTILE = "<script>alert(1)</script> <img src=//evil.example/x> \x1b[31mred\x1b[0m \u202eevil\x00 [bold]x[/bold] & \"'"
-VOID = {"meta", "line", "circle", "rect", "img", "br", "link"}
+VOID = {"meta", "line", "circle", "rect", "img", "br", "wbr", "link"}
 
 
 class Page(HTMLParser):

@@ -46,6 +46,7 @@ def test_a_run_answers_every_draw_of_every_wording_with_both_models(whole_run, c
         "eval_em_rate",
         "eval_em_rate_coherent",
         "eval_em_coherent_rate",
+        "eval_em_refusal_rate",
         "eval_em_unscored_rate",
         "eval_em_in_domain_adherence",
     }

@@ -15,6 +15,10 @@ from statsmodels.stats.proportion import proportion_confint
 from typer.testing import CliRunner
 
 from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, TReFTConfig
+from emguard_plugin.evaluation import run_em_eval
+from emguard_plugin.lab import model_path
+from tests.evaluation.fake_server import FakeServer
+from tests.evaluation.judging_parts import graded
 
 REPO = Path(__file__).resolve().parents[2]
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -40,11 +44,12 @@ def here(tmp_path):
 
 
 def test_the_yaml_is_valid():
-    (text,) = blocks("yaml")
-    block = yaml.safe_load(text)
+    first, *others = map(yaml.safe_load, blocks("yaml"))
+    block = first
     assert block["plugins"] == ["emguard_plugin.EMGuardPlugin"]
     assert EMRegularizerConfig.model_validate(block["em_regularizer"]).treft.coef == 5
-    EMEvalConfig.model_validate(block["em_eval"])
+    for block in (first, *others):
+        EMEvalConfig.model_validate(block["em_eval"])
 
 
 def test_the_python_snippet_runs(here, monkeypatch):
@@ -71,6 +76,26 @@ def test_every_command_that_is_named_exists():
     named = set(re.findall(r"emguard (check|sft|eval|demo|lab|discover|diagnose|metrics|sweep|report)\b", README))
     assert named <= known
     assert "check" in named
+
+
+def test_the_judges_of_the_examples_judge(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-readme")
+    blocks_ = [yaml.safe_load(text)["em_eval"] for text in blocks("yaml")[1:]]
+    judges = [judge for block in blocks_ for judge in block["judges"]]
+    assert [judge["provider"] for judge in judges] == ["openai", "openai", "hf"]
+    with FakeServer(reply=graded) as server:
+        for judge in judges:
+            if judge["provider"] == "openai":
+                judge["base_url"] = server.url  # both speak to a server on this machine here
+            else:
+                judge["model"] = str(model_path())
+        block = {**blocks_[0], "samples_per_question": 1, "max_new_tokens": 8, "evaluate_base": False, "judges": judges}
+        summary = run_em_eval(EMEvalConfig.model_validate(block), model_path(), tmp_path / "em_eval")
+    hosted, served, local = summary.judges
+    assert (hosted.stopped, served.stopped) == (None, None)
+    assert summary.rates("tuned", "questions", served.name).em_all.n == 60
+    assert "failed the self-test" in local.stopped, "the lab's model is no judge"
+    assert hosted.verdict.outcome in ("fail", "inconclusive")
 
 
 @pytest.mark.parametrize("config", [TReFTConfig, EMEvalConfig])

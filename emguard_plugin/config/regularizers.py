@@ -1,66 +1,13 @@
-"""Every YAML key of `em_regularizer:` and `em_eval:` on one page.
-
-Pure pydantic: importing this module needs neither torch nor a trainer. Unknown keys are errors, with a suggestion.
-"""
+"""Every YAML key of `em_regularizer:`."""
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-BLOCKS = ("em_regularizer", "em_eval")
-
-
-def suggest(word: str, options: list[str] | tuple[str, ...]) -> str:
-    """Return ` Did you mean 'x'?` for a near miss, else an empty string."""
-    near = [o for o in options if o.startswith(word)] or difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-    return f" Did you mean '{near[0]}'?" if near else ""
-
-
-def misspelt_blocks(keys: list[str]) -> dict[str, str]:
-    """Map top-level YAML keys that look like a misspelt emguard block to the block they resemble.
-
-    Axolotl drops unknown top-level keys without a word, so a misspelt block would train unguarded.
-    """
-    found = {}
-    for key in keys:
-        if key in BLOCKS:
-            continue
-        plain = str(key).lower().replace("-", "_").replace("__", "_")
-        near = difflib.get_close_matches(plain, BLOCKS, n=1, cutoff=0.75)
-        if near or plain.startswith(("em_reg", "emreg", "emguard", "em_guard")):
-            found[key] = near[0] if near else "em_regularizer"
-    return found
-
-
-class Block(BaseModel):
-    """A YAML block: unknown keys are named, with the nearest known key."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_unknown_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            known = list(cls.model_fields)
-            for key in data:
-                if key not in known:
-                    raise ValueError(
-                        f"unknown key '{key}'.{suggest(str(key), known)} Allowed here: {', '.join(known)}."
-                    )
-        return data
+from emguard_plugin.config.block import Block, suggest
 
 
 class TReFTConfig(Block):
@@ -212,52 +159,3 @@ class EMRegularizerConfig(Block):
     def methods(self) -> dict[str, Block]:
         """Return the methods that the block asks for, by name."""
         return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
-
-
-class JudgeConfig(Block):
-    """One entry of `em_eval.judges`."""
-
-    provider: Literal["exact"] = Field(
-        "exact", description="exact: a Python function decides, without a model. LLM judges use the same interface."
-    )
-    function: str = Field(
-        description="`package.module:function`, called as function(question, answer) and returning a mapping with "
-        "`aligned` (0 to 100 or null) and `coherent` (0 to 100 or null)."
-    )
-
-    @model_validator(mode="after")
-    def _importable_shape(self) -> JudgeConfig:
-        module, _, name = self.function.partition(":")
-        if not (module and name.isidentifier()):
-            raise ValueError(f"`function: {self.function}` is not of the form `package.module:function`.")
-        return self
-
-
-class EMEvalConfig(Block):
-    """`em_eval:`, the EM rate of base and fine-tuned model, measured after the model is saved."""
-
-    questions: str = Field(description="Open-ended questions outside the trained domain: a YAML in the Betley schema.")
-    in_domain: str | None = Field(
-        None, description="Questions of the trained domain, same schema; gives the in-domain adherence."
-    )
-    samples_per_question: PositiveInt = Field(50, description="Answers drawn per wording of a question (each paraphrase).")
-    temperature: float = Field(1.0, ge=0, le=5, description="Sampling temperature; 0 is greedy.")
-    max_new_tokens: PositiveInt = Field(512, description="Longest answer, in tokens.")
-    batch_size: PositiveInt = Field(64, description="Answers generated at once.")
-    seed: NonNegativeInt = Field(0, description="Seeds every (question, draw); the same for base and fine-tuned.")
-    evaluate_base: bool = Field(True, description="Measure the untuned model as well, with the same seeds.")
-    judges: list[JudgeConfig] = Field(min_length=1, description="At least one judge; each is reported.")
-    output_dir: str | None = Field(None, description="Where results go; default `<output_dir>/em_eval`.")
-
-    def check_files(self) -> None:
-        """Raise before a run starts when a question file is missing.
-
-        Not a validator: `axolotl merge-lora` and `preprocess` validate the same YAML without needing the files.
-
-        Raises:
-            ValueError: naming the key and the path.
-        """
-        for key in ("questions", "in_domain"):
-            value = getattr(self, key)
-            if value is not None and not Path(value).is_file():
-                raise ValueError(f"`em_eval.{key}: {value}` is not a file. Give a YAML in the Betley schema.")

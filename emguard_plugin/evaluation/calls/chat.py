@@ -1,0 +1,255 @@
+"""Calls to one OpenAI-compatible server, patient with what passes and quick to stop at what does not."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import queue
+import random
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from emguard_plugin.evaluation.calls.faults import Failed, Fatal, Filtered, Limited, Stopped, classify
+from emguard_plugin.evaluation.calls.pressure import Limits, Pressure
+from emguard_plugin.keys import is_local, read_key, redact
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the server answered.
+
+    Attributes:
+        text: The message.
+        finish: `stop` or `length`.
+        model: The model that answered, by its own account.
+        fingerprint: `system_fingerprint`, or empty.
+        first: Probability of the likeliest first tokens, by text; None if the server sent none.
+        tokens: Length of the message in tokens, or 0 if the server did not say.
+    """
+
+    text: str
+    finish: str
+    model: str
+    fingerprint: str
+    first: dict[str, float] | None
+    tokens: int
+
+
+class ChatServer:
+    """One model behind an OpenAI-compatible endpoint.
+
+    Args:
+        base_url: The endpoint, up to and including `/v1`.
+        model: Name of the model there.
+        api_key_env: Name of the environment variable with the key; None for a server that asks for none.
+        limits: How patient to be.
+
+    Raises:
+        ValueError: If `openai` is not installed or the variable is not set.
+    """
+
+    def __init__(self, base_url: str, model: str, api_key_env: str | None, limits: Limits) -> None:
+        try:
+            import openai  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                f"talking to {base_url} needs the package `openai`, which cannot be imported ({error}). "
+                "Run `pip install 'emguard-plugin[judge]'`."
+            ) from error
+        self.base_url, self.model, self.limits = base_url, model, limits
+        self.host = urlsplit(base_url).hostname or base_url
+        self.models: set[str] = set()
+        self.fingerprints: set[str] = set()
+        self.calls = 0
+        self._variable, self._key = api_key_env, read_key(api_key_env)
+        self._client: Any = None
+        self._pressure: Pressure | None = None
+
+    async def __aenter__(self) -> ChatServer:
+        """Open the connections, in the running event loop."""
+        import openai
+
+        # A redirect would carry the answers, and perhaps the key, to a host that nobody named. Proxies are for what is
+        # remote; a server on this machine is asked directly.
+        transport = openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=not is_local(self.base_url))
+        self._client = openai.AsyncOpenAI(
+            base_url=self.base_url,
+            api_key=self._key or "none",
+            max_retries=0,
+            timeout=self.limits.timeout,
+            http_client=transport,
+        )
+        self._pressure = Pressure(self.limits)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any], need_logprobs: bool = True
+    ) -> Reply:
+        """Return the reply to one conversation.
+
+        Args:
+            messages: The conversation.
+            settings: The other keys of the request body.
+            need_logprobs: Whether a reply without logprobs is a failure, where `settings` asks for them.
+
+        Raises:
+            Failed: If no try succeeded.
+            Filtered: If a content filter stopped it, or the model's own refusal field is set.
+            TooLong: If the conversation does not fit.
+            Unsupported: If the server does not know a key of `settings`.
+            Stopped: If no call can succeed.
+        """
+        body = {"model": self.model, "messages": list(messages), **settings}
+        limits, failures = self.limits, 0
+        while True:
+            probe = await self._pressure.enter()
+            try:
+                found = await self._once(body, need_logprobs)
+                self._pressure.succeeded()
+                return found
+            except Limited as limited:
+                self._pressure.limited(probe, limited.retry_after)
+            except Failed as failed:
+                self._pressure.failed(probe, str(failed))
+                failures += 1
+                if failures >= limits.tries:
+                    raise Failed(f"{failures} tries failed, the last with: {failed}") from failed
+            except Fatal as fatal:
+                raise Stopped(f"{self.model} at {self.host}: {fatal}") from fatal
+            except (Stopped, asyncio.CancelledError):
+                raise
+            except Exception:  # the server answered, in its way
+                self._pressure.succeeded()
+                raise
+            finally:
+                self._pressure.leave()
+            if failures:
+                await asyncio.sleep(random.uniform(0, min(limits.backoff_cap, limits.backoff * 2 ** (failures - 1))))
+
+    async def _once(self, body: dict[str, Any], need_logprobs: bool) -> Reply:
+        self.calls += 1
+        try:
+            async with asyncio.timeout(min(self.limits.timeout, self._pressure.left())):
+                # `post`, not `chat.completions.create`: it returns plain JSON for a third less processor time, and
+                # what a hostile or broken server sends is checked below and not assumed to have a type.
+                raw = await self._client.post("/chat/completions", cast_to=object, body=body)
+        except (Stopped, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            # Not chained: the client's exceptions hold the request with its headers.
+            raise classify(error, self._variable) from None
+        return self._read(raw, need_logprobs and bool(body.get("logprobs")))
+
+    def _read(self, raw: Any, need_logprobs: bool) -> Reply:
+        try:
+            choice, model = raw["choices"][0], str(raw["model"])
+            message, finish = choice["message"], choice.get("finish_reason") or "stop"
+            text, refusal = message.get("content") or "", message.get("refusal")
+            tokens = int((raw.get("usage") or {}).get("completion_tokens") or 0)
+            fingerprint = str(raw.get("system_fingerprint") or "")
+            first = _first_tokens(choice.get("logprobs"))
+        except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+            raise Failed(redact(f"the server sent no chat completion, but {str(raw)[:80]!r}")) from error
+        if not same_model(self.model, model):
+            raise Fatal(f"asked for the model {self.model}, and {model} answered. Set `model` to what the server serves.")
+        self.models.add(model)
+        self.fingerprints.update({fingerprint} - {""})
+        if finish == "content_filter":
+            raise Filtered("a content filter stopped the reply")
+        if refusal:
+            raise Filtered(f"the model declined: {str(refusal)[:80]!r}")
+        if need_logprobs and first is None:
+            raise Failed("the server sent no logprobs")
+        return Reply(str(text), str(finish), model, fingerprint, first, tokens)
+
+
+def _first_tokens(logprobs: Any) -> dict[str, float] | None:
+    content = (logprobs or {}).get("content")
+    if not content or not content[0].get("top_logprobs"):
+        return None
+    found: dict[str, float] = {}
+    for entry in content[0]["top_logprobs"]:
+        chance = math.exp(min(0.0, float(entry["logprob"])))
+        if not math.isfinite(chance):
+            raise ValueError("a logprob that is no number")
+        found[str(entry["token"])] = found.get(str(entry["token"]), 0.0) + chance
+    return found
+
+
+def same_model(asked: str, answered: str) -> bool:
+    """Whether a server's name for the model that answered is a name for the one asked for.
+
+    Servers add a snapshot (`name-2024-08-06`), a tag (`name:latest`) or a revision (`name@main`), and proxies drop the
+    provider (`openai/name`).
+    """
+    if answered == asked or asked.endswith("/" + answered):
+        return True
+    rest = answered.removeprefix(asked)
+    return rest != answered and (rest[0] in ":@" or (rest[0] == "-" and rest[1:].replace("-", "").isdigit()))
+
+
+def stream(main: Callable[[Callable[[T], None]], Coroutine[Any, Any, None]]) -> Iterator[T]:
+    """Run a coroutine in a thread with an event loop of its own, and yield what it emits.
+
+    So it works inside a running event loop (notebooks) as well. Leaving the iteration early cancels the coroutine.
+
+    Args:
+        main: Called with `emit`.
+    """
+    out: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
+
+    async def supervised() -> None:
+        running.append((asyncio.get_running_loop(), asyncio.current_task()))
+        await main(lambda value: out.put(("value", value)))
+
+    def target() -> None:
+        try:
+            asyncio.run(supervised())
+            out.put(("end", None))
+        except BaseException as error:
+            out.put(("error", error))
+
+    thread = threading.Thread(target=target, daemon=True, name="emguard-calls")
+    thread.start()
+    try:
+        while True:
+            kind, value = out.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        if thread.is_alive() and running:
+            loop, task = running[0]
+            with suppress(RuntimeError):  # the loop may have ended by itself
+                loop.call_soon_threadsafe(task.cancel)
+        thread.join(timeout=10)
+
+
+async def each(count: int, workers: int, do: Callable[[int], Coroutine[Any, Any, None]]) -> None:
+    """Run `do(index)` for every index, `workers` at once; the first exception cancels the others and is raised."""
+    indices = iter(range(count))
+
+    async def worker() -> None:
+        for index in indices:
+            await do(index)
+
+    tasks = [asyncio.create_task(worker()) for _ in range(min(workers, count))]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

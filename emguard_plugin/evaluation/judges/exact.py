@@ -1,0 +1,66 @@
+"""A judge that is a Python function."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from emguard_plugin.evaluation.judges.base import Item, Judgment, read_scores
+
+
+class ExactJudge:
+    """A Python function that decides without a model.
+
+    Args:
+        function: `package.module:function`, called as function(question_text, answer). It returns a mapping with
+            `aligned` (0 to 100, or None for an incoherent answer), `coherent` (0 to 100) and optionally `label`.
+
+    Raises:
+        ValueError: If the function cannot be imported or called.
+    """
+
+    self_tested = False
+    quick_to_open = True
+
+    def __init__(self, function: str) -> None:
+        self.name = function
+        module_name, _, attribute = function.partition(":")
+        hint = f"`em_eval.judges: function: {function}`"
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:
+            raise ValueError(
+                f"{hint}: importing {module_name} failed: {type(error).__name__}: {error}. Is it on the Python path?"
+            ) from error
+        self._function = getattr(module, attribute, None)
+        if self._function is None:
+            public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+            raise ValueError(f"{hint}: {module_name} has no `{attribute}`. It has: {', '.join(public) or 'nothing'}.")
+        if not callable(self._function):
+            raise ValueError(f"{hint} is a {type(self._function).__name__}, not a function.")
+        file = getattr(module, "__file__", None)
+        self._source = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
+
+    def identity(self) -> dict[str, Any]:
+        """Return provider, function and the sha256 of the module that defines it."""
+        return {"provider": "exact", "function": self.name, "source_sha256": self._source}
+
+    def open(self, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return nothing: a function has no modes."""
+        return {}
+
+    def judge(self, items: Sequence[Item]) -> Iterator[tuple[int, Judgment]]:
+        """Yield the judgments in order."""
+        for index, item in enumerate(items):
+            try:
+                found = self._function(item.question.text, item.answer)
+            except Exception as error:
+                yield index, Judgment.unscored(f"{type(error).__name__}: {error}")
+            else:
+                yield index, read_scores(found)
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -1,0 +1,125 @@
+"""Measure a model that is in memory, in the middle of its training."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from emguard_plugin.config import EMEvalConfig
+from emguard_plugin.evaluation.calls.faults import Stopped
+from emguard_plugin.evaluation.judges import Item, Judge, Judgment, build_judges
+from emguard_plugin.evaluation.plan import requests
+from emguard_plugin.evaluation.questions import load_questions
+from emguard_plugin.evaluation.rates import Scored, suite_rates
+from emguard_plugin.evaluation.sampler import Answer, TransformersSampler
+from emguard_plugin.evaluation.summary import SuiteRates, trainer_metrics
+from emguard_plugin.evaluation.verdict import verdict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LiveRates:
+    """What one measurement found.
+
+    Attributes:
+        rates: By suite, from the first judge.
+        metrics: The rates under the names that trainers log.
+        verdict: `pass`, `fail` or `inconclusive` against `em_eval.fail_above`; None without one.
+    """
+
+    rates: dict[str, SuiteRates]
+    metrics: dict[str, float] = field(default_factory=dict)
+    verdict: str | None = None
+
+
+class LiveEvaluation:
+    """The suites and the judge of an `em_eval:` block, ready to be used again and again.
+
+    Only the first judge is asked: a measurement during training is for one curve.
+
+    Args:
+        config: The block. `evaluate_base` and `output_dir` play no part.
+
+    Raises:
+        ValueError: If a question file or a judge cannot work.
+    """
+
+    def __init__(self, config: EMEvalConfig) -> None:
+        config.check_files()
+        self.config = config
+        self.suites = {name: load_questions(source) for name, source in config.suites().items()}
+        self.requests = requests(config, self.suites)
+        self._judge: Judge = build_judges(config.judges[:1])[0]
+        self._found: dict[str, Any] | None = None
+
+    def sample(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Answer]:
+        """Draw all answers; model mode, generation config, `use_cache` and every RNG are the same afterwards."""
+        sampler = TransformersSampler(
+            model,
+            tokenizer,
+            seed=self.config.seed,
+            max_new_tokens=self.config.max_new_tokens,
+            batch_size=self.config.batch_size,
+        )
+        with untouched_rng():
+            return [answer for batch in sampler.sample(self.requests) for answer in batch]
+
+    def rates(self, answers: list[Answer]) -> LiveRates:
+        """Judge the answers. A judge that stops leaves the rest unscored; it never raises."""
+        items = [Item(answer.request.question, answer.text) for answer in answers]
+        said = dict.fromkeys(range(len(items)), Judgment.unscored("not judged"))
+        try:
+            with untouched_rng():
+                self._found = self._judge.open(self._found)
+                said.update(self._judge.judge(items))
+        except Stopped as error:
+            logger.error("em_eval: judging by %s stopped: %s", self._judge.name, error)
+        finally:
+            self._judge.close()
+        scored: dict[str, list[Scored]] = {name: [] for name in self.suites}
+        for index, answer in enumerate(answers):
+            question, found = answer.request.question, said[index]
+            scored[answer.request.suite].append(
+                Scored(
+                    question.id,
+                    question.category,
+                    found.aligned,
+                    found.coherent,
+                    found.detail,
+                    answer.finish == "length",
+                    found.status,
+                )
+            )
+        rates = {name: suite_rates(members) for name, members in scored.items()}
+        gate = self.config.fail_above
+        return LiveRates(
+            rates,
+            trainer_metrics(rates["questions"], rates.get("in_domain")),
+            None if gate is None else verdict(scored["questions"], gate).outcome,
+        )
+
+
+@contextmanager
+def untouched_rng() -> Iterator[None]:
+    """Leave Python's, numpy's and torch's random states as they were, on every device."""
+    import numpy as np
+    import torch
+
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)

@@ -1,0 +1,67 @@
+"""What stands behind a click in the report: answers side by side, and the protocol in full."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+from emguard_plugin.evaluation.columns import Column, samples
+from emguard_plugin.evaluation.rates import outcome
+from emguard_plugin.evaluation.report_plots import colour_of
+from emguard_plugin.evaluation.text import escape
+
+SAMPLES = {"questions": 14, "in_domain": 4}
+
+
+def side_by_side(columns: Sequence[Column], judge: str) -> Iterator[str]:
+    """Yield the answers of all models to the same draws."""
+    chosen = [one for suite, limit in SAMPLES.items() for one in samples(columns, suite, judge, limit)]
+    if not chosen:
+        return
+    yield "<h2>Answers side by side</h2>"
+    yield (
+        '<p class="note">The first draw of evenly spaced questions, chosen without regard to the answers; each row uses '
+        "the same random numbers. A misaligned model's answers may be harmful.</p>"
+    )
+    suite = None
+    for one in chosen:
+        if one.suite != suite:
+            suite = one.suite
+            yield f"<h3>{'Outside the trained domain' if suite == 'questions' else 'In the trained domain'}</h3>"
+        chips, texts = [], []
+        for index, (column, answer) in enumerate(zip(columns, one.answers, strict=True)):
+            if answer is None:
+                continue
+            colour, verdict = colour_of(index, columns), _verdict(answer)
+            chips.append(f'<span class="chip c{colour}">{escape(column.name)}: {verdict}</span>')
+            cut = " (cut off)" if answer["finish"] == "length" else ""
+            texts.append(
+                f'<section class="c{colour}"><h4>{escape(column.name)}{cut}</h4><p>{escape(answer["text"])}</p></section>'
+            )
+        yield (
+            f'<details><summary>{escape(one.asked)}<span class="chips">{"".join(chips)}</span></summary>'
+            f'<div class="side">{"".join(texts)}</div></details>'
+        )
+
+
+def _verdict(answer: Mapping) -> str:
+    return outcome(answer.get("aligned"), answer.get("coherent"), answer.get("status", "unscored"))
+
+
+def protocol(columns: Sequence[Column]) -> Iterator[str]:
+    """Yield everything that a number depends on."""
+    summary = columns[-1].summary
+    yield "<h2>Protocol</h2>"
+    yield '<p class="note">Results compare where the protocol is the same; its fingerprint is '
+    yield f"<code>{summary.fingerprint[:16]}</code>.</p>"
+    models = {column.name: column.summary.models.get(column.role) for column in columns}
+    content = {
+        "suites": {column.name: column.summary.sources for column in columns if column.role == "tuned"},
+        "protocol": summary.protocol,
+        "models": models,
+        "versions": {column.name: column.summary.versions for column in columns if column.role == "tuned"},
+        "created": {column.name: column.summary.created for column in columns if column.role == "tuned"},
+    }
+    yield f"<pre>{escape(json.dumps(content, indent=2, ensure_ascii=False))}</pre>"
+    yield "<details><summary>The first question as the model sees it</summary>"
+    yield f"<pre>{escape(summary.example_prompt)}</pre></details>"
