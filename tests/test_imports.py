@@ -8,7 +8,6 @@ from pathlib import Path
 
 import grimp
 import pytest
-from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).parents[1]
 HEAVY = (
@@ -40,12 +39,13 @@ def fresh(code):
     return run.stdout.strip()
 
 
-def test_the_contracts_in_pyproject_hold(capsys):
-    status = lint_imports(str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True)
-    printed = capsys.readouterr().out
+def test_the_contracts_in_pyproject_hold():
+    # In a process of its own: import-linter switches off every logger that exists.
+    code = "from importlinter.cli import lint_imports; print(lint_imports('pyproject.toml', no_cache=True, no_logo=True))"
+    printed = fresh(code)
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    assert status == 0, printed
     assert f"Contracts: {len(contracts)} kept, 0 broken" in printed
+    assert printed.endswith("0")
 
 
 @pytest.fixture(scope="module")
