@@ -14,7 +14,7 @@ import yaml
 from statsmodels.stats.proportion import proportion_confint
 from typer.testing import CliRunner
 
-from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, TReFTConfig
+from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, KLConfig, TReFTConfig
 from emguard_plugin.evaluation import run_em_eval
 from emguard_plugin.lab import model_path
 from tests.evaluation.fake_server import FakeServer
@@ -98,13 +98,16 @@ def test_the_judges_of_the_examples_judge(tmp_path, monkeypatch):
     assert hosted.verdict.outcome in ("fail", "inconclusive")
 
 
-@pytest.mark.parametrize("config", [TReFTConfig, EMEvalConfig])
-def test_every_key_stands_in_a_table(config):
-    rows = [line for line in README.splitlines() if line.startswith("| `")]
+@pytest.mark.parametrize(("config", "before"), [(TReFTConfig, "`treft` keys"), (KLConfig, "`kl` keys"), (EMEvalConfig, "## `em_eval:`")])
+def test_every_key_stands_in_its_table(config, before):
+    lines = README[README.index(before) :].splitlines()
+    start = lines.index("| key | default | |")
+    rows = lines[start + 2 : lines.index("", start)]
+    stated = {name: row for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert set(stated) == set(config.model_fields)
     for name, field in config.model_fields.items():
-        (row,) = [r for r in rows if f"`{name}`" in r.split("|")[1]]
         if not field.is_required() and field.default not in (None, True, False) and field.default_factory is None:
-            assert str(field.default) in row, row
+            assert str(field.default) in stated[name].replace("\\|", "|"), stated[name]
 
 
 def study():
