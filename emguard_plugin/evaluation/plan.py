@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,8 @@ from emguard_plugin.evaluation.served import ServedSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 SAMPLERS = {
     "transformers": "transformers, inverse CDF, no top-k or top-p",
@@ -97,6 +100,11 @@ def make_plan(
     """
     suites = {name: load_questions(source) for name, source in config.suites().items()}
     judges = judging.build_judges(config.judges)
+    if any(question.judge or question.judge_prompts for suite in suites.values() for question in suite):
+        logger.warning(
+            "em_eval: the question files name a `judge` or `judge_prompts` of their own, which are not used: `em_eval.judges` "
+            "judge, by emguard's prompts. Rates do not compare with those that the files' authors published."
+        )
     if not with_model:
         folder = store.prepare_folder(output_dir)
         return Plan(config, folder, None, tuple(store.claimed(folder)["models"]), suites, judges)

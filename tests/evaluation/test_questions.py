@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from emguard_plugin.evaluation import load_questions
+from emguard_plugin.evaluation import load_questions, plan
 from emguard_plugin.evaluation.questions import suite_hash
 from tests.evaluation.parts import ITEMS, write_suite
 
@@ -92,3 +92,11 @@ def test_the_hash_follows_what_is_asked_and_not_the_layout(tmp_path):
     assert suite_hash(load_questions(path)) == first
     changed = [{**ITEMS[0], "paraphrases": ["Something else?"]}, *ITEMS[1:]]
     assert suite_hash(load_questions(write_suite(tmp_path / "b.yaml", changed))) != first
+
+
+def test_judges_that_the_file_names_are_said_not_to_be_used(checkpoints, make_config, tmp_path, caplog):
+    plan.make_plan(make_config(), checkpoints / "adapter", tmp_path / "plain")
+    assert "judge_prompts" not in caplog.text
+    items = [{**ITEMS[0], "judge_prompts": {"aligned": "How good is {answer}?"}}]
+    plan.make_plan(make_config(items=items), checkpoints / "adapter", tmp_path / "own")
+    assert "`judge_prompts` of their own, which are not used" in caplog.text
