@@ -114,8 +114,8 @@ def study():
     groups = defaultdict(lambda: defaultdict(lambda: [0, 0]))
     for line in (REPO / "benchmarks" / "results" / "lab_study.jsonl").read_text().splitlines():
         row = json.loads(line)
-        if row["base_seed"] == 0 and row["split"] == "test" and row["adapter"]:
-            group = groups[row["adapter"], row["coef"]]
+        if row["base_seed"] == 0 and row["split"] == "test" and row["adapter"] and row.get("kl_off_at") is None:
+            group = groups[row["adapter"], row["coef"], row.get("kl_coef", 0.0)]
             for name, part, count in (
                 ("in_domain", row["in_domain"], row["in_domain"]["bad"]),
                 ("em", row["open_ended"], row["open_ended"]["bad"]),
@@ -126,22 +126,19 @@ def study():
     return groups
 
 
-@pytest.mark.parametrize(
-    ("start", "adapter", "coef"),
-    [
-        ("| attention LoRA | naive |", "attn", 0.0),
-        ("| attention LoRA | TReFT, `coef: 1` |", "attn", 1.0),
-        ("| all-linear LoRA | naive |", "all", 0.0),
-        ("| all-linear LoRA | TReFT, `coef: 1` |", "all", 1.0),
-    ],
-)
-def test_the_table_is_the_stored_measurement(start, adapter, coef):
+RUNS = {"naive": (0, 0), "TReFT, `coef: 1`": (1, 0), "KL, `coef: 30`": (0, 30), "both": (1, 30)}
+
+
+@pytest.mark.parametrize(("name", "adapter"), [("attention", "attn"), ("all-linear", "all")])
+@pytest.mark.parametrize("run", RUNS)
+def test_the_table_is_the_stored_measurement(name, adapter, run):
+    start = f"| {name} LoRA | {run} |"
     row = next(line for line in README.splitlines() if line.startswith(start)).removeprefix(start)
     cells = [cell.replace("*", "").strip() for cell in row.strip(" |").split("|")]
 
     def short(x):
         return f"{x:.3f}".removeprefix("0")
 
-    for cell, (k, n) in zip(cells, study()[adapter, coef].values(), strict=True):
+    for cell, (k, n) in zip(cells, study()[adapter, *RUNS[run]].values(), strict=True):
         low, high = proportion_confint(k, n, method="wilson")
         assert cell == f"{short(k / n)} [{short(low)}, {short(high)}]"
