@@ -130,7 +130,7 @@ REFUSED = {
     "no data": ({"datasets": None}, "name the data: `dataset_name:` or `datasets:`"),
     "no questions": (
         {"em_eval": {"questions": "none.yaml", "judges": [JUDGE]}},
-        "`em_eval.questions: none.yaml` is not a file",
+        "`em_eval.questions: none.yaml` is neither a bundled suite nor a file",
     ),
     "no mapping": ({"em_regularizer": "treft"}, "`em_regularizer: treft` is neither a mapping nor JSON"),
     "empty block": ({"em_regularizer": None, "tail": "em_regularizer:\n"}, "`em_regularizer:` is empty"),
@@ -188,7 +188,7 @@ def test_check_fails_on_a_problem(call, config):
 def test_eval_says_what_is_wrong(call, config, tmp_path):
     for arguments in (["none", "--config", config()], ["none", "--config", "none.yaml"]):
         done = call("eval", *arguments)
-        assert done.exit_code == 1
+        assert done.exit_code == 2  # 1 is a gate that was not passed
         assert done.stderr.startswith("emguard eval: ")
 
 
@@ -203,7 +203,7 @@ COMMANDS = list(commands(typer.main.get_command(app)))
 
 def test_the_commands_are_these():
     found = {" ".join(c) for c in COMMANDS}
-    assert found == {"", "check", "sft", "eval", "demo", "lab", "lab build", "lab export"}
+    assert found == {"", "check", "sft", "eval", "report", "demo", "lab", "lab build", "lab export"}
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
