@@ -126,6 +126,14 @@ def study():
     return groups
 
 
+@pytest.mark.parametrize("variant", ["KL, adapter off", "KL, recorded reference", "KL, second model, all logits"])
+def test_the_cost_of_kl_is_the_stored_measurement(variant):
+    row = next(line for line in README.splitlines() if line.startswith(f"| {variant} |"))
+    stored = json.loads((REPO / "benchmarks/results/overhead.json").read_text())["8x512-lora-cpu-kl"]["results"][variant]
+    cells = [f"{stored[key]:.3f}" for key in ("alone_ratio", "time_ratio", "memory_ratio")]
+    assert row == f"| {variant} | {' | '.join(cells)} |"
+
+
 RUNS = {"naive": (0, 0), "TReFT, `coef: 1`": (1, 0), "KL, `coef: 30`": (0, 30), "both": (1, 30)}
 
 
