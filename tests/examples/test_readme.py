@@ -150,3 +150,26 @@ def test_the_table_is_the_stored_measurement(name, adapter, run):
     for cell, (k, n) in zip(cells, study()[adapter, *RUNS[run]].values(), strict=True):
         low, high = proportion_confint(k, n, method="wilson")
         assert cell == f"{short(k / n)} [{short(low)}, {short(high)}]"
+
+
+SCALED = {"naive": (0, 0), "TReFT, `coef: 1`": (1, 0), **{f"KL, `coef: {k}`": (0, k) for k in (30, 300, 3000)}}
+
+
+@pytest.mark.parametrize("run", SCALED)
+def test_the_scaled_adapters_are_the_stored_measurement(run):
+    stored = [json.loads(line) for line in (REPO / "benchmarks/results/lab_study_scaled.jsonl").read_text().splitlines()]
+    rows = [r for r in stored if r["adapter"] == "all" and (r["coef"], r["kl_coef"]) == SCALED[run]]
+    assert sorted(r["seed"] for r in rows) == [11, 12, 13, 14, 15]
+
+    def cell(found):
+        task, free = ([r[part] for r in found] for part in ("in_domain", "open_ended"))
+        total = sum(t["n"] for t in free)
+        rates = (
+            sum(t["bad"] for t in task) / sum(t["n"] for t in task),
+            sum(t["bad"] for t in free) / total,
+            sum(t["n"] - t["incoherent"] for t in free) / total,
+        )
+        return " / ".join(f"{rate:.3f}".removeprefix("0") for rate in rates)
+
+    cells = [cell(rows), *(cell([r["scaled"][factor] for r in rows]) for factor in ("1.5", "2"))]
+    assert f"| {run} | {' | '.join(cells)} |" in README
