@@ -142,7 +142,7 @@ def read_residual(
 ) -> dict[int, Tensor]:
     """Return the residual stream (B, T, d) after decoder layers, by index, from a forward pass without gradient.
 
-    The layers above are not run, nor is the output head, unless parameters are sharded or offloaded.
+    The layers above are not run, nor is the output head, unless parameters are spread over processes.
 
     Args:
         model: As a forward pass must call it, in the mode that is wanted.
@@ -153,12 +153,11 @@ def read_residual(
     owner, modules = decoder(model)
     dropped = ("labels", "num_items_in_batch", "past_key_values", "use_cache", "shift_labels", "output_hidden_states")
     kwargs = {k: v for k, v in (kwargs or {}).items() if k not in dropped}
-    whole = is_sharded(model)
-    last, found = max(layers), {}
+    whole, last, found = is_sharded(model), max(layers), {}
 
     def keep(module: nn.Module, _: Any, output: Any, n: int) -> None:
         found[n] = output[0] if isinstance(output, tuple | list) else output
-        if n == last and not whole and not hasattr(model, "hf_device_map"):
+        if n == last and not whole:
             raise _Stop
 
     hooks = [modules[n].register_forward_hook(lambda *a, n=n: keep(*a, n=n)) for n in layers]
