@@ -182,7 +182,7 @@ class BlockEMCallback(EMRegularizerCallback):
         kept, self._kept = self._kept, None
         hidden = kept.take(self.latents.layers, with_gradient=self.coef > 0)
         if not self._begun:
-            self._base.begin(model, next(iter(hidden.values())), self._dataset, self._resume_from)
+            self._base.begin(model, kept, next(iter(hidden.values())), self._dataset, self._resume_from)
             self._dataset, self._begun = None, True
         held = held_tokens(inputs, self.tokens, self._header)
         hidden = {n: h[held.to(h.device)] for n, h in hidden.items()}

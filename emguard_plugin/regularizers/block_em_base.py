@@ -130,12 +130,13 @@ class BaseLatents:
             return "adapter off"
         return f"kept in {'memory' if self.folder is None else self.folder}, {'adapter off' if self.adapter_off else 'recorded before step 1'}"
 
-    def begin(self, model: nn.Module, hidden: Tensor, dataset: Any, resumed_from: Path | None) -> None:
+    def begin(self, model: nn.Module, kept: Kept, hidden: Tensor, dataset: Any, resumed_from: Path | None) -> None:
         """Open the store; record the data set where the base model is about to disappear. Every process calls it.
 
         Args:
             model: As a forward pass must call it.
-            hidden: Hidden states of the training forward, for their precision.
+            kept: The host's first forward pass, for its precision.
+            hidden: Hidden states of it.
             dataset: The tokenised training set.
             resumed_from: The checkpoint that the run continues, or None.
 
@@ -144,14 +145,12 @@ class BaseLatents:
         """
         if self.live:
             return
-        kind = hidden.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else ""
-        self._about["precision"] = f"{hidden.dtype} {autocast}".strip()
+        self._about["precision"] = f"{hidden.dtype} {kept.autocast or ''}".strip()
         self.store = RowStore(self.folder, self._about, self._rank)
         if self.adapter_off:
             return
         if resumed_from is None:
-            self._record(model, dataset, hidden.device)
+            self._record(model, kept, dataset, hidden.device)
             return
         if self.folder is None:
             folder = resumed_from.parent / FOLDER
@@ -163,17 +162,18 @@ class BaseLatents:
             )
 
     @contextlib.contextmanager
-    def _as_base(self, model: nn.Module) -> Iterator[None]:
-        with torch.no_grad(), eval_mode(model), adapter_off(model) if self.adapter_off else contextlib.nullcontext():
+    def _as_base(self, model: nn.Module, kept: Kept) -> Iterator[None]:
+        off = adapter_off(model) if self.adapter_off else contextlib.nullcontext()
+        with torch.no_grad(), eval_mode(model), kept.precision(), off:
             yield
 
     def read(self, model: nn.Module, kept: Kept) -> dict[int, Tensor]:
         """Return the base model's hidden states from a forward pass over what the host just fed the decoder."""
         self.forward_passes += 1
-        with self._as_base(model):
+        with self._as_base(model, kept):
             return read_residual(model, self.layers, kept.args, kept.kwargs)
 
-    def _record(self, model: nn.Module, dataset: Any, device: torch.device) -> None:
+    def _record(self, model: nn.Module, kept: Kept, dataset: Any, device: torch.device) -> None:
         from tqdm import tqdm
 
         if dataset is None or not hasattr(dataset, "__len__"):
@@ -192,7 +192,7 @@ class BaseLatents:
             longest = max(map(len, batch))
             ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch], device=device)
             mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch], device=device)
-            with self._as_base(model):
+            with self._as_base(model, kept):
                 hidden = read_residual(model, self.layers, kwargs={"input_ids": ids, "attention_mask": mask})
             columns = self._columns(hidden)
             for row, latents in zip(batch, columns, strict=True):
@@ -271,7 +271,7 @@ class BaseLatents:
         packed, (start, end) = (0, (0, 2)) if packed is None else (packed, rows[packed][1])
         layer = self.layers[-1]
         alone = {"input_ids": inputs["input_ids"][packed : packed + 1, start:end]}
-        with self._as_base(model):
+        with self._as_base(model, kept):
             one = read_residual(model, [layer], kwargs=alone)[layer][0].float()
             among = read_residual(model, [layer], kept.args, kept.kwargs)[layer][packed, start:end].float()
         self._isolated = bool((one - among).norm() <= ISOLATED_WITHIN * one.norm())
