@@ -26,7 +26,7 @@ FOLDER = "emguard_block_em"
 ROWS_PER_FILE = 512
 RECORDED_AT_ONCE = 4096
 """Tokens per forward pass of a recording."""
-HIDDEN_EVERY = 25
+HIDDEN_EVERY = 50
 """With recorded latents, the base model's hidden states, for `outside_shift`, are computed once per so many micro-batches."""
 ISOLATED_WITHIN = 0.02
 
