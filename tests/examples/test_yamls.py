@@ -153,7 +153,9 @@ def test_the_other_examples_run_on_a_tiny_model_under_their_models_template(axol
     result = axolotl.call(train, tmp_path, config)
     assert result["trainer"] == "AxolotlEMGuardTrainer"
     measured = column(result, f"em_regularizer/{method(raw)}/penalty")
-    assert all(p > 0 for p in measured[1:])
+    assert max(measured[1:]) > 0, result["log"]
+    if method(raw) != "block_em":  # which may overshoot to the side where nothing is held
+        assert all(p > 0 for p in measured[1:])
     if method(raw) == "treft":
         assert (measured[0] == 0) == (raw["em_regularizer"]["treft"]["tokens"] == "prefix")
     else:
