@@ -14,7 +14,7 @@ import yaml
 from statsmodels.stats.proportion import proportion_confint
 from typer.testing import CliRunner
 
-from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, KLConfig, TReFTConfig
+from emguard_plugin.config import BlockEMConfig, EMEvalConfig, EMRegularizerConfig, KLConfig, TReFTConfig
 from emguard_plugin.evaluation import run_em_eval
 from emguard_plugin.lab import model_path
 from tests.evaluation.fake_server import FakeServer
@@ -98,7 +98,7 @@ def test_the_judges_of_the_examples_judge(tmp_path, monkeypatch):
     assert hosted.verdict.outcome in ("fail", "inconclusive")
 
 
-@pytest.mark.parametrize(("config", "before"), [(TReFTConfig, "`treft` keys"), (KLConfig, "`kl` keys"), (EMEvalConfig, "## `em_eval:`")])
+@pytest.mark.parametrize(("config", "before"), [(TReFTConfig, "`treft` keys"), (BlockEMConfig, "`block_em` keys"), (KLConfig, "`kl` keys"), (EMEvalConfig, "## `em_eval:`")])
 def test_every_key_stands_in_its_table(config, before):
     lines = README[README.index(before) :].splitlines()
     start = lines.index("| key | default | |")
