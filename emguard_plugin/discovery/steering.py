@@ -1,0 +1,87 @@
+"""Reads and moves the residual stream behind one block, each row of a batch along its own vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from emguard_plugin.discovery.prompts import Prompt
+from emguard_plugin.reference import eval_mode
+from emguard_plugin.regularizers.kv import base_causal_lm, decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def steered(model: nn.Module, layer: int, vectors: Tensor) -> Iterator[None]:
+    """Add row i of `vectors` to the output of block `layer` in row i of every batch, at every position.
+
+        h_t <- h_t + v_i        for all t, of the prompt and generated
+
+    Args:
+        model: A causal language model, with or without adapter.
+        layer: 0-based index of the decoder block.
+        vectors: Shape (B, d); B must be the batch of each forward pass inside.
+
+    Raises:
+        RuntimeError: If a batch of another size comes through.
+    """
+
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = _hidden(output)
+        if len(hidden) != len(vectors):
+            raise RuntimeError(f"{len(vectors)} steering vectors for a batch of {len(hidden)} rows")
+        moved = hidden + vectors.to(hidden.device, hidden.dtype).unsqueeze(1)
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    handle = decoder_layers(model)[layer].register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def residuals(
+    model: PreTrainedModel, layer: int, rows: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index, residual stream behind block `layer`) per row; fp32, shape (T, d), in the model's device.
+
+    Rows are padded on the right, where causal attention does not see the padding. The hook reads the block's own output: the
+    last of `hidden_states` would carry the final norm.
+    """
+    caught: list[Tensor] = []
+    handle = decoder_layers(model)[layer].register_forward_hook(lambda m, a, out: caught.append(_hidden(out)))
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    try:
+        with eval_mode(model):
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                ids = nn.utils.rnn.pad_sequence([torch.tensor(list(rows[i])) for i in batch], batch_first=True)
+                lengths = torch.tensor([len(rows[i]) for i in batch])
+                mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
+                caught.clear()
+                # The backbone alone: no logits are needed.
+                base_causal_lm(model).base_model(
+                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+                )
+                for row, index in enumerate(batch):
+                    yield index, caught[0][row, : len(rows[index])].float()
+    finally:
+        handle.remove()
+
+
+def residual_scale(model: PreTrainedModel, layer: int, prompts: Sequence[Prompt], batch_size: int) -> float:
+    """Return s, the median of ||h_t||_2 over the tokens behind the system part. Strengths are in units of it."""
+    found = residuals(model, layer, [prompt.ids for prompt in prompts], batch_size)
+    norms = [hidden[prompts[index].start :].norm(dim=-1) for index, hidden in found]
+    return float(torch.cat(norms).median())
