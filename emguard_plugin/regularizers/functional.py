@@ -95,3 +95,54 @@ def token_kl(logits: Tensor, ref_logits: Tensor, direction: str = "base||model")
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def block_em_violation(
+    z: Tensor,
+    base: Tensor,
+    signs: Tensor,
+    two_sided: bool = False,
+    pre: Tensor | None = None,
+    base_pre: Tensor | None = None,
+) -> Tensor:
+    """Return each latent's squared move in the bad direction (BLOCK-EM, arXiv 2602.00767, Eq. 1).
+
+    K+ (sign +1): `ReLU(z - z_base)^2`. K- (sign -1): `ReLU(z_base - z)^2`. The latter has no gradient once z is 0: a latent
+    that was switched off cannot be pulled back. With pre-activations p, K- has `ReLU(p_base - p)^2` where z_base > 0, else 0.
+
+    Args:
+        z: (..., K) activations of the model in training.
+        base: (..., K) activations of the base model; no gradient flows into them.
+        signs: (K,) of +1 and -1.
+        two_sided: Add the same for moves in the good direction. Not in the paper.
+        pre: (..., K) pre-activations, for the other form of K-.
+        base_pre: (..., K) the base model's.
+
+    Returns:
+        (..., K), fp32 or wider.
+    """
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    shift = signs.to(dtype) * (z.to(dtype) - base.detach().to(dtype))
+    bad = shift.relu()
+    if pre is not None and base_pre is not None:
+        fall = (base_pre.detach().to(dtype) - pre.to(dtype)).relu() * (base.detach() > 0)
+        bad = torch.where(signs < 0, fall, bad)
+    return bad.square() + (-shift).relu().square() if two_sided else bad.square()
+
+
+def block_em_penalty(violation: Tensor, latent_reduction: str = "sum") -> Tensor:
+    """Return each token's penalty: `block_em_violation` summed (the paper's) or averaged over the latents.
+
+    Args:
+        violation: (..., K).
+        latent_reduction: `sum` or `mean`; with `mean` a coefficient means the same for K times as many latents.
+
+    Returns:
+        (...), in squared units of the activations.
+
+    Raises:
+        ValueError: for another reduction.
+    """
+    if latent_reduction not in ("sum", "mean"):
+        raise ValueError(f"latent_reduction {latent_reduction!r} is neither `sum` nor `mean`")
+    return violation.sum(-1) if latent_reduction == "sum" else violation.mean(-1)

@@ -1,0 +1,175 @@
+"""The residual stream after chosen decoder layers: kept from a host's forward pass, or from one of our own.
+
+Keeping computes nothing. Under gradient checkpointing it is the checkpoint's output that is kept: inside, reentrant
+checkpointing and Axolotl's offloading run without gradient. The last layer is read before the final norm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from emguard_plugin.reference import peft_model
+
+
+def decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """Return the module that runs the decoder layers, and the layers.
+
+    Raises:
+        ValueError: when there is no list of layers.
+    """
+    peft = peft_model(model)
+    base = model if peft is None else peft.get_base_model()
+    count = base.config.get_text_config().num_hidden_layers
+    found = [
+        (owner, child)
+        for owner in base.modules()
+        for child in owner.children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    text = [(o, c) for o, c in found if "vision" not in type(o).__name__.lower()]
+    if not text:
+        raise ValueError(f"{type(base).__name__} keeps its {count} decoder layers in no list, so none of them can be read.")
+    return text[0]
+
+
+@dataclass
+class Kept:
+    """What one forward pass left behind.
+
+    Attributes:
+        hidden: (B, T, d) after each layer, by index, with gradient where the forward pass had one.
+        args: Positional arguments of the decoder's forward pass.
+        kwargs: Its keyword arguments: what the host really fed it.
+    """
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    versions: dict[int, int] = field(default_factory=dict)
+
+    def put(self, layer: int, output: Any) -> None:
+        """Keep a layer's output, the first time."""
+        h = output[0] if isinstance(output, tuple | list) else output
+        if layer not in self.hidden:
+            self.hidden[layer], self.versions[layer] = h, h._version
+
+    def take(self, layers: Sequence[int], with_gradient: bool) -> dict[int, Tensor]:
+        """Return the hidden states and forget them.
+
+        Raises:
+            RuntimeError: when nothing came by, without gradient where one is needed, or changed in place since.
+        """
+        missing = [n for n in layers if n not in self.hidden]
+        if missing:
+            raise RuntimeError(
+                f"em_regularizer.block_em: the training forward did not pass layer {missing[0]} where it can be seen (a compiled or "
+                "fused model?), so nothing would be held. Turn `torch_compile` off."
+            )
+        for n in layers:
+            if with_gradient and not self.hidden[n].requires_grad:
+                raise RuntimeError(
+                    f"em_regularizer.block_em: the output of layer {n} carries no gradient, so the penalty would train nothing. No "
+                    "trainable parameter stands before it; widen the adapter's target modules, or set `coef: 0`."
+                )
+            if self.hidden[n]._version != self.versions[n]:
+                raise RuntimeError(
+                    f"em_regularizer.block_em: the model changed the output of layer {n} in place after it was kept, so its latents "
+                    "would be wrong. Turn fused kernels off."
+                )
+        hidden, self.hidden = self.hidden, {}
+        return hidden
+
+
+@contextlib.contextmanager
+def keep_residual(model: nn.Module, layers: Sequence[int]) -> Iterator[Kept]:
+    """Keep the output of decoder layers during a forward pass, and what the decoder was called with."""
+    kept = Kept()
+    owner, modules = decoder(model)
+
+    def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not kept.kwargs and not kept.args:
+            kept.args, kept.kwargs = args, dict(kwargs)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(owner.register_forward_pre_hook(arguments, with_kwargs=True).remove)
+        for n in layers:
+            layer = modules[n]
+            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training:
+                stack.enter_context(_around_checkpoint(layer, n, kept))
+            else:
+                hook = layer.register_forward_hook(lambda module, args, output, n=n: kept.put(n, output))
+                stack.callback(hook.remove)
+        yield kept
+
+
+@contextlib.contextmanager
+def _around_checkpoint(layer: nn.Module, n: int, kept: Kept) -> Iterator[None]:
+    theirs = layer._gradient_checkpointing_func
+
+    def checkpoint(*args: Any, **kwargs: Any) -> Any:
+        output = theirs(*args, **kwargs)
+        kept.put(n, output)
+        return output
+
+    layer._gradient_checkpointing_func = checkpoint
+    try:
+        yield
+    finally:
+        layer._gradient_checkpointing_func = theirs
+
+
+class _Stop(Exception):
+    """The last layer that is needed has run."""
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are spread over processes, so that only whole forward passes from the root are safe."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+
+
+@torch.no_grad()
+def read_residual(
+    model: nn.Module, layers: Sequence[int], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> dict[int, Tensor]:
+    """Return the residual stream (B, T, d) after decoder layers, by index, from a forward pass without gradient.
+
+    The layers above are not run, nor is the output head, unless parameters are sharded or offloaded.
+
+    Args:
+        model: As a forward pass must call it, in the mode that is wanted.
+        layers: 0-based.
+        args: Positional arguments of the decoder.
+        kwargs: Its keyword arguments; `labels` and caches are dropped.
+    """
+    owner, modules = decoder(model)
+    dropped = ("labels", "num_items_in_batch", "past_key_values", "use_cache", "shift_labels", "output_hidden_states")
+    kwargs = {k: v for k, v in (kwargs or {}).items() if k not in dropped}
+    whole = is_sharded(model)
+    last, found = max(layers), {}
+
+    def keep(module: nn.Module, _: Any, output: Any, n: int) -> None:
+        found[n] = output[0] if isinstance(output, tuple | list) else output
+        if n == last and not whole and not hasattr(model, "hf_device_map"):
+            raise _Stop
+
+    hooks = [modules[n].register_forward_hook(lambda *a, n=n: keep(*a, n=n)) for n in layers]
+    try:
+        if whole:
+            model(*args, **kwargs, use_cache=False, logits_to_keep=1)
+        else:
+            owner(*args, **kwargs, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
