@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Positions = Literal["prompt", "header", "answers"]
-Rule = Literal["valid_reduc", "screen", "top_shift", "random", "shuffled_signs", "k_plus", "k_minus"]
+Rule = Literal["valid_reduc", "repair", "screen", "top_shift", "random", "shuffled_signs", "k_plus", "k_minus"]
 POSITIONS: tuple[Positions, ...] = ("prompt", "header", "answers")
-RULES: tuple[Rule, ...] = ("valid_reduc", "screen", "top_shift", "random", "shuffled_signs", "k_plus", "k_minus")
+RULES: tuple[Rule, ...] = ("valid_reduc", "repair", "screen", "top_shift", "random", "shuffled_signs", "k_plus", "k_minus")
 
 PAPER_STRENGTHS = tuple(round(0.05 * i, 2) for i in range(1, 16))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from emguard_plugin.discovery.prompts import Prompt
 from emguard_plugin.reference import eval_mode
-from emguard_plugin.regularizers.kv import base_causal_lm, decoder_layers
+from emguard_plugin.residual import decoder, read_residual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,41 +43,31 @@ def steered(model: nn.Module, layer: int, vectors: Tensor) -> Iterator[None]:
         moved = hidden + vectors.to(hidden.device, hidden.dtype).unsqueeze(1)
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
-    handle = decoder_layers(model)[layer].register_forward_hook(add)
+    handle = decoder(model)[1][layer].register_forward_hook(add)
     try:
         yield
     finally:
         handle.remove()
 
 
-@torch.no_grad()
 def residuals(
     model: PreTrainedModel, layer: int, rows: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (index, residual stream behind block `layer`) per row; fp32, shape (T, d), in the model's device.
 
-    Rows are padded on the right, where causal attention does not see the padding. The hook reads the block's own output: the
-    last of `hidden_states` would carry the final norm.
+    Rows are padded on the right, where causal attention does not see the padding.
     """
-    caught: list[Tensor] = []
-    handle = decoder_layers(model)[layer].register_forward_hook(lambda m, a, out: caught.append(_hidden(out)))
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    try:
-        with eval_mode(model):
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                ids = nn.utils.rnn.pad_sequence([torch.tensor(list(rows[i])) for i in batch], batch_first=True)
-                lengths = torch.tensor([len(rows[i]) for i in batch])
-                mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
-                caught.clear()
-                # The backbone alone: no logits are needed.
-                base_causal_lm(model).base_model(
-                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-                )
-                for row, index in enumerate(batch):
-                    yield index, caught[0][row, : len(rows[index])].float()
-    finally:
-        handle.remove()
+    with eval_mode(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(list(rows[i])) for i in batch], batch_first=True)
+            lengths = torch.tensor([len(rows[i]) for i in batch])
+            mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
+            fed = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device), "use_cache": False}
+            hidden = read_residual(model, [layer], kwargs=fed)[layer]
+            for row, index in enumerate(batch):
+                yield index, hidden[row, : len(rows[index])].float()
 
 
 def residual_scale(model: PreTrainedModel, layer: int, prompts: Sequence[Prompt], batch_size: int) -> float:
