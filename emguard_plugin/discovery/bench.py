@@ -68,19 +68,37 @@ class SteeredSampler(TransformersSampler):
     Args:
         vector: Gives the vector of a request, shape (d,).
         layer: Block behind which it is added.
+        span: Gives the half-open span of a request's prompt where it is added; None for all positions, generated ones too.
     """
 
-    def __init__(self, *args: Any, vector: Callable[[Ask], Tensor], layer: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        vector: Callable[[Ask], Tensor],
+        layer: int,
+        span: Callable[[Ask], tuple[int, int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._vector, self._layer = vector, layer
+        self._vector, self._layer, self._span = vector, layer, span
         self.prompt_ids = functools.lru_cache(maxsize=None)(self.prompt_ids)
 
     def _generate(self, batch: list[SteeredRequest], prompts: list[list[int]]) -> list[Answer]:
         vectors = torch.stack([self._vector(request.ask) for request in batch]).to(self.model.device, self.model.dtype)
         if not vectors.any():
             return super()._generate(batch, prompts)
-        with steered(self.model, self._layer, vectors):
+        mask = None if self._span is None else self._mask(batch, prompts).to(self.model.device)
+        with steered(self.model, self._layer, vectors, mask):
             return super()._generate(batch, prompts)
+
+    def _mask(self, batch: list[SteeredRequest], prompts: list[list[int]]) -> Tensor:
+        # The sampler pads on the left.
+        width = max(map(len, prompts))
+        mask = torch.zeros(len(batch), width, dtype=torch.bool)
+        for row, (request, prompt) in enumerate(zip(batch, prompts, strict=True)):
+            start, end = self._span(request.ask)
+            mask[row, width - len(prompt) + start : width - len(prompt) + end] = True
+        return mask
 
 
 class Bench:
@@ -160,6 +178,7 @@ class Bench:
             sampler = SteeredSampler(
                 model, self.pair.tokenizer, vector=self._vector, layer=self.layer, seed=settings.seed,
                 max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
+                span=None if settings.steer_at == "all" else self._span,
             )  # fmt: skip
             for batch in sampler.sample(requests, self.answers.keys()):
                 rows = {answer.request.ask: _row(answer) for answer in batch}
@@ -171,6 +190,9 @@ class Bench:
 
     def _vector(self, ask: Ask) -> Tensor:
         return ask.alpha * self.scale * self.directions[ask.steer]
+
+    def _span(self, ask: Ask) -> tuple[int, int]:
+        return self.prompts[ask.prompt].span(self.settings.steer_at)
 
     def _item(self, ask: Ask) -> Item:
         return Item(self.prompts[ask.prompt].question, self.answers[ask]["text"])

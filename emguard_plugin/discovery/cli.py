@@ -17,7 +17,8 @@ def discover(
     base: Annotated[str | None, typer.Option(help="The base model; default is what the adapter names.")] = None,
     evaluation_questions: Annotated[str | None, typer.Option(help="Held-out questions for the whole set.")] = None,
     data: Annotated[str | None, typer.Option(help="The narrow training chats; calibrates `coef: auto`.")] = None,
-    positions: Annotated[str, typer.Option(help="Tokens of stage 1: prompt, header or answers.")] = "prompt",
+    positions: Annotated[str, typer.Option(help="Tokens of stage 1: prompt, header, system or answers.")] = "prompt",
+    steer_at: Annotated[str, typer.Option(help="Where to steer: all (as published), prompt, header or system.")] = "all",
     mode: Annotated[str, typer.Option(help="Activation: relu_pre (as published) or sae (the SAE's own).")] = "relu_pre",
     pool: Annotated[int, typer.Option(help="Candidates per sign after stage 1.")] = 250,
     shortlist: Annotated[int, typer.Option(help="Candidates per sign after stage 2.")] = 40,
@@ -48,7 +49,7 @@ def discover(
 
     try:
         settings = Settings(
-            positions=positions, mode=mode, pool=pool, shortlist=shortlist, size=size, rule=rule, induce=induce, repair=repair,
+            positions=positions, steer_at=steer_at, mode=mode, pool=pool, shortlist=shortlist, size=size, rule=rule, induce=induce, repair=repair,
             strengths=tuple(strengths or PAPER_STRENGTHS), budget=budget, budget_extra=budget_extra, schedule=schedule,
             max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
         )  # fmt: skip

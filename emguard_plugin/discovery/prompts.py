@@ -32,10 +32,17 @@ class Prompt:
     start: int
     header: int
 
-    def span(self, positions: Positions) -> tuple[int, int]:
-        """Return the half-open span of tokens to read; for `answers` it begins where the answer does."""
+    def span(self, part: Positions) -> tuple[int, int]:
+        """Return the half-open span of a part of the prompt; for `answers` it begins where the answer does.
+
+        Raises:
+            ValueError: If the prompt has no such part.
+        """
         end = len(self.ids)
-        return {"prompt": (self.start, end), "header": (self.header, end), "answers": (end, end)}[positions]
+        spans = {"prompt": (self.start, end), "header": (self.header, end), "system": (1, self.start), "answers": (end, end)}
+        if part == "system" and self.start <= 1:
+            raise ValueError("the chat template prints no system part, so `system` names no tokens. Choose `prompt` or `all`.")
+        return spans[part]
 
 
 def render_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[Prompt]:

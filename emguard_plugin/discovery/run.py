@@ -221,6 +221,7 @@ def _protocol(discovery: Discovery, sae: SAE) -> dict[str, Any]:
             "chat_template_sha256": models.template_hash(discovery.pair.tokenizer),
             "judge": discovery.judge.identity(),
             "max_new_tokens": discovery.settings.max_new_tokens,
+            "steer_at": discovery.settings.steer_at,
         }
     }
 

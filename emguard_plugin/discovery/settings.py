@@ -5,10 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-Positions = Literal["prompt", "header", "answers"]
+Positions = Literal["prompt", "header", "system", "answers"]
+SteerAt = Literal["all", "prompt", "header", "system"]
 Rule = Literal["valid_reduc", "repair", "screen", "top_shift", "random", "shuffled_signs", "k_plus", "k_minus"]
-POSITIONS: tuple[Positions, ...] = ("prompt", "header", "answers")
+POSITIONS: tuple[Positions, ...] = ("prompt", "header", "system", "answers")
+STEER_AT: tuple[SteerAt, ...] = ("all", "prompt", "header", "system")
 RULES: tuple[Rule, ...] = ("valid_reduc", "repair", "screen", "top_shift", "random", "shuffled_signs", "k_plus", "k_minus")
+CHOICES = {
+    "positions": POSITIONS,
+    "steer_at": STEER_AT,
+    "mode": ("relu_pre", "sae"),
+    "rule": RULES,
+    "schedule": ("halving", "full"),
+}
 
 PAPER_STRENGTHS = tuple(round(0.05 * i, 2) for i in range(1, 16))
 
@@ -19,7 +28,10 @@ class Settings:
 
     Attributes:
         positions: Where stage 1 looks. `prompt`: all prompt tokens but the system part and the first; `header`: the
-            template's tokens between question and answer; `answers`: the misaligned model's own answers, read by both.
+            template's tokens between question and answer; `system`: the system part; `answers`: the misaligned model's own
+            answers, read by both.
+        steer_at: Where stages 2 and 3 push: `all` positions, prompt and generated, as the paper does; or one part of the prompt
+            alone, our addition for models that keep the persona there and break when all else is pushed too.
         mode: Which activation: `relu_pre`, the ReLU of the encoder's pre-activation, or `sae`, the SAE's own.
         pool: Candidates per sign after stage 1 (250).
         shortlist: Candidates per sign after stage 2 (40).
@@ -39,6 +51,7 @@ class Settings:
     """
 
     positions: Positions = "prompt"
+    steer_at: SteerAt = "all"
     mode: Literal["relu_pre", "sae"] = "relu_pre"
     pool: int = 250
     shortlist: int = 40
@@ -60,9 +73,10 @@ class Settings:
         Raises:
             ValueError: naming the option.
         """
-        for name, allowed in (("positions", POSITIONS), ("rule", RULES)):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"`--{name} {getattr(self, name)}` does not exist. Choose of {', '.join(allowed)}.")
+                option = name.replace("_", "-")
+                raise ValueError(f"`--{option} {getattr(self, name)}` does not exist. Choose of {', '.join(allowed)}.")
         for name in ("pool", "shortlist", "size", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name.replace('_', '-')} {getattr(self, name)}`: must be at least 1.")

@@ -22,25 +22,36 @@ def _hidden(output: Any) -> Tensor:
 
 
 @contextmanager
-def steered(model: nn.Module, layer: int, vectors: Tensor) -> Iterator[None]:
-    """Add row i of `vectors` to the output of block `layer` in row i of every batch, at every position.
+def steered(model: nn.Module, layer: int, vectors: Tensor, prompt_mask: Tensor | None = None) -> Iterator[None]:
+    """Add row i of `vectors` to the output of block `layer` in row i of every batch.
 
-        h_t <- h_t + v_i        for all t, of the prompt and generated
+        h_t <- h_t + v_i        for all t, of the prompt and generated; with a mask, for the marked t of the prompt alone
 
     Args:
         model: A causal language model, with or without adapter.
         layer: 0-based index of the decoder block.
         vectors: Shape (B, d); B must be the batch of each forward pass inside.
+        prompt_mask: Shape (B, T) of the prompt as it is fed, padding included. With it, one generation per context: the first
+            T positions that come by are the prompt's.
 
     Raises:
         RuntimeError: If a batch of another size comes through.
     """
+    passed = 0
 
     def add(module: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal passed
         hidden = _hidden(output)
         if len(hidden) != len(vectors):
             raise RuntimeError(f"{len(vectors)} steering vectors for a batch of {len(hidden)} rows")
-        moved = hidden + vectors.to(hidden.device, hidden.dtype).unsqueeze(1)
+        push = vectors.to(hidden.device, hidden.dtype).unsqueeze(1)
+        if prompt_mask is not None:
+            mask = prompt_mask[:, passed : passed + hidden.shape[1]]
+            passed += hidden.shape[1]
+            if not mask.shape[1]:
+                return output
+            push = push * nn.functional.pad(mask.to(hidden), (0, hidden.shape[1] - mask.shape[1])).unsqueeze(-1)
+        moved = hidden + push
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
     handle = decoder(model)[1][layer].register_forward_hook(add)
