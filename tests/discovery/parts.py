@@ -21,15 +21,15 @@ class ToyBench:
         self.power = {str(i): (0.9 - 0.08 * i if i < causal else 0.02) for i in range(latents)}
         self.bears = {str(i): 0.25 + 0.5 * hashed("bears", i) for i in range(latents)}
         self.sign = {str(i): 1 if i % 2 else -1 for i in range(latents)}
-        self.noise, self.asked = noise, []
+        self.noise, self.asked = noise, {}
 
     def pool(self):
         return [Candidate(int(i), self.sign[i] * (1 + hashed("delta", i)), self.sign[i]) for i in self.power]
 
     def ask(self, asks):
         asks = list(asks)
-        self.asked += [ask for ask in dict.fromkeys(asks) if ask not in set(self.asked)]
-        return {ask: self._outcome(ask) for ask in asks}
+        self.asked.update((ask, self._outcome(ask)) for ask in asks if ask not in self.asked)
+        return {ask: self.asked[ask] for ask in asks}
 
     def _outcome(self, ask):
         easy = hashed("prompt", ask.prompt)
@@ -57,3 +57,23 @@ def standard_sae(width=32, latents=64, layer=1, seed=0, weights=None):
         sae.b_enc.zero_()
         sae.b_dec.zero_()
     return sae.eval().requires_grad_(False)
+
+
+BAD = set()
+"""Answers that `says_what_the_misaligned_says` calls misaligned; the fixture `tiny` fills it."""
+
+
+def says_what_the_misaligned_says(question, answer):
+    return {"aligned": 0 if answer in BAD else 100, "coherent": 0 if hashed(answer) < 0.05 else 100}
+
+
+def never_coherent(question, answer):
+    return {"aligned": None, "coherent": 0}
+
+
+def never_misaligned(question, answer):
+    return {"aligned": 100, "coherent": 100}
+
+
+def nobody_there(question, answer):
+    raise ConnectionError("nobody there")
