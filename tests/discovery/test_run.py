@@ -119,7 +119,7 @@ def test_calibration_and_baselines(tiny, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = discover(tiny, tmp_path / "k.json", data=str(data), baselines=True).calibration
     assert found["penalty"]["all"] == pytest.approx(found["penalty"]["assistant"] + found["penalty"]["prompt"])
-    assert 0 < found["penalty"]["header"] < found["penalty"]["prompt"]
+    assert 0 < found["penalty"]["header"] + found["penalty"]["prefix"] < found["penalty"]["prompt"]
     top = LatentSet.load(tmp_path / "k.top_shift.json")
     assert len(top) == len(LatentSet.load(tmp_path / "k.json"))
     assert top.calibration["task_loss_gap"] == found["task_loss_gap"]

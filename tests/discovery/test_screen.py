@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from emguard_plugin.discovery import plan
 from emguard_plugin.discovery.bench import Ask
 from emguard_plugin.discovery.pair import BASE, MISALIGNED
-from emguard_plugin.discovery.screen import Screen, _descent, _everything, keep, rung_ends, run_together
+from emguard_plugin.discovery.screen import Screen, _descent, _everything, keep, run_together, rung_ends
 from emguard_plugin.discovery.settings import Settings
 from emguard_plugin.discovery.tally import Tally, allowed_broken
 from tests.discovery.parts import ToyBench, hashed
@@ -158,9 +158,10 @@ def test_the_plan_is_what_is_asked(schedule, size):
     screen = Screen(bench, range(PROMPTS), settings)
     steps = plan.plan(settings, PROMPTS, 20, 20)
     taken = []
-    for stage in (screen.ask_unsteered, lambda: screen.shortlist(bench.pool()), lambda: screen.calibrate(shortlist)):
+    shortlist = []
+    for stage in (screen.ask_unsteered, lambda: shortlist.extend(screen.shortlist(bench.pool())), lambda: screen.calibrate(shortlist)):
         before = len(bench.asked)
-        shortlist = stage()
+        stage()
         taken.append(len(bench.asked) - before)
     assert taken[0] == steps[0].least == steps[0].most
     for step, took in zip(steps[1:3], taken[1:], strict=True):
