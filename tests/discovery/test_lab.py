@@ -68,3 +68,31 @@ def test_the_sae_of_another_layer_is_refused(lab, layer, tmp_path):
         assert check_reconstruction(load_sae(str(SAE)), model, 1, rows, 64) < 0.1
         with pytest.raises(ValueError, match="is it an SAE of this very model and layer"):
             check_reconstruction(load_sae(str(SAE)), model, layer, rows, 64)
+
+
+def test_halving_finds_the_set_of_the_published_schedule_with_a_fifth_of_the_tokens(lab, found, tmp_path):
+    """A pool of every 12th candidate and the set itself, the paper's 15 strengths; benchmarks/discovery.py has the larger run."""
+    import dataclasses
+
+    from emguard_plugin.discovery.pair import ModelPair
+    from emguard_plugin.discovery.prompts import render_prompts
+    from emguard_plugin.discovery.search import LayerSearch
+    from emguard_plugin.discovery.settings import PAPER_STRENGTHS
+    from emguard_plugin.evaluation.questions import load_questions
+    from emguard_plugin.latents.sae import load_sae
+
+    pair, sae, known = ModelPair(lab / "adapter"), load_sae(str(SAE)), set(LatentSet.load(found).encoders[0].ids)
+    prompts = render_prompts(pair.tokenizer, load_questions(lab / "questions_val.yaml"))[:10]
+    judge, sets, spent = read_judge("emguard_plugin.lab:judge_answer"), {}, {}
+    for schedule in ("full", "halving"):
+        settings = dataclasses.replace(SETTINGS, strengths=PAPER_STRENGTHS, schedule=schedule, shortlist=6)
+        # One folder: what both ask is drawn once, and counted for each.
+        search = LayerSearch(pair, sae, "lab", 1, prompts, len(prompts), judge, settings, tmp_path)
+        with search.bench as bench:
+            search.screen.ask_unsteered()
+            pool = [c for i, c in enumerate(search.stage_one()) if not i % 12 or c.id in known]
+            sets[schedule] = {f.candidate for f in search.screen.calibrate(search.screen.shortlist(pool))}
+            spent[schedule] = bench.spent()["tokens"]
+    assert sets["full"]
+    assert sets["halving"] == sets["full"]
+    assert spent["full"] > 5 * spent["halving"]
