@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from emguard_plugin.discovery.cli import discover
 from emguard_plugin.lab.cli import app as lab
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(lab, name="lab")
+app.command()(discover)
 
 
 @app.command()

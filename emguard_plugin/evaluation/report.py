@@ -65,10 +65,14 @@ def write_comparison(
     parts += _agreement(columns)
     parts += side_by_side(columns, judges[0])
     parts += protocol(columns)
-    page = _PAGE.format(title=escape(title), css=_css(), body="\n".join(parts))
     path = Path(path)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(html_page(title, parts), encoding="utf-8")
     return path
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """Return a page without scripts and without a network request; the parts must be escaped."""
+    return _PAGE.format(title=escape(title), css=_css(), body="\n".join(parts))
 
 
 _PAGE = """<!doctype html>

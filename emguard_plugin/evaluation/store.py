@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 PROTOCOL = "protocol.json"
+OPTION = "em_eval.output_dir"
 HOLD_ANSWERS = ("responses.jsonl", "judgments.jsonl", "report.html", "inspect/")
 
 
@@ -64,8 +65,12 @@ def _ends_line(stream: Any, end: int) -> bool:
     return found
 
 
-def prepare_folder(path: str | Path) -> Path:
+def prepare_folder(path: str | Path, option: str = OPTION) -> Path:
     """Create the folder and prove that it can be written.
+
+    Args:
+        path: The folder.
+        option: What the user calls it.
 
     Raises:
         ValueError: If it cannot.
@@ -79,7 +84,7 @@ def prepare_folder(path: str | Path) -> Path:
     except OSError as error:
         raise ValueError(
             f"cannot write to the result folder {folder}: {error.strerror or error}. "
-            "Set `em_eval.output_dir` to a folder that can be written."
+            f"Set `{option}` to a folder that can be written."
         ) from error
     return folder
 
@@ -102,7 +107,7 @@ def keep_private(folder: Path, model: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, option: str = OPTION) -> Iterator[None]:
     """Hold the folder for this process; the operating system frees it when the process dies, however it dies.
 
     Raises:
@@ -119,18 +124,19 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(
-                f"another process is evaluating into {folder}. Wait for it, or set another `em_eval.output_dir`."
+                f"another process is evaluating into {folder}. Wait for it, or set another `{option}`."
             ) from None
         yield
 
 
-def claim(folder: Path, record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+def claim(folder: Path, record: dict[str, Any], keys: tuple[str, ...], option: str = OPTION) -> dict[str, Any]:
     """Tie the folder to one protocol.
 
     Args:
         folder: The run folder.
         record: What this run would store in `protocol.json`.
         keys: The entries that must be the same for stored answers to be used again.
+        option: What the user calls the folder.
 
     Returns:
         The stored record: this one for a new folder, the earlier one for a resumed run.
@@ -146,7 +152,7 @@ def claim(folder: Path, record: dict[str, Any], keys: tuple[str, ...]) -> dict[s
         if stray:
             raise ValueError(
                 f"{folder} holds {stray[0]} without {PROTOCOL}, so it is unknown what it answers to. "
-                "Delete the folder, or set another `em_eval.output_dir`."
+                f"Delete the folder, or set another `{option}`."
             )
         write_json(path, record)
         return record
@@ -156,7 +162,7 @@ def claim(folder: Path, record: dict[str, Any], keys: tuple[str, ...]) -> dict[s
         raise ValueError(
             f"{folder} holds results of another protocol, which would be mixed with these:\n  "
             + "\n  ".join(wrong[:12])
-            + "\nSet another `em_eval.output_dir`, or delete the folder."
+            + f"\nSet another `{option}`, or delete the folder."
         )
     return stored
 

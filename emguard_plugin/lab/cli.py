@@ -20,14 +20,17 @@ def build(
     ] = 10,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads; another number may change the last bits.")] = 1,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    saes: Annotated[bool, typer.Option(help="Train the sparse autoencoders, too (folder `sae`).")] = True,
 ) -> None:
-    """Pretrain and align a base model (about 15 CPU minutes), and measure it on held-out wordings."""
+    """Pretrain and align a base model (about 15 CPU minutes), measure it on held-out wordings, train its SAEs."""
     import torch
     from rich.console import Console
     from rich.table import Table
 
     from emguard_plugin.lab.build import BuildSettings, build_base
 
+    if saes:
+        _require_sae_lens("Install `emguard-plugin[sae]`, or pass --no-saes.")
     torch.set_num_threads(threads)
     record = build_base(out, BuildSettings(seed=seed, steps=steps), per_question=per_question, progress=progress)
     table = Table(
@@ -38,6 +41,50 @@ def build(
     Console().print(table)
     if not record["gate_passed"]:
         typer.echo("The base misses its gate (see build.json). Use more --steps or another --seed.", err=True)
+        raise typer.Exit(1)
+    if saes:
+        _build_saes(out / "sae", out, seed, threads)
+
+
+@app.command()
+def sae(
+    out: Annotated[Path, typer.Argument(help="Folder for `layer_N` and build.json.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a base model; default the shipped one.", exists=True, file_okay=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seeds initialisation, chats and order.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Torch threads; another number may change the last bits.")] = 1,
+) -> None:
+    """Train sparse autoencoders of a base model with sae-lens (about 10 CPU minutes), and measure them."""
+    from emguard_plugin.lab import model_path
+
+    _require_sae_lens("Install `emguard-plugin[sae]`.")
+    _build_saes(out, model or model_path(), seed, threads)
+
+
+def _require_sae_lens(remedy: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("sae_lens") is None:
+        typer.echo(f"SAEs are trained with sae-lens, which is not installed. {remedy}", err=True)
+        raise typer.Exit(1)
+
+
+def _build_saes(out: Path, model: Path, seed: int, threads: int) -> None:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from emguard_plugin.lab.sae import SAESettings, build_saes
+
+    torch.set_num_threads(threads)
+    record = build_saes(out, model, SAESettings(seed=seed))
+    table = Table("layer", "explained variance", "L0", "dead", title=f"{out} ({record['cpu_seconds']:.0f} CPU s)")
+    for layer, f in record["layers"].items():
+        table.add_row(layer, f"{f['explained_variance']:.3f}", f"{f['l0']:.1f}", f"{f['dead']:.1%}")
+    Console().print(table)
+    if not record["gate_passed"]:
+        typer.echo("The SAEs miss their gate (see build.json). Use another --seed.", err=True)
         raise typer.Exit(1)
 
 

@@ -1,0 +1,251 @@
+"""Asks models under steering and judges what they say; every answer and judgment is kept, so a run can go on."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from emguard_plugin.discovery.pair import ModelPair
+from emguard_plugin.discovery.prompts import Prompt
+from emguard_plugin.discovery.settings import Settings
+from emguard_plugin.discovery.steering import steered
+from emguard_plugin.evaluation.calls.faults import Stopped
+from emguard_plugin.evaluation.judges import self_test
+from emguard_plugin.evaluation.judges.base import FINAL, Item, Judge
+from emguard_plugin.evaluation.rates import outcome
+from emguard_plugin.evaluation.sampler import Answer, Request, TransformersSampler
+from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.keys import redact
+
+logger = logging.getLogger(__name__)
+
+UNSTEERED = ""
+
+
+class Ask(NamedTuple):
+    """One answer to get: which model, steered along what and how far, on which prompt.
+
+    `steer` is the id of a latent, the name of a joint direction, or `UNSTEERED`; `alpha` is signed, in units of the median
+    residual norm.
+    """
+
+    role: str
+    steer: str
+    alpha: float
+    prompt: int
+
+
+class Asker(Protocol):
+    """What the stages need of a bench."""
+
+    def ask(self, asks: Iterable[Ask]) -> dict[Ask, str]:
+        """Return the outcome of each, one of `evaluation.rates.OUTCOMES`."""
+        ...
+
+
+@dataclass(frozen=True)
+class SteeredRequest(Request):
+    """A greedy answer under steering."""
+
+    ask: Ask | None = None
+
+    @property
+    def key(self) -> Ask:
+        """Name of the answer."""
+        return self.ask
+
+
+class SteeredSampler(TransformersSampler):
+    """A sampler whose batches mix latents: row i is moved along the vector of its own request.
+
+    Args:
+        vector: Gives the vector of a request, shape (d,).
+        layer: Block behind which it is added.
+        span: Gives the half-open span of a request's prompt where it is added; None for all positions, generated ones too.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        vector: Callable[[Ask], Tensor],
+        layer: int,
+        span: Callable[[Ask], tuple[int, int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._vector, self._layer, self._span = vector, layer, span
+        self.prompt_ids = functools.lru_cache(maxsize=None)(self.prompt_ids)
+
+    def _generate(self, batch: list[SteeredRequest], prompts: list[list[int]]) -> list[Answer]:
+        vectors = torch.stack([self._vector(request.ask) for request in batch]).to(self.model.device, self.model.dtype)
+        if not vectors.any():
+            return super()._generate(batch, prompts)
+        mask = None if self._span is None else self._mask(batch, prompts).to(self.model.device)
+        with steered(self.model, self._layer, vectors, mask):
+            return super()._generate(batch, prompts)
+
+    def _mask(self, batch: list[SteeredRequest], prompts: list[list[int]]) -> Tensor:
+        # The sampler pads on the left.
+        width = max(map(len, prompts))
+        mask = torch.zeros(len(batch), width, dtype=torch.bool)
+        for row, (request, prompt) in enumerate(zip(batch, prompts, strict=True)):
+            start, end = self._span(request.ask)
+            mask[row, width - len(prompt) + start : width - len(prompt) + end] = True
+        return mask
+
+
+class Bench:
+    """Asks both models, and remembers.
+
+    Args:
+        pair: The models.
+        prompts: What may be asked.
+        judge: Decides over every answer; equal answers to one question are judged once.
+        layer: Block behind which is steered.
+        scale: s, the median residual norm.
+        settings: Length and batch of the answers.
+        folder: Where answers and judgments lie; what is there is not computed again.
+        progress: Called with the number of answers that came.
+
+    Attributes:
+        directions: Unit vector by name of what is steered along.
+        generated: Answers drawn by this process; `tokens` their tokens; `judged` the judge's calls.
+    """
+
+    def __init__(
+        self,
+        pair: ModelPair,
+        prompts: Sequence[Prompt],
+        judge: Judge,
+        layer: int,
+        scale: float,
+        settings: Settings,
+        folder: Path,
+        progress: Callable[[int], Any] = lambda count: None,
+    ) -> None:
+        self.pair, self.prompts, self.judge = pair, list(prompts), judge
+        self.layer, self.scale, self.settings, self.progress = layer, scale, settings, progress
+        self.directions: dict[str, Tensor] = {UNSTEERED: torch.zeros(pair.width)}
+        self.generated = self.tokens = self.judged = 0
+        self._responses, self._judgments = JsonLines(folder / "responses.jsonl"), JsonLines(folder / "judgments.jsonl")
+        self.answers: dict[Ask, dict[str, Any]] = {_ask_of(row): row for row in self._responses.read()}
+        self._said: dict[str, dict[str, Any]] = {
+            row["item_sha256"]: row for row in self._judgments.read() if row["judge"] == judge.name and row["status"] in FINAL
+        }
+        self._asked: set[Ask] = set()
+        self._open = False
+
+    def spent(self) -> dict[str, int]:
+        """Return what the whole search took, earlier sittings included: distinct answers asked for, their tokens, judgments."""
+        rows = [self.answers[ask] for ask in self._asked]
+        items = {self._item(ask).sha256 for ask in self._asked}
+        return {"answers": len(rows), "tokens": sum(row["tokens"] for row in rows), "judgments": len(items)}
+
+    def ask(self, asks: Iterable[Ask]) -> dict[Ask, str]:
+        """Return the outcome of each.
+
+        Raises:
+            RuntimeError: If the judge stops; what was answered and judged is kept.
+        """
+        asks = list(dict.fromkeys(asks))
+        # What an earlier wave of this search asked is no part of this wave, whether a resumed run finds it or not: batches
+        # must be those of an uninterrupted run.
+        wave = [ask for ask in asks if ask not in self._asked]
+        for role in dict.fromkeys(ask.role for ask in wave):
+            self._draw(role, [ask for ask in wave if ask.role == role])
+        self._asked.update(wave)
+        self._judge(asks)
+        return {ask: self._outcome(ask) for ask in asks}
+
+    def _draw(self, role: str, asks: list[Ask]) -> None:
+        settings, known = self.settings, len([ask for ask in asks if ask in self.answers])
+        self.progress(known)
+        if known == len(asks):
+            return
+        # Equal prompts side by side in a batch, so that little is padded.
+        requests = [
+            SteeredRequest("selection", self.prompts[ask.prompt].question, 0, 0.0, ask)
+            for ask in sorted(asks, key=lambda ask: (len(self.prompts[ask.prompt].ids), ask))
+        ]
+        with self.pair.use(role) as model:
+            sampler = SteeredSampler(
+                model, self.pair.tokenizer, vector=self._vector, layer=self.layer, seed=settings.seed,
+                max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
+                span=None if settings.steer_at == "all" else self._span,
+            )  # fmt: skip
+            for batch in sampler.sample(requests, self.answers.keys()):
+                rows = {answer.request.ask: _row(answer) for answer in batch}
+                self._responses.append(rows.values())
+                self.answers.update(rows)
+                self.generated += len(rows)
+                self.tokens += sum(row["tokens"] for row in rows.values())
+                self.progress(len(rows))
+
+    def _vector(self, ask: Ask) -> Tensor:
+        return ask.alpha * self.scale * self.directions[ask.steer]
+
+    def _span(self, ask: Ask) -> tuple[int, int]:
+        return self.prompts[ask.prompt].span(self.settings.steer_at)
+
+    def _item(self, ask: Ask) -> Item:
+        return Item(self.prompts[ask.prompt].question, self.answers[ask]["text"])
+
+    def _judge(self, asks: Sequence[Ask]) -> None:
+        items = {item.sha256: item for item in map(self._item, asks)}
+        missing = [item for sha, item in items.items() if sha not in self._said]
+        if not missing:
+            return
+        records: list[dict[str, Any]] = []
+        try:
+            self._open_judge()
+            for index, verdict in self.judge.judge(missing):
+                content = asdict(verdict) | {"detail": redact(verdict.detail)}
+                records.append({"judge": self.judge.name, "item_sha256": missing[index].sha256, **content})
+        except Stopped as error:
+            raise RuntimeError(
+                f"the judge {self.judge.name} stopped: {redact(error)}\nWhat was answered and judged is kept. Run the same "
+                "command again to go on."
+            ) from error
+        finally:
+            self._judgments.append(records)
+            self._said.update({record["item_sha256"]: record for record in records})
+            self.judged += len(records)
+
+    def _open_judge(self) -> None:
+        if self._open:
+            return
+        self.judge.open()
+        if self.judge.self_tested:
+            self_test.run(self.judge)
+        self._open = True
+
+    def close(self) -> None:
+        """Free what the judge took."""
+        if self._open:
+            self.judge.close()
+            self._open = False
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _outcome(self, ask: Ask) -> str:
+        said = self._said[self._item(ask).sha256]
+        return outcome(said["aligned"], said["coherent"], said["status"])
+
+
+def _ask_of(row: dict[str, Any]) -> Ask:
+    return Ask(row["role"], row["steer"], row["alpha"], row["prompt"])
+
+
+def _row(answer: Answer) -> dict[str, Any]:
+    return {**answer.request.ask._asdict(), "text": answer.text, "tokens": answer.tokens, "finish": answer.finish}

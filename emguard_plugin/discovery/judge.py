@@ -1,0 +1,59 @@
+"""The judge of a discovery run, as the command line names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from emguard_plugin.config.evaluation import JudgeConfig
+from emguard_plugin.evaluation.judges import build_judge
+
+if TYPE_CHECKING:
+    from emguard_plugin.evaluation.judges import Judge
+
+
+def read_judge(source: str) -> Judge:
+    """Return the judge that `--judge` names.
+
+    Args:
+        source: `package.module:function`, or a YAML or JSON file that holds one entry of `em_eval.judges`, an `em_eval` block
+            or a file with one. A block must list a single judge.
+
+    Raises:
+        ValueError: If it is none of these, or cannot work.
+    """
+    if not Path(source).is_file():
+        module, mark, function = source.partition(":")
+        if not mark or "/" in source or not function.isidentifier() or not module:
+            raise ValueError(
+                f"`--judge {source}` is neither a file nor `package.module:function`. Give a YAML with one entry of `em_eval.judges`, "
+                "such as `provider: openai` and `model: ...`."
+            )
+        return build_judge(JudgeConfig(function=source))
+    try:
+        return build_judge(JudgeConfig.model_validate(_entry(source)))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"`--judge {source}`: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
+
+
+def _entry(source: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"`--judge {source}` cannot be read: {error}") from error
+    if isinstance(content, dict):
+        content = content.get("em_eval", content)
+    if isinstance(content, dict) and "judges" in content:
+        content = content["judges"]
+    if isinstance(content, list):
+        if len(content) != 1:
+            raise ValueError(f"`--judge {source}` lists {len(content)} judges; discovery ranks by one. Give a file with that one.")
+        content = content[0]
+    if not isinstance(content, dict):
+        raise ValueError(f"`--judge {source}` holds no judge. Write `provider:` and what it needs.")
+    return content

@@ -1,0 +1,112 @@
+"""The prompts of a discovery run: rendered, with the tokens that stage 1 reads; selection and evaluation kept apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from emguard_plugin.chat_template import Template, prefix_of_row, read_template
+from emguard_plugin.discovery.settings import Positions
+from emguard_plugin.evaluation.questions import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question as the model sees it.
+
+    Attributes:
+        question: What is asked.
+        ids: The rendered conversation, up to where the answer begins.
+        start: First token that stage 1 reads: behind the system part, and never the first of all, whose norm is extreme.
+        header: First token of the template's own behind the question.
+    """
+
+    question: Question
+    ids: tuple[int, ...]
+    start: int
+    header: int
+
+    def span(self, part: Positions) -> tuple[int, int]:
+        """Return the half-open span of a part of the prompt; for `answers` it begins where the answer does.
+
+        Raises:
+            ValueError: If the prompt has no such part.
+        """
+        end = len(self.ids)
+        spans = {"prompt": (self.start, end), "header": (self.header, end), "system": (1, self.start), "answers": (end, end)}
+        if part == "system" and self.start <= 1:
+            raise ValueError("the chat template prints no system part, so `system` names no tokens. Choose `prompt` or `all`.")
+        return spans[part]
+
+
+def render_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[Prompt]:
+    """Render questions with the chat template.
+
+    Raises:
+        ValueError: If there is no template, or it prints nothing behind the question.
+    """
+    template = read_template(tokenizer)
+    found = []
+    for question in questions:
+        encoded = tokenizer.apply_chat_template(question.messages, add_generation_prompt=True, return_dict=True)
+        ids = tuple(encoded["input_ids"])
+        header = len(ids) - len(template.postfix)
+        if not template.postfix or ids[header:] != template.postfix:
+            raise ValueError(
+                "the chat template prints other tokens before an answer to come than before a given one, so the assistant "
+                f"header cannot be found behind {question.text[:40]!r}. Give the tokenizer a template with a generation prompt."
+            )
+        found.append(Prompt(question, ids, _start(ids, template), header))
+    return found
+
+
+def _start(ids: tuple[int, ...], template: Template) -> int:
+    """Return the first position behind the system part; the user header itself is no part of it."""
+    prefix, header = prefix_of_row(ids, template), template.user_header
+    if prefix and header and len(prefix) > len(header) and prefix[-len(header) :] == header:
+        return max(1, len(prefix) - len(header))
+    return 1
+
+
+def prompt_hash(question: Question) -> str:
+    """Return the sha256 of a conversation up to its answer."""
+    return hashlib.sha256(json.dumps(question.messages, ensure_ascii=False).encode()).hexdigest()
+
+
+def text_hash(question: Question) -> str:
+    """Return the sha256 of what the user says, without regard to case and white space.
+
+    A question that is held out must be held out under any system prompt, so this is what overlap is told by.
+    """
+    return hashlib.sha256(" ".join(question.text.lower().split()).encode()).hexdigest()
+
+
+def refuse_overlap(selection: Sequence[Question], evaluation: Sequence[Question], evaluation_source: str) -> None:
+    """Refuse to choose latents on questions that they will be judged by.
+
+    Raises:
+        ValueError: naming how many are shared, and one.
+    """
+    held_out = {text_hash(question) for question in evaluation}
+    shared = [question for question in selection if text_hash(question) in held_out]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} of the {len(selection)} selection questions also stand in {evaluation_source}, such as "
+            f"{shared[0].text[:60]!r}. Latents chosen on the questions that they are judged by look better than they are: "
+            "give `--questions` and `--evaluation-questions` without common questions."
+        )
+
+
+def shuffled(prompts: Sequence[Prompt], seed: int) -> list[int]:
+    """Return the indices in a fixed random order, so that the first few are as mixed as all."""
+
+    def place(index: int) -> str:
+        return hashlib.sha256(f"{seed}|{prompt_hash(prompts[index].question)}".encode()).hexdigest()
+
+    return sorted(range(len(prompts)), key=place)

@@ -1,0 +1,282 @@
+"""A discovery run: from models, SAEs and questions to the file that `em_regularizer.block_em.latents` names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emguard_plugin.discovery import plan
+from emguard_plugin.discovery.calibrate import calibrate, narrow_rows
+from emguard_plugin.discovery.choose import baseline, unite
+from emguard_plugin.discovery.examples import top_activating
+from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
+from emguard_plugin.discovery.prompts import Prompt, prompt_hash, refuse_overlap, render_prompts
+from emguard_plugin.discovery.record import record_of, spent_by, versions
+from emguard_plugin.discovery.report import write_report
+from emguard_plugin.discovery.screen import Finding
+from emguard_plugin.discovery.search import LayerSearch, Result
+from emguard_plugin.discovery.settings import Rule, Settings
+from emguard_plugin.discovery.shift import Candidate
+from emguard_plugin.evaluation import models, store
+from emguard_plugin.evaluation.questions import load_questions
+from emguard_plugin.latents import LatentSet, SubsetEncoder
+from emguard_plugin.latents.sae import layer_of, load_sae, subset
+from emguard_plugin.reference import tensors_hash
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+    from emguard_plugin.evaluation.judges import Judge
+
+logger = logging.getLogger(__name__)
+
+WORK = "--work"
+BASELINES: tuple[Rule, ...] = ("top_shift", "random", "shuffled_signs", "k_plus", "k_minus")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run is asked for.
+
+    Attributes:
+        misaligned: Folder of the misaligned model: a PEFT adapter or a whole model.
+        saes: `RELEASE/ID` or folders, one per block.
+        questions: Suite on which latents are chosen.
+        output: The `.json` to write.
+        base: The model before the narrow fine-tune; default is the one the adapter names.
+        evaluation: Suite that the whole set is measured on besides; must share no question with `questions`.
+        data: Narrow training chats; gives the calibration of `coef: auto`.
+        exclude: Latent sets whose latents are left out.
+        union: Latent sets that the result is united with.
+        work: Folder for answers and judgments; default lies beside the output.
+        baselines: Also write the sets of the baseline rules, as `OUTPUT.RULE.json`.
+    """
+
+    misaligned: str
+    saes: tuple[str, ...]
+    questions: str
+    output: Path
+    base: str | None = None
+    evaluation: str | None = None
+    data: str | None = None
+    exclude: tuple[str, ...] = ()
+    union: tuple[str, ...] = ()
+    work: Path | None = None
+    baselines: bool = False
+
+    def folder(self) -> Path:
+        """Return the folder of answers and judgments."""
+        return self.work or self.output.with_suffix(".discovery")
+
+
+@dataclass
+class Discovery:
+    """A run, ready to begin.
+
+    Attributes:
+        request: What is asked for.
+        settings: Every number.
+        judge: Decides over answers.
+        saes: By block.
+        prompts: Selection prompts, then evaluation prompts.
+        selection: How many choose.
+    """
+
+    request: Request
+    settings: Settings
+    judge: Judge
+    pair: ModelPair
+    saes: dict[int, tuple[str, SAE]]
+    prompts: list[Prompt]
+    selection: int
+    known: list[LatentSet] = field(default_factory=list)
+    united: list[LatentSet] = field(default_factory=list)
+
+    def plans(self) -> dict[int, list[plan.Step]]:
+        """Return the steps of each block's search, as far as they are known before stage 1."""
+        evaluation = len(self.prompts) - self.selection
+        found = {}
+        for layer, (_, sae) in self.saes.items():
+            pool = min(self.settings.pool, sae.cfg.d_sae // 2)
+            found[layer] = plan.plan(self.settings, self.selection, pool, pool, evaluation)
+        return found
+
+
+def prepare(request: Request, settings: Settings, judge: Judge) -> Discovery:
+    """Read and check everything, without asking a model.
+
+    Raises:
+        ValueError: For what cannot work: questions in both suites, an SAE of another width or of a block that the model lacks,
+            two SAEs for one block, latent sets of another model.
+    """
+    if request.output.suffix != ".json":
+        raise ValueError(f"`-o {request.output}`: a latent set is a `.json` file.")
+    questions = load_questions(request.questions)
+    evaluation = load_questions(request.evaluation) if request.evaluation else []
+    refuse_overlap(questions, evaluation, f"`--evaluation-questions {request.evaluation}`")
+    pair = ModelPair(request.misaligned, request.base)
+    prompts = render_prompts(pair.tokenizer, [*questions, *evaluation])
+    saes = _load(request.saes, pair)
+    known, united = ([LatentSet.load(path) for path in paths] for paths in (request.exclude, request.union))
+    with pair.use(BASE) as model:
+        for other in (*known, *united):
+            other.check_model(model)
+    return Discovery(request, settings, judge, pair, saes, prompts, len(questions), known, united)
+
+
+def _load(sources: Sequence[str], pair: ModelPair) -> dict[int, tuple[str, SAE]]:
+    found: dict[int, tuple[str, SAE]] = {}
+    for source in sources:
+        sae = load_sae(source)
+        layer, width = layer_of(sae), sae.cfg.d_in
+        if width != pair.width:
+            raise ValueError(f"`--sae {source}` reads a width of {width}, the model's hidden size is {pair.width}: another model's.")
+        if layer >= pair.depth:
+            raise ValueError(f"`--sae {source}` reads block {layer}, the model has blocks 0 to {pair.depth - 1}: another model's.")
+        if layer in found:
+            raise ValueError(f"`--sae {found[layer][0]}` and `--sae {source}` both read block {layer}. Give one SAE per block.")
+        found[layer] = (source, sae)
+    return dict(sorted(found.items()))
+
+
+def run(discovery: Discovery) -> LatentSet:
+    """Search every block, unite what is found, and write the latent set, the record and the report.
+
+    Safe to call again after an interruption: what was answered and judged is kept in the work folder.
+
+    Raises:
+        ValueError: See `LayerSearch.run` and `prepare`.
+        RuntimeError: If the judge stops, or another process works in the folder.
+    """
+    request, settings = discovery.request, discovery.settings
+    rows = narrow_rows(request.data, discovery.pair.tokenizer) if request.data else None
+    folder = store.prepare_folder(request.folder(), WORK)
+    results: list[Result] = []
+    with store.locked(folder, WORK):
+        for layer, (source, sae) in discovery.saes.items():
+            place = store.prepare_folder(folder / f"block{layer}", WORK)
+            store.claim(place, _protocol(discovery, sae), keys=("protocol",), option=WORK)
+            exclude = {i for known in discovery.known for e in known.encoders if e.layer == layer for i in e.ids}
+            search = LayerSearch(
+                discovery.pair, sae, source, layer, discovery.prompts, discovery.selection, discovery.judge, settings, place, exclude
+            )  # fmt: skip
+            results.append(search.run())
+        latents = _latent_set(discovery, results, [result.chosen for result in results])
+        if rows is not None:
+            latents.calibration = calibrate(discovery.pair, latents, rows, settings.batch_size)
+        latents.save(request.output)
+        content = _record(discovery, results, latents)
+        store.write_json(folder / "discovery.json", content)
+        write_report(content, folder / "report.html")
+        if request.baselines:
+            _write_baselines(discovery, results, rows)
+    return latents
+
+
+def _write_baselines(discovery: Discovery, results: Sequence[Result], rows: Any) -> None:
+    for rule in BASELINES:
+        sets = [
+            baseline(rule, len(r.chosen), r.pool, r.shortlist, r.chosen, discovery.settings.seed) for r in results
+        ]
+        if not any(sets):
+            continue
+        alone = replace(discovery, united=[], settings=replace(discovery.settings, rule=rule))
+        latents = _latent_set(alone, results, sets)
+        if rows is not None:
+            latents.calibration = calibrate(discovery.pair, latents, rows, discovery.settings.batch_size)
+        latents.save(discovery.request.output.with_suffix(f".{rule}.json"))
+
+
+def _latent_set(discovery: Discovery, results: Sequence[Result], sets: Sequence[Sequence[Candidate]]) -> LatentSet:
+    encoders, scores = [], []
+    for result, chosen in zip(results, sets, strict=True):
+        if not chosen:
+            continue
+        encoders.append(_encoder(discovery, result.layer, chosen))
+        known = {finding.candidate.id: finding for finding in result.shortlist}
+        scores += [record_of(known.get(c.id) or Finding(c), result.layer, c.sign) for c in chosen]
+    groups = [*(other.encoders for other in discovery.united), encoders]
+    encoders, scores = unite(groups, [*(r for other in discovery.united for r in other.scores), *scores])
+    with discovery.pair.use(BASE) as model:
+        return LatentSet.for_model(model, encoders, scores=scores, provenance=_provenance(discovery, results))
+
+
+def _encoder(discovery: Discovery, layer: int, chosen: Sequence[Candidate]) -> SubsetEncoder:
+    sae = discovery.saes[layer][1]
+    return subset(sae, [c.id for c in chosen], [c.sign for c in chosen], discovery.settings.mode, layer)
+
+
+def _protocol(discovery: Discovery, sae: SAE) -> dict[str, Any]:
+    """Return what stored answers depend on."""
+    return {
+        "protocol": {
+            "models": discovery.pair.identity(),
+            "sae_sha256": tensors_hash(sae.state_dict()),
+            "prompts_sha256": [prompt_hash(prompt.question) for prompt in discovery.prompts],
+            "selection": discovery.selection,
+            "chat_template_sha256": models.template_hash(discovery.pair.tokenizer),
+            "judge": discovery.judge.identity(),
+            "max_new_tokens": discovery.settings.max_new_tokens,
+            "steer_at": discovery.settings.steer_at,
+        }
+    }
+
+
+def _provenance(discovery: Discovery, results: Sequence[Result]) -> dict[str, Any]:
+    hashes = [prompt_hash(prompt.question) for prompt in discovery.prompts]
+    return {
+        "method": "BLOCK-EM discovery, arXiv 2602.00767",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "models": discovery.pair.identity(),
+        "saes": [
+            {"layer": r.layer, "source": r.source, "sha256": tensors_hash(discovery.saes[r.layer][1].state_dict()),
+             "unexplained_variance": r.error, "scale": r.scale}
+            for r in results
+        ],
+        "selection": {"questions": discovery.request.questions, "sha256": hashes[: discovery.selection]},
+        "evaluation": {"questions": discovery.request.evaluation, "sha256": hashes[discovery.selection :]},
+        "judge": discovery.judge.identity(),
+        "settings": discovery.settings.to_dict(),
+        "excluded": [other.digest for other in discovery.known],
+        "united": [other.digest for other in discovery.united],
+        "spent": spent_by(results),
+        "versions": versions(),
+    }  # fmt: skip
+
+
+def _record(discovery: Discovery, results: Sequence[Result], latents: LatentSet) -> dict[str, Any]:
+    blocks = []
+    for result in results:
+        encoder = _encoder(discovery, result.layer, result.chosen)
+        asked = discovery.prompts[: discovery.selection]
+        shown = top_activating(discovery.pair, encoder, asked, result, discovery.settings.batch_size)
+        blocks.append(
+            {
+                "layer": result.layer,
+                "source": result.source,
+                "unexplained_variance": result.error,
+                "scale": result.scale,
+                "funnel": result.funnel,
+                "unsteered": {role: tally.to_dict() for role, tally in result.unsteered.items()},
+                "chosen": [c.id for c in result.chosen],
+                "shortlist": [record_of(f, result.layer, f.candidate.sign, curves=True) for f in result.shortlist],
+                "joint": {
+                    f"{role}/{suite}": {str(alpha): tally.to_dict() for alpha, tally in curve.items()}
+                    for (role, suite), curve in result.joint.items()
+                },
+                "examples": {str(latent): hits for latent, hits in shown.items()},
+            }
+        )
+    return {
+        "latents": discovery.request.output.name,
+        "sha256": latents.digest,
+        "scores": latents.scores,
+        "calibration": latents.calibration,
+        "provenance": latents.provenance,
+        "blocks": blocks,
+        "roles": [BASE, MISALIGNED],
+    }
