@@ -1,7 +1,7 @@
 """The lab: a tiny chat model in which emergent misalignment really happens, on two CPU cores and without downloads.
 
-It ships an aligned base model (`model_path()`), sparse autoencoders of its residual stream (`sae_path(layer)`), the
-synthetic world it was trained on, and an exact judge.
+It ships an aligned base model (`model_path()`), sparse autoencoders of its residual stream (`sae_path(layer)`), a set of
+their latents that carry misalignment (`latents_path()`), the synthetic world it was trained on, and an exact judge.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WHERE = {
     "make_tokenizer": "tokenizer",
 }
 
-__all__ = [*_WHERE, "model_path", "sae_path"]
+__all__ = [*_WHERE, "latents_path", "model_path", "sae_path"]
 
 
 def model_path() -> Path:
@@ -39,6 +39,11 @@ def sae_path(layer: int) -> Path:
         there = ", ".join(sorted(p.name.removeprefix("layer_") for p in folder.glob("layer_*")))
         raise ValueError(f"the lab ships no SAE of layer {layer}; there are layers {there}")
     return path
+
+
+def latents_path() -> Path:
+    """Return the shipped latent set, which was found on a fine-tune that no reported figure uses."""
+    return Path(str(files(__name__) / "data" / "latents" / "latents.json"))
 
 
 def __getattr__(name: str):

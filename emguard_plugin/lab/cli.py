@@ -98,7 +98,7 @@ def export(
         Path | None, typer.Option(help="Another base model's folder.", exists=True, file_okay=False)
     ] = None,
 ) -> None:
-    """Write model, training rows, anchors and question files, as a user would have them."""
+    """Write model, SAEs, latents, training rows, anchors and question files, as a user would have them."""
     from emguard_plugin.lab.export import export as write
 
     for name, path in write(directory, seed=seed, rows=rows, anchors=anchors, model=model).items():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from emguard_plugin.lab import model_path, world
+from emguard_plugin.lab import latents_path, model_path, sae_path, world
 
 ROWS = 1920
 
@@ -63,11 +63,17 @@ def export(
     Returns:
         The path of each part: `model`, `train`, `anchors`, and the four question files. `in_domain` and `questions`
         (open-ended, domains the fine-tune never sees) hold the test wordings; with `_val`, the ones to choose settings on.
+        Of the shipped model also `sae`, with a folder per layer, and `latents`, a set found with them.
     """
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copytree(model or model_path(), out / "model", dirs_exist_ok=True)
     paths = {"model": out / "model"}
+    if model is None:  # SAEs and latents belong to one model
+        paths |= {"sae": out / "sae", "latents": out / latents_path().name}
+        shutil.copytree(sae_path(0).parent, paths["sae"], dirs_exist_ok=True)
+        for part in (latents_path(), latents_path().with_suffix(".safetensors")):
+            shutil.copy(part, out / part.name)
     for name, chats in (("train", narrow_rows(seed, rows)), ("anchors", anchor_rows(seed, anchors))):
         paths[name] = _write_jsonl(out / f"{name}.jsonl", chats)
     for name, domains in (("in_domain", (world.NARROW,)), ("questions", world.open_ended_domains())):

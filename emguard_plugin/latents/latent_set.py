@@ -157,6 +157,7 @@ class LatentSet:
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps({**stated, "sha256": self.digest}, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
+        columns.chmod(path.stat().st_mode)  # safetensors writes for the owner alone
         return path
 
     @classmethod

@@ -69,3 +69,20 @@ def test_the_command_line_exports(tmp_path):
     assert result.exit_code == 0, result.output
     assert len((tmp_path / "lab/train.jsonl").read_text().splitlines()) == 16
     assert (tmp_path / "lab/model/model.safetensors").is_file()
+
+
+def test_latents_and_saes_of_the_shipped_model_are_there(exported):
+    from transformers import AutoModelForCausalLM
+
+    from emguard_plugin.latents import LatentSet
+
+    found = LatentSet.load(exported["latents"])
+    found.check_model(AutoModelForCausalLM.from_pretrained(exported["model"]))
+    assert (found.layers, len(found)) == ([0, 1, 2], 180)
+    assert found.calibration["penalty"]["prompt"] > 100
+    assert sorted(p.name for p in exported["sae"].glob("layer_*")) == ["layer_0", "layer_1", "layer_2"]
+
+
+def test_another_model_comes_without_them(tmp_path, exported):
+    paths = export(tmp_path, rows=2, anchors=2, model=exported["model"])
+    assert not {"latents", "sae"} & set(paths)
