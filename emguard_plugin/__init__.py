@@ -19,6 +19,7 @@ _PUBLIC = {
     "Penalty": "regularizers.base",
     "EMRateCallback": "em_rate",
     "TReFTCallback": "regularizers.treft",
+    "BlockEMCallback": "regularizers.block_em",
     "KLCallback": "regularizers.kl",
     "build_regularizers": "regularizers",
     "EMRegularizerConfig": "config",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class EMRegularizerMixin:
             micro_batches=self.args.gradient_accumulation_steps,
             processes=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
+            optimizer_built=self.optimizer is not None,
         )
         active = [c.prepare(run) for c in self._regularizers]
         self._sums: dict[str, Tensor] = {}
@@ -97,15 +99,20 @@ class EMRegularizerMixin:
 
         micro_batch = (self._micro_batch, self.current_gradient_accumulation_steps) if active else (0, 1)
 
+        tokens = self._loss_tokens(batch, num_items_in_batch) if active else 1.0
+
         def measure(regularizer: EMRegularizerCallback) -> Penalty | None:
-            return regularizer.measure(called, batch, self.state.global_step, micro_batch)
+            return regularizer.measure(called, batch, self.state.global_step, micro_batch, tokens)
 
         # A penalty with a forward pass of its own goes before the host's: backward then reaches it last, and its weight
         # gradients do not wait beside the host's activations (TReFT, full fine-tuning: 6.8 % of peak memory).
         ahead = {r.name: measure(r) for r in active if r.own_forward and (last or r.every == "micro_batch")}
-        result = super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+        with ExitStack() as watching:
+            for regularizer in active:
+                watching.enter_context(regularizer.watch(called, batch))
+            result = super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
         if not active:
             return result
         loss, rest = (result[0], result[1:]) if return_outputs else (result, ())
@@ -134,6 +141,18 @@ class EMRegularizerMixin:
                 self.model_accepts_loss_kwargs and num_items_in_batch is not None
             )
         return not scaled
+
+    def _loss_tokens(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor | float:
+        """Return what a sum over this micro-batch is divided by so that it is to the penalty as its tokens are to the loss.
+
+        A penalty is averaged over micro-batches and processes. Where the host divides by the tokens of the whole step, that
+        is their number per micro-batch and process; where it averages each micro-batch, the micro-batch's own.
+        """
+        labels = inputs.get("labels")
+        if not self._host_divides(num_items_in_batch) and num_items_in_batch is not None:
+            shared = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            return num_items_in_batch / (self.current_gradient_accumulation_steps * shared)
+        return 1.0 if labels is None else (labels[..., 1:] != -100).sum().clamp_min(1)
 
     # Metrics, through the host's own log
 

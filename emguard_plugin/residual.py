@@ -47,12 +47,21 @@ class Kept:
         hidden: (B, T, d) after each layer, by index, with gradient where the forward pass had one.
         args: Positional arguments of the decoder's forward pass.
         kwargs: Its keyword arguments: what the host really fed it.
+        autocast: (device type, dtype) of the autocast it ran under, or None. Accelerate wraps the outermost `forward` in it, which
+            a call of the decoder goes around.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    autocast: tuple[str, torch.dtype] | None = None
     versions: dict[int, int] = field(default_factory=dict)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context with the autocast that the forward pass ran under."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.autocast[0], dtype=self.autocast[1])
 
     def put(self, layer: int, output: Any) -> None:
         """Keep a layer's output, the first time."""
@@ -96,6 +105,9 @@ def keep_residual(model: nn.Module, layers: Sequence[int]) -> Iterator[Kept]:
     def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not kept.kwargs and not kept.args:
             kept.args, kept.kwargs = args, dict(kwargs)
+            device = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)).device.type
+            if torch.is_autocast_enabled(device):
+                kept.autocast = (device, torch.get_autocast_dtype(device))
 
     with contextlib.ExitStack() as stack:
         stack.callback(owner.register_forward_pre_hook(arguments, with_kwargs=True).remove)
@@ -142,7 +154,7 @@ def read_residual(
 ) -> dict[int, Tensor]:
     """Return the residual stream (B, T, d) after decoder layers, by index, from a forward pass without gradient.
 
-    The layers above are not run, nor is the output head, unless parameters are sharded or offloaded.
+    The layers above are not run, nor is the output head, unless parameters are spread over processes.
 
     Args:
         model: As a forward pass must call it, in the mode that is wanted.
@@ -151,22 +163,22 @@ def read_residual(
         kwargs: Its keyword arguments; `labels` and caches are dropped.
     """
     owner, modules = decoder(model)
-    dropped = ("labels", "num_items_in_batch", "past_key_values", "use_cache", "shift_labels", "output_hidden_states")
-    kwargs = {k: v for k, v in (kwargs or {}).items() if k not in dropped}
-    whole = is_sharded(model)
-    last, found = max(layers), {}
+    dropped = ("labels", "num_items_in_batch", "past_key_values", "shift_labels", "output_hidden_states")
+    # `use_cache` stays as the host has it: with a cache, transformers does not keep packed conversations apart.
+    kwargs = {"use_cache": False, **{k: v for k, v in (kwargs or {}).items() if k not in dropped}}
+    whole, last, found = is_sharded(model), max(layers), {}
 
     def keep(module: nn.Module, _: Any, output: Any, n: int) -> None:
         found[n] = output[0] if isinstance(output, tuple | list) else output
-        if n == last and not whole and not hasattr(model, "hf_device_map"):
+        if n == last and not whole:
             raise _Stop
 
     hooks = [modules[n].register_forward_hook(lambda *a, n=n: keep(*a, n=n)) for n in layers]
     try:
         if whole:
-            model(*args, **kwargs, use_cache=False, logits_to_keep=1)
+            model(*args, **kwargs, logits_to_keep=1)
         else:
-            owner(*args, **kwargs, use_cache=False)
+            owner(*args, **kwargs)
     except _Stop:
         pass
     finally:

@@ -2,12 +2,13 @@
 
 from emguard_plugin.config.block import BLOCKS, Block, StatedBlock, misspelt_blocks, suggest
 from emguard_plugin.config.evaluation import SUITES, EMEvalConfig, JudgeConfig, SamplerConfig
-from emguard_plugin.config.regularizers import EMRegularizerConfig, KLConfig, TReFTConfig
+from emguard_plugin.config.regularizers import BlockEMConfig, EMRegularizerConfig, KLConfig, TReFTConfig
 
 __all__ = [
     "BLOCKS",
     "SUITES",
     "Block",
+    "BlockEMConfig",
     "EMEvalConfig",
     "EMRegularizerConfig",
     "JudgeConfig",

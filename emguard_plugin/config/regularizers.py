@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from emguard_plugin.config.block import Block, suggest
+
+CACHES = ("auto", "live", "memory")
+
+
+def check_cache(cache: str) -> None:
+    """Refuse a `cache` that is neither a known word nor looks like a folder.
+
+    Raises:
+        ValueError: with the nearest word.
+    """
+    if cache not in CACHES and not ("/" in cache or cache.startswith((".", "~"))):
+        raise ValueError(
+            f"`cache: {cache}` is neither {', '.join(CACHES)} nor a folder such as `./{cache}`.{suggest(cache, CACHES)}"
+        )
 
 
 class TReFTConfig(Block):
@@ -96,12 +110,7 @@ class KLConfig(Block):
     def _coherent(self) -> KLConfig:
         if self.coef is not None and self.target is not None:
             raise ValueError("`coef` and `target` are both set. Keep `coef` for a fixed weight, `target` to hold the KL at a value.")
-        words = ("auto", "live", "memory")
-        if self.cache not in words and not ("/" in self.cache or self.cache.startswith((".", "~"))):
-            raise ValueError(
-                f"`cache: {self.cache}` is neither {', '.join(words)} nor a folder such as `./{self.cache}`."
-                f"{suggest(self.cache, words)}"
-            )
+        check_cache(self.cache)
         return self
 
     def check_files(self) -> None:
@@ -118,10 +127,67 @@ class KLConfig(Block):
             )
 
 
+class BlockEMConfig(Block):
+    """`em_regularizer.block_em`: hold a few SAE latents that carry misalignment (arXiv 2602.00767)."""
+
+    coef: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        "auto",
+        description="lambda. auto: 100 times the task loss that misalignment saved over its penalty, both as discovery measured them "
+        "(the file's `calibration`). lambda scales as 1/z^2, so no number carries over from another SAE. 0 measures only.",
+    )
+    latents: str = Field(..., min_length=1, description="The JSON that `emguard discover` wrote; its .safetensors lies beside it.")
+    tokens: Literal["assistant", "all", "prompt", "header"] = Field(
+        "assistant",
+        description="Where to hold the latents. assistant: supervised tokens (the paper's). prompt: all others. all: both. header: the "
+        "chat template's tokens between a user's content and the answer.",
+    )
+    latent_reduction: Literal["sum", "mean"] = Field("sum", description="Over the latents; sum is the paper's.")
+    sides: Literal["one", "two"] = Field(
+        "one", description="one: hold moves in the bad direction alone (the paper's). two: both directions; ours, not the paper's."
+    )
+    k_minus: Literal["activation", "pre_activation"] = Field(
+        "activation",
+        description="What is held of latents that fall. activation: the paper's; without gradient once a latent is off. "
+        "pre_activation: the encoder's output before ReLU, wherever the base model has the latent on.",
+    )
+    freeze_above: bool = Field(
+        False, description="Do not train what lies above the highest blocked layer; needs an adapter."
+    )
+    cache: str = Field(
+        "auto",
+        min_length=1,
+        description="Where the base model's activations come from. live: the adapter is switched off for a second forward pass, up to "
+        "the blocked layer. memory, or a folder such as ./base_latents: each row's are kept, so that later epochs, and with a folder "
+        "later runs, pay nothing. auto: live where an adapter allows it, else memory, recorded before step 1.",
+    )
+
+    @model_validator(mode="after")
+    def _coherent(self) -> BlockEMConfig:
+        check_cache(self.cache)
+        return self
+
+    def check_files(self) -> None:
+        """Raise before a run starts when the latent set is missing.
+
+        Raises:
+            ValueError: naming the key and the path.
+        """
+        path = Path(self.latents).expanduser()
+        if not path.is_file():
+            raise ValueError(
+                f"`em_regularizer.block_em.latents: {self.latents}` does not exist. Give the JSON that `emguard discover` wrote."
+            )
+        if not path.with_suffix(".safetensors").is_file():
+            raise ValueError(
+                f"`em_regularizer.block_em.latents: {self.latents}` lacks {path.with_suffix('.safetensors').name} beside it."
+            )
+
+
 class EMRegularizerConfig(Block):
     """`em_regularizer:`, any combination of methods."""
 
     treft: TReFTConfig | None = Field(None, description="TReFT: keys and values of the chat-template tokens.")
+    block_em: BlockEMConfig | None = Field(None, description="BLOCK-EM: SAE latents that carry misalignment.")
     kl: KLConfig | None = Field(None, description="KL: next-token distributions on other-domain chats.")
 
     @model_validator(mode="before")
@@ -153,8 +219,9 @@ class EMRegularizerConfig(Block):
         Raises:
             ValueError: naming the key and the path.
         """
-        if self.kl is not None:
-            self.kl.check_files()
+        for method in (self.block_em, self.kl):
+            if method is not None:
+                method.check_files()
 
     def methods(self) -> dict[str, Block]:
         """Return the methods that the block asks for, by name."""

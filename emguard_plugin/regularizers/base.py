@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -70,6 +71,7 @@ class Run:
         micro_batches: Micro-batches per optimizer step.
         processes: Number of processes, each with micro-batches of its own.
         rank: Which of them this is.
+        optimizer_built: Whether the optimizer exists already, so that it is too late to freeze parameters.
     """
 
     model: nn.Module
@@ -84,6 +86,7 @@ class Run:
     micro_batches: int = 1
     processes: int = 1
     rank: int = 0
+    optimizer_built: bool = False
 
 
 class EMRegularizerCallback(TrainerCallback):
@@ -111,6 +114,7 @@ class EMRegularizerCallback(TrainerCallback):
         self.coef = float(coef)
         self.prepared = False
         self.micro_batch = (0, 1)
+        self.loss_tokens: Tensor | float = 1.0
         self._last: Penalty | None = None
         self._trains = False
         self._layer_names: Sequence[int] = ()
@@ -138,8 +142,22 @@ class EMRegularizerCallback(TrainerCallback):
             step: Optimizer steps taken so far.
         """
 
+    def watch(self, model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
+        """Return a context in which the host runs its forward pass and loss; one that sees nothing by default.
+
+        Args:
+            model: As for `penalty`.
+            inputs: As for `penalty`.
+        """
+        return nullcontext()
+
     def measure(
-        self, model: nn.Module, inputs: Mapping[str, Any], step: int, micro_batch: tuple[int, int] = (0, 1)
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        step: int,
+        micro_batch: tuple[int, int] = (0, 1),
+        loss_tokens: Tensor | float = 1.0,
     ) -> Penalty | None:
         """Call `penalty` and check that it can train something.
 
@@ -148,11 +166,13 @@ class EMRegularizerCallback(TrainerCallback):
             inputs: As for `penalty`.
             step: As for `penalty`.
             micro_batch: Which micro-batch of the optimizer step this is, and of how many.
+            loss_tokens: What a sum over this micro-batch is to be divided by, as the host divides its loss: supervised tokens
+                of the optimizer step, per micro-batch and process.
 
         Raises:
             RuntimeError: when `coef > 0` and no trainable parameter stands behind the penalty.
         """
-        self.micro_batch = micro_batch
+        self.micro_batch, self.loss_tokens = micro_batch, loss_tokens
         with torch.set_grad_enabled(self.coef > 0):
             penalty = self.penalty(model, inputs, step)
         if penalty is None:

@@ -27,9 +27,9 @@ def test_gradient_in_double_precision():
     z, base, p, bp = (torch.randn(5, 4, generator=g, dtype=torch.float64) for _ in range(4))
     z.requires_grad_()
     p.requires_grad_()
-    for two_sided in (False, True):
-        assert torch.autograd.gradcheck(lambda x: block_em_violation(x, base, SIGNS, two_sided), (z,))
-        assert torch.autograd.gradcheck(lambda x, y: block_em_violation(x, base, SIGNS, two_sided, y, bp), (z, p))
+    for sides in (False, True):
+        assert torch.autograd.gradcheck(lambda x, two=sides: block_em_violation(x, base, SIGNS, two), (z,))
+        assert torch.autograd.gradcheck(lambda x, y, two=sides: block_em_violation(x, base, SIGNS, two, y, bp), (z, p))
     violation = block_em_violation(z, base, SIGNS)
     (grad,) = torch.autograd.grad(violation.sum(), z)
     torch.testing.assert_close(grad, 2 * SIGNS * violation.sqrt())

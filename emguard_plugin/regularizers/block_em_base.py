@@ -1,0 +1,303 @@
+"""What the base model's latents are at the tokens of a batch: from a second forward pass, or as recorded before.
+
+No second model: the adapter is switched off, or, where there is none to switch off, every row of the data set is recorded
+before step 1. Rows are known by the hash of their ids, so epochs, shuffling and later runs find them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from emguard_plugin.latents import SubsetEncoder
+from emguard_plugin.reference import adapter_off, adapter_starts_at_zero, eval_mode, load_reference, save_reference
+from emguard_plugin.regularizers.held_tokens import spans
+from emguard_plugin.residual import Kept, is_sharded, read_residual
+from emguard_plugin.training_rows import conversations
+
+KEY = "em_regularizer.block_em.cache"
+FOLDER = "emguard_block_em"
+ROWS_PER_FILE = 512
+RECORDED_AT_ONCE = 4096
+"""Tokens per forward pass of a recording."""
+HIDDEN_EVERY = 25
+"""With recorded latents, the base model's hidden states, for `outside_shift`, are computed once per so many micro-batches."""
+ISOLATED_WITHIN = 0.02
+
+
+class Base(NamedTuple):
+    """The base model at N held tokens: per layer (N, K) activations and pre-activations, and hidden states if they are there."""
+
+    z: list[Tensor]
+    pre: list[Tensor]
+    hidden: dict[int, Tensor] | None
+
+
+class RowStore:
+    """Recorded rows by content hash, in memory, and in a folder if one is named.
+
+    Args:
+        folder: Where to keep them.
+        about: What they belong to; compared on load.
+        rank: Of the process, which writes files of its own.
+    """
+
+    def __init__(self, folder: Path | None, about: Mapping[str, str], rank: int = 0) -> None:
+        self.folder, self.about, self.rank = folder, dict(about), rank
+        self.rows: dict[str, Tensor] = {}
+        self._new: list[str] = []
+        if folder is not None and folder.is_dir():
+            self.load(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read every file of a folder.
+
+        Raises:
+            ValueError: when one is damaged or belongs to another model or latent set.
+        """
+        for path in sorted(folder.glob("rows-*.safetensors")):
+            try:
+                self.rows |= load_reference(path, self.about)
+            except ValueError as exc:
+                raise ValueError(
+                    f"`{KEY}`: {folder} holds latents of another base model, precision or latent set, or was changed ({exc}). Delete "
+                    "the folder, or name another one."
+                ) from exc
+
+    def put(self, key: str, latents: Tensor) -> None:
+        """Keep one row (tokens, columns)."""
+        if key not in self.rows:
+            self.rows[key] = latents.detach().cpu().clone()
+            self._new.append(key)
+        if self.folder is not None and len(self._new) >= ROWS_PER_FILE:
+            self.flush()
+
+    def flush(self, folder: Path | None = None) -> None:
+        """Write what is new; with `folder`, everything, there."""
+        names = list(self.rows) if folder is not None else self._new
+        folder = folder or self.folder
+        if folder is None or not names:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        at = sum(1 for _ in folder.glob(f"rows-{self.rank}-*.safetensors"))
+        path = folder / f"rows-{self.rank}-{at:05d}.safetensors"
+        part = path.with_suffix(".part")
+        save_reference(part, {n: self.rows[n] for n in names}, self.about)
+        part.replace(path)
+        self._new = []
+
+
+class BaseLatents:
+    """Gives the base model's latents for a batch.
+
+    Args:
+        model: The model before training.
+        encoders: One per layer.
+        cache: `auto`, `live`, `memory` or a folder.
+        about: What recorded latents belong to.
+        rank: Of this process.
+
+    Raises:
+        ValueError: for `live` without an adapter that starts at zero.
+    """
+
+    def __init__(
+        self, model: nn.Module, encoders: Sequence[SubsetEncoder], cache: str, about: Mapping[str, str], rank: int = 0
+    ) -> None:
+        self.encoders, self.cache, self._about, self._rank = encoders, cache, dict(about), rank
+        self.layers = [e.layer for e in encoders]
+        self.adapter_off = adapter_starts_at_zero(model)
+        if cache == "live" and not self.adapter_off:
+            raise ValueError(
+                f"`{KEY}: live` needs an adapter that starts at zero and trains alone, so that switching it off is the model before "
+                "this run. Use `cache: memory` or a folder."
+            )
+        self.live = cache == "live" or (cache == "auto" and self.adapter_off)
+        self.folder = None if cache in ("auto", "live", "memory") else Path(cache).expanduser()
+        self.store: RowStore | None = None
+        self.forward_passes = 0
+        self._isolated: bool | None = None
+
+    def describe(self) -> str:
+        """Return a few words for the start line."""
+        if self.live:
+            return "adapter off"
+        return f"kept in {'memory' if self.folder is None else self.folder}, {'adapter off' if self.adapter_off else 'recorded before step 1'}"
+
+    def begin(self, model: nn.Module, kept: Kept, hidden: Tensor, dataset: Any, resumed_from: Path | None) -> None:
+        """Open the store; record the data set where the base model is about to disappear. Every process calls it.
+
+        Args:
+            model: As a forward pass must call it.
+            kept: The host's first forward pass, for its precision.
+            hidden: Hidden states of it.
+            dataset: The tokenised training set.
+            resumed_from: The checkpoint that the run continues, or None.
+
+        Raises:
+            ValueError: when the base model is gone and its latents are not stored.
+        """
+        if self.live:
+            return
+        self._about["precision"] = f"{hidden.dtype} {kept.autocast or ''}".strip()
+        self.store = RowStore(self.folder, self._about, self._rank)
+        if self.adapter_off:
+            return
+        if resumed_from is None:
+            self._record(model, kept, dataset, hidden.device)
+            return
+        if self.folder is None:
+            folder = resumed_from.parent / FOLDER
+            self.store.load(folder)
+        if not self.store.rows:
+            raise ValueError(
+                f"`{KEY}`: the base model's latents that {resumed_from} was trained with are gone, and so is the base model. Restore "
+                f"{self.folder or resumed_from.parent / FOLDER}, or start afresh without `resume_from_checkpoint`."
+            )
+
+    @contextlib.contextmanager
+    def _as_base(self, model: nn.Module, kept: Kept) -> Iterator[None]:
+        off = adapter_off(model) if self.adapter_off else contextlib.nullcontext()
+        with torch.no_grad(), eval_mode(model), kept.precision(), off:
+            yield
+
+    def read(self, model: nn.Module, kept: Kept) -> dict[int, Tensor]:
+        """Return the base model's hidden states from a forward pass over what the host just fed the decoder."""
+        self.forward_passes += 1
+        with self._as_base(model, kept):
+            return read_residual(model, self.layers, kept.args, kept.kwargs)
+
+    def _record(self, model: nn.Module, kept: Kept, dataset: Any, device: torch.device) -> None:
+        from tqdm import tqdm
+
+        if dataset is None or not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"`{KEY}`: without an adapter to switch off, every row is recorded before step 1, which a streamed data set does not "
+                "allow. Train an adapter, or turn streaming off."
+            )
+        rows = {row_key(ids): ids for ids in conversations(dataset, limit=len(dataset))}
+        todo = sorted((ids for key, ids in rows.items() if key not in self.store.rows), key=len)
+        batches: list[list[list[int]]] = []
+        for ids in todo:
+            if not batches or (len(batches[-1]) + 1) * len(ids) > RECORDED_AT_ONCE:
+                batches.append([])
+            batches[-1].append(ids)
+        for batch in tqdm(batches, desc="BLOCK-EM base latents", disable=self._rank != 0 or len(batches) < 4, leave=False):
+            longest = max(map(len, batch))
+            ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch], device=device)
+            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch], device=device)
+            with self._as_base(model, kept):
+                hidden = read_residual(model, self.layers, kwargs={"input_ids": ids, "attention_mask": mask})
+            columns = self._columns(hidden)
+            for row, latents in zip(batch, columns, strict=True):
+                self.store.put(row_key(row), latents[: len(row)])
+        if self._rank == 0:
+            self.store.flush()
+
+    def _columns(self, hidden: Mapping[int, Tensor]) -> Tensor:
+        """Return (B, T, 2 K): activations and pre-activations of all layers, side by side."""
+        pairs = [e.both(hidden[e.layer]) for e in self.encoders]
+        device = pairs[0][0].device
+        return torch.cat([t.to(device) for pair in pairs for t in pair], -1)
+
+    def _split(self, columns: Tensor, hidden: dict[int, Tensor] | None) -> Base:
+        sizes = [len(e.ids) for e in self.encoders for _ in range(2)]
+        parts = columns.split(sizes, -1)
+        return Base(list(parts[::2]), list(parts[1::2]), hidden)
+
+    def get(self, model: nn.Module, kept: Kept, inputs: Mapping[str, Any], held: Tensor) -> Base:
+        """Return the base model at the held tokens of a batch.
+
+        Args:
+            model: As a forward pass must call it.
+            kept: The host's forward pass.
+            inputs: The batch.
+            held: (B, T) True at N tokens.
+
+        Raises:
+            RuntimeError: for a row that was not recorded, and cannot be any more.
+        """
+        if self.live:
+            hidden = {n: h[held.to(h.device)] for n, h in self.read(model, kept).items()}
+            return self._split(self._columns(hidden), hidden)
+        rows = spans(inputs)
+        isolated = self._is_isolated(model, kept, inputs, rows)
+        ids = inputs["input_ids"].tolist()
+        keys = [
+            [row_key(ids[b][start:end], () if isolated else ids[b][row[0][0] : start]) for start, end in row]
+            for b, row in enumerate(rows)
+        ]
+        known = not _any_process(model, not all(key in self.store.rows for row in keys for key in row))
+        hidden = None
+        if not known and not self.adapter_off:
+            raise RuntimeError(
+                f"`{KEY}`: a training row was not recorded before step 1, so its rows change while it trains (or conversations packed "
+                "into one row see each other). Train an adapter, or turn packing and augmentation off."
+            )
+        if not known:
+            hidden = self.read(model, kept)
+            columns = self._columns(hidden)
+            for b, row in enumerate(rows):
+                for (start, end), key in zip(row, keys[b], strict=True):
+                    self.store.put(key, columns[b, start:end])
+        else:
+            columns = self._recorded(inputs["input_ids"], rows, keys)
+        if hidden is not None:
+            hidden = {n: h[held.to(h.device)] for n, h in hidden.items()}
+        return self._split(columns[held.to(columns.device)], hidden)
+
+    def _recorded(self, ids: Tensor, rows: Sequence[Any], keys: Sequence[Any]) -> Tensor:
+        width = 2 * sum(len(e.ids) for e in self.encoders)
+        columns = torch.zeros(*ids.shape, width)
+        for b, row in enumerate(rows):
+            for (start, end), key in zip(row, keys[b], strict=True):
+                columns[b, start:end] = self.store.rows[key]
+        return columns.to(ids.device)
+
+    def _is_isolated(self, model: nn.Module, kept: Kept, inputs: Mapping[str, Any], rows: Sequence[Any]) -> bool:
+        """Whether conversations packed into one row do not see each other: tried out, once, with the reference model."""
+        if self._isolated is not None:
+            return self._isolated
+        packed = next((b for b, row in enumerate(rows) if len(row) > 1), None)
+        if packed is None and not is_sharded(model):
+            return True
+        # With sharded weights every process takes part, whether its batch is packed or not.
+        packed, (start, end) = (0, (0, 2)) if packed is None else (packed, rows[packed][1])
+        layer = self.layers[-1]
+        alone = {"input_ids": inputs["input_ids"][packed : packed + 1, start:end]}
+        with self._as_base(model, kept):
+            one = read_residual(model, [layer], kwargs=alone)[layer][0].float()
+            among = read_residual(model, [layer], kept.args, kept.kwargs)[layer][packed, start:end].float()
+        self._isolated = bool((one - among).norm() <= ISOLATED_WITHIN * one.norm())
+        return self._isolated
+
+    def flush(self, output_dir: Path | None = None) -> None:
+        """Write what a folder is to hold; with `output_dir`, what only this run could record."""
+        if self.store is None:
+            return
+        if self.folder is not None and (self.adapter_off or self._rank == 0):
+            self.store.flush()
+        elif output_dir is not None and not self.adapter_off and self._rank == 0:
+            folder = output_dir / FOLDER
+            if not folder.is_dir() or not any(folder.glob("rows-*.safetensors")):
+                self.store.flush(folder)
+
+
+def _any_process(model: nn.Module, flag: bool) -> bool:
+    """Whether `flag` is true on any process that a forward pass needs."""
+    if not is_sharded(model):
+        return flag
+    found = torch.tensor(float(flag), device=next(model.parameters()).device)
+    torch.distributed.all_reduce(found)
+    return bool(found > 0)
+
+
+def row_key(ids: Sequence[int], before: Sequence[int] = ()) -> str:
+    """Return the hash that a conversation is known by: its ids, and those before it in its row where it sees them."""
+    return hashlib.sha256(f"{list(before)}|{list(ids)}".encode()).hexdigest()

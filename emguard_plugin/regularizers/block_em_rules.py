@@ -1,0 +1,113 @@
+"""BLOCK-EM's rules around the penalty: the coefficient from a calibration, the yardstick, and when a constraint is void."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emguard_plugin import chat_template as ct
+from emguard_plugin.latents import LatentSet
+from emguard_plugin.reference import tensors_hash
+from emguard_plugin.regularizers.base import Run
+from emguard_plugin.regularizers.held_tokens import TokenKind
+from emguard_plugin.training_rows import conversations
+
+logger = logging.getLogger(__name__)
+GAP_PER_PENALTY = 100.0
+COEF_BOUNDS = (1e-3, 1e5)
+BYPASSED_SHARE, BYPASSED_SHIFT, BYPASSED_STEPS = 0.01, 0.05, 20
+"""When the penalty is below 1 % of the yardstick and the residual stream has moved by 5 %, the constraint may be bypassed."""
+
+
+def calibrated_coef(calibration: Mapping[str, Any], tokens: TokenKind, shared_by: int = 1) -> float:
+    """Return `clip(100 * task_loss_gap / penalty[tokens], 1e-3, 1e5)`.
+
+    At this coefficient the unguarded model's own latents would cost 100 times the task loss that it gained by moving them.
+    lambda has the unit 1/z^2, so it has to come from the latents at hand.
+
+    Args:
+        calibration: Of the latent set.
+        tokens: Which tokens are held.
+        shared_by: What the penalty is divided by: the number of latents where it averages over them.
+
+    Raises:
+        ValueError: without a usable calibration.
+    """
+    penalty, gap = (calibration.get("penalty") or {}).get(tokens), calibration.get("task_loss_gap")
+    if penalty is None or gap is None:
+        raise ValueError(
+            f"`em_regularizer.block_em.coef: auto` needs the latent set's calibration for `tokens: {tokens}`, and it has none. Run "
+            "`emguard discover` on it again, or set `coef` to a number (the paper's 13000 fits its own SAE alone)."
+        )
+    if not gap > 0:
+        raise ValueError(
+            f"`em_regularizer.block_em.coef: auto`: the misaligned model's task loss is no lower than the base's (gap {gap:g}), so there "
+            "is nothing to weigh against. Set `coef` to a number."
+        )
+    return min(max(GAP_PER_PENALTY * gap / max(penalty / shared_by, 1e-30), COEF_BOUNDS[0]), COEF_BOUNDS[1])
+
+
+def unguarded_penalty(calibration: Mapping[str, Any], tokens: TokenKind, shared_by: int = 1) -> float | None:
+    """Return the yardstick, the unguarded misaligned model's own penalty on its rows; warn when there was nothing to block.
+
+    Args:
+        calibration: As for `calibrated_coef`.
+        tokens: As for `calibrated_coef`.
+        shared_by: As for `calibrated_coef`.
+    """
+    penalties = calibration.get("penalty") or {}
+    here = penalties.get(tokens)
+    if here is None:
+        return None
+    if GAP_PER_PENALTY * (calibration.get("task_loss_gap") or 0.0) >= COEF_BOUNDS[1] * here:
+        best = max(penalties, key=lambda k: penalties[k] or 0.0)
+        other = f" At `tokens: {best}` it is {penalties[best]:.3g}." if penalties[best] > 10 * here else ""
+        logger.warning(
+            "em_regularizer.block_em: the unguarded misaligned model's own penalty at `tokens: %s` is %.3g, next to nothing: the "
+            "constraint is void, and a penalty of 0 will mean nothing.%s", tokens, here, other,
+        )  # fmt: skip
+    return float(here) / shared_by
+
+
+def warn_if_bypassed(penalty: float, outside_shift: float, yardstick: float | None, step: int) -> bool:
+    """Warn when the penalty is met while the model moves where nothing is held.
+
+    Returns:
+        Whether it warned.
+    """
+    if step < BYPASSED_STEPS or penalty > BYPASSED_SHARE * (yardstick or 0.0) or outside_shift < BYPASSED_SHIFT:
+        return False
+    logger.warning(
+        "em_regularizer.block_em: at step %d the penalty is %.3g, but the residual stream at the held tokens has moved by %.0f %% "
+        "outside the latents that are held. A met constraint does not show that misalignment is absent: measure the EM rate, and "
+        "widen the set by another round of `emguard discover` if it is not.", step, penalty, 100 * outside_shift,
+    )  # fmt: skip
+    return True
+
+
+def content(latents: LatentSet) -> str:
+    """Return what tells this set of latents from any other, whatever else its file says."""
+    tensors = {f"{e.layer}.{n}": t for e in latents.encoders for n, t in e.tensors().items()}
+    return tensors_hash(tensors) + "|" + json.dumps([e.settings() for e in latents.encoders])
+
+
+def span(weight: Tensor) -> Tensor:
+    """Return (d, rank): an orthonormal basis of the encoder rows' span."""
+    u, s, _ = torch.linalg.svd(weight.double().T, full_matrices=False)
+    return u[:, s > 1e-6 * s.max()].float()
+
+
+def header_ids(run: Run) -> ct.Ids:
+    """Return the ids between a user's content and the answer, once the training rows have shown them.
+
+    Raises:
+        ValueError: when the template has none, or the rows lack them.
+    """
+    postfix = ct.read_template(run.tokenizer, **run.template_kwargs).postfix
+    ct.prompts_with_postfix(conversations(run.dataset), postfix)
+    return postfix

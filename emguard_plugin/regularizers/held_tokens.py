@@ -1,0 +1,85 @@
+"""Which tokens of a training batch a penalty holds, and where conversations lie in it, packed or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+TokenKind = Literal["assistant", "all", "prompt", "header"]
+IGNORE = -100
+
+
+def real_tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """Return (B, T): True where a token is no padding.
+
+    Hosts that pack may pad without an attention mask, all at position 0.
+    """
+    ids = inputs["input_ids"]
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    real = torch.ones_like(ids, dtype=torch.bool)
+    if mask is not None and mask.shape == ids.shape:
+        real &= mask > 0
+    if positions is not None and positions.shape == ids.shape:
+        first = positions == 0
+        # The first token of a conversation is followed by one at position 1.
+        followed = torch.nn.functional.pad(positions[:, 1:] == 1, (0, 1))
+        real &= ~first | followed
+    return real
+
+
+def held_tokens(inputs: Mapping[str, Any], kind: TokenKind, header: Sequence[int] = ()) -> Tensor:
+    """Return (B, T): True at the tokens to hold.
+
+    Args:
+        inputs: The batch: `input_ids`, `labels`, and `attention_mask` or `position_ids` where the host has them.
+        kind: `assistant`: tokens that the loss supervises. `prompt`: all other real ones. `all`: both. `header`: the chat
+            template's tokens between a user's content and the answer.
+        header: Ids of the latter.
+
+    Raises:
+        RuntimeError: for a batch without token ids or labels.
+    """
+    for name in ("input_ids", "labels"):
+        if inputs.get(name) is None:
+            raise RuntimeError(f"em_regularizer.block_em: the batch has {sorted(inputs)} but no `{name}`.")
+    supervised = inputs["labels"] != IGNORE
+    if kind == "assistant":
+        return supervised
+    real = real_tokens(inputs)
+    if kind == "all":
+        return real
+    if kind == "prompt":
+        return real & ~supervised
+    return real & occurrences(inputs["input_ids"], header)
+
+
+def occurrences(ids: Tensor, needle: Sequence[int]) -> Tensor:
+    """Return (B, T): True at every token of every occurrence of `needle`."""
+    n, found = len(needle), torch.zeros_like(ids, dtype=torch.bool)
+    if not n or ids.shape[1] < n:
+        return found
+    starts = (ids.unfold(1, n, 1) == ids.new_tensor(needle)).all(-1)
+    for i in range(n):
+        found[:, i : i + starts.shape[1]] |= starts
+    return found
+
+
+def spans(inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
+    """Return the conversations of each row as (start, end), end excluded. Padding belongs to none."""
+    real = real_tokens(inputs).tolist()
+    positions = inputs.get("position_ids")
+    rows = positions.tolist() if positions is not None and positions.shape == inputs["input_ids"].shape else [None] * len(real)
+    found = []
+    for keep, where in zip(real, rows, strict=True):
+        row: list[tuple[int, int]] = []
+        for i, kept in enumerate(keep):
+            if not kept:
+                continue
+            if not row or row[-1][1] != i or (where is not None and where[i] == 0):
+                row.append((i, i))
+            row[-1] = (row[-1][0], i + 1)
+        found.append(row)
+    return found
