@@ -1,6 +1,7 @@
 """BLOCK-EM on the lab's shipped base through the real TRL trainer: discovery, five seeds, transfer, re-emergence, TReFT.
 
-    python benchmarks/lab_study_block_em.py discover             # latents, from one naive fine-tune (seed 21), train wordings
+    python benchmarks/lab_study_block_em.py attribute            # latents, from one naive fine-tune (seed 21), train wordings
+    python benchmarks/lab_study_block_em.py discover             # the same by steering, `emguard discover`
     python benchmarks/lab_study_block_em.py run --split val --seed 21 --seed 22 --method naive --method block
     python benchmarks/lab_study_block_em.py run                  # test wordings, seeds 11 to 15
     python benchmarks/lab_study_block_em.py run --domain money --domain school --method naive --method block
@@ -52,6 +53,7 @@ METHODS = {
     "block": ("attributed", True, False),  # SIZE latents of each layer by attribution
     "random": ("random", True, False),  # as many, of the same layers
     "top_shift": ("top_shift", True, False),
+    "block2": ("second_round", True, False),  # united with what a blocked model that re-emerged uses
     "steered": ("found", True, False),  # what `emguard discover` finds by steering
     "freeze": (None, True, False),
     "block_open": ("attributed", False, False),  # without freezing
