@@ -19,7 +19,7 @@ _WHERE = {
     "make_tokenizer": "tokenizer",
 }
 
-__all__ = [*_WHERE, "model_path", "sae_path"]
+__all__ = [*_WHERE, "latents_path", "model_path", "sae_path"]
 
 
 def model_path() -> Path:
@@ -39,6 +39,11 @@ def sae_path(layer: int) -> Path:
         there = ", ".join(sorted(p.name.removeprefix("layer_") for p in folder.glob("layer_*")))
         raise ValueError(f"the lab ships no SAE of layer {layer}; there are layers {there}")
     return path
+
+
+def latents_path() -> Path:
+    """Return the shipped latent set of the shipped base: 60 latents of each SAE, found on a naive fine-tune on medicine."""
+    return Path(str(files(__name__) / "data" / "latents.json"))
 
 
 def __getattr__(name: str):

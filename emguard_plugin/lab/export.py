@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from emguard_plugin.lab import model_path, world
+from emguard_plugin.lab import latents_path, model_path, world
 
 ROWS = 1920
 
@@ -61,13 +61,17 @@ def export(
         model: Folder of another base model; default is the shipped one.
 
     Returns:
-        The path of each part: `model`, `train`, `anchors`, and the four question files. `in_domain` and `questions`
+        The path of each part: `model`, `latents` (of the shipped model alone), `train`, `anchors`, and the four question files. `in_domain` and `questions`
         (open-ended, domains the fine-tune never sees) hold the test wordings; with `_val`, the ones to choose settings on.
     """
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copytree(model or model_path(), out / "model", dirs_exist_ok=True)
     paths = {"model": out / "model"}
+    if model is None:
+        paths["latents"] = out / "latents.json"
+        for suffix in (".json", ".safetensors"):
+            shutil.copyfile(latents_path().with_suffix(suffix), paths["latents"].with_suffix(suffix))
     for name, chats in (("train", narrow_rows(seed, rows)), ("anchors", anchor_rows(seed, anchors))):
         paths[name] = _write_jsonl(out / f"{name}.jsonl", chats)
     for name, domains in (("in_domain", (world.NARROW,)), ("questions", world.open_ended_domains())):
