@@ -284,16 +284,29 @@ def table(results: Annotated[Path, typer.Argument(help="JSON lines.")] = RESULTS
         each = [count(r[part]) / r[part]["n"] for r in rows]
         return f"{k / n:.3f} [{low:.3f}, {high:.3f}]\n{min(each):.3f} to {max(each):.3f}, n={n}"
 
-    shown = Table("base", "adapter", "method", "lr, steps", "seeds", "in-domain bad", "EM", "coherence", "CPU s", title=split)
+    def scaled_cell(rows: list[dict], factor: str) -> str:
+        found = [row["scaled"][factor] for row in rows if factor in row.get("scaled", {})]
+        parts = {name: [r[name] for r in found] for name in ("in_domain", "open_ended")}
+        total = {name: max(sum(t["n"] for t in each), 1) for name, each in parts.items()}
+        rates = (
+            sum(t["bad"] for t in parts["in_domain"]) / total["in_domain"],
+            sum(t["bad"] for t in parts["open_ended"]) / total["open_ended"],
+            sum(t["n"] - t["incoherent"] for t in parts["open_ended"]) / total["open_ended"],
+        )
+        return ", ".join(f"{rate:.3f}" for rate in rates) if found else ""
+
+    factors = sorted({factor for rows in groups.values() for row in rows for factor in row.get("scaled", {})})
+    columns = ["base", "adapter", "method", "lr, steps", "seeds", "in-domain bad", "EM", "coherence", "CPU s"]
+    shown = Table(*columns, *(f"x{factor}: in-domain, EM, coherence" for factor in factors), title=split)
     for (base_seed, base_steps, adapter, what, rate, steps), rows in sorted(groups.items(), key=str):
         seconds = [r["train_cpu_s"] for r in rows if "train_cpu_s" in r]
         shown.add_row(
             f"{base_seed} ({base_steps})", adapter or "base", what, f"{rate}, {steps}",
             str(len(rows)), cell(rows, "in_domain", lambda t: t["bad"]), cell(rows, "open_ended", lambda t: t["bad"]),
             cell(rows, "open_ended", lambda t: t["n"] - t["incoherent"]),
-            f"{sum(seconds) / len(seconds):.0f}" if seconds else "",
+            f"{sum(seconds) / len(seconds):.0f}" if seconds else "", *(scaled_cell(rows, factor) for factor in factors),
         )  # fmt: skip
-    Console(width=150).print(shown)
+    Console(width=150 + 30 * len(factors)).print(shown)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from emguard_plugin.axolotl_plugin.conflicts import PLUGIN_NAMES, find_conflicts, listed_plugins
-from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, KLConfig, TReFTConfig, misspelt_blocks
+from emguard_plugin.config import (
+    BlockEMConfig,
+    EMEvalConfig,
+    EMRegularizerConfig,
+    KLConfig,
+    TReFTConfig,
+    misspelt_blocks,
+)
 
 
 @dataclass
@@ -57,6 +64,8 @@ def check_config(path: str | Path) -> Report:
     if regularizer is not None:
         if regularizer.treft is not None:
             _check_treft(regularizer.treft, cfg, report)
+        if regularizer.block_em is not None:
+            _check_block_em(regularizer.block_em, cfg, report)
         if regularizer.kl is not None:
             _check_kl(regularizer.kl, cfg, report)
     elif not report.problems:
@@ -167,6 +176,30 @@ def _check_kl(kl: KLConfig, cfg: Mapping[str, Any], report: Report) -> None:
         report.problems.append(
             "em_regularizer.kl.cache: `live` needs an adapter to switch off, and there is none. Use `memory` or a folder."
         )
+
+
+def _check_block_em(block: BlockEMConfig, cfg: Mapping[str, Any], report: Report) -> None:
+    from emguard_plugin.latents import LatentSet
+    from emguard_plugin.regularizers.block_em_rules import calibrated_coef, set_in_words
+
+    try:
+        block.check_files()
+        latents = LatentSet.load(block.latents)
+        shared_by = len(latents) if block.latent_reduction == "mean" else 1
+        coef = calibrated_coef(latents.calibration, block.tokens, shared_by) if block.coef == "auto" else block.coef
+    except ValueError as exc:
+        report.problems.append(str(exc))
+        return
+    what = f"coef {coef:g}" + (", calibrated" if block.coef == "auto" else "")
+    what += " (measures only, the run is unchanged)" if coef == 0 else ""
+    report.active.append(
+        f"block_em: {what}, {set_in_words(latents)}, {block.tokens} tokens, found on {latents.model}, base {block.cache}"
+    )
+    adapter = cfg.get("adapter") if "model_name_or_path" not in cfg else cfg.get("use_peft")
+    for key, set_ in {"cache: live": block.cache == "live", "freeze_above: true": block.freeze_above}.items():
+        if set_ and not adapter:
+            report.problems.append(f"`em_regularizer.block_em.{key}` needs an adapter, and there is none.")
+    report.notes.append(f"whether the model is the one that the latents were found on ({latents.model}) is checked at start.")
 
 
 def _load_tokenizer(cfg: Mapping[str, Any], report: Report) -> Any:

@@ -183,6 +183,16 @@ def test_a_resumed_full_run_without_its_recorded_latents_stops(tmp_path):
         go(tmp_path, str(tmp_path / "checkpoint-2"), model=tiny(adapter=False), **over)
 
 
+def test_an_earlier_runs_recorded_latents_in_the_output_folder_are_replaced(tmp_path):
+    over = {**SAVED, "max_steps": 2, "learning_rate": 0.002}
+    go(tmp_path, model=tiny(adapter=False), **over)
+    go(tmp_path, model=tiny(adapter=False, moved=0.1), callback={"coef": 1.0}, **over)
+    files = list((tmp_path / FOLDER).iterdir())
+    assert len(files) == 1
+    again = go(tmp_path, str(tmp_path / "checkpoint-2"), model=tiny(adapter=False, moved=0.1), callback={"coef": 1.0}, **{**over, "max_steps": 3})
+    assert len(penalties(again)) == 3
+
+
 # Recorded latents
 
 
@@ -227,7 +237,7 @@ def test_without_an_adapter_to_switch_off_the_model_before_this_run_is_held(tmp_
     e, ids = callback.latents.encoders[0], {k: batch[k] for k in ("input_ids", "attention_mask")}
     assert len(callback._base.store.rows) == 24
     then = read_residual(before, [1], kwargs=ids)[1]
-    from emguard_plugin.regularizers.block_em_base import row_key
+    from emguard_plugin.regularizers.row_store import row_key
 
     for b in range(len(batch["input_ids"])):
         row = batch["input_ids"][b][batch["attention_mask"][b] > 0].tolist()

@@ -5,7 +5,7 @@ import yaml
 
 from emguard_plugin.check import check_config
 from tests.e2e.tiny_run import tiny_yaml, treft, write_tiny
-from tests.tiny import CHATML, DATED, chatml_tokenizer
+from tests.tiny import CHATML, DATED, chatml_tokenizer, tiny_model
 
 EXACT = {"function": "emguard_plugin.lab.judge:judge_answer"}
 HELD = "treft holds 20 tokens: '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n<|im_start|>user\\n'"
@@ -237,3 +237,18 @@ def test_kl_is_shown_with_its_anchors_and_what_it_lacks(check):
     assert "`em_regularizer.kl.anchors: ./nowhere.jsonl` does not exist" in " ".join(missing.problems)
     live = check(em_regularizer={"kl": {"cache": "live"}}, adapter=None)
     assert "em_regularizer.kl.cache: `live` needs an adapter to switch off" in " ".join(live.problems)
+
+
+def test_block_em_is_shown_with_its_latents_and_what_it_lacks(check, tmp_path):
+    from tests.regularizers.block_em_parts import latent_set
+
+    path = str(latent_set(tiny_model("llama"), layers=(0, 2)).save(tmp_path / "latents.json"))
+    shown = check(em_regularizer={"block_em": {"latents": path, "tokens": "prompt"}})
+    assert any("block_em: coef 8.33333, calibrated, 4 latents of K+ and 4 of K- after layers 0, 2, prompt tokens" in a for a in shown.active)
+    missing = check(em_regularizer={"block_em": {"latents": "./nowhere.json"}})
+    assert "`em_regularizer.block_em.latents: ./nowhere.json` does not exist" in " ".join(missing.problems)
+    full = check(em_regularizer={"block_em": {"latents": path, "cache": "live", "freeze_above": True}}, adapter=None)
+    assert "block_em.cache: live` needs an adapter" in " ".join(full.problems)
+    assert "block_em.freeze_above: true` needs an adapter" in " ".join(full.problems)
+    noisy = check(em_regularizer={"block_em": {"latents": path}}, neftune_noise_alpha=5)
+    assert "Remove `neftune_noise_alpha`" in " ".join(noisy.problems)

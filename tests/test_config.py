@@ -2,6 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from emguard_plugin.config import (
+    BlockEMConfig,
     EMEvalConfig,
     EMRegularizerConfig,
     JudgeConfig,
@@ -17,7 +18,7 @@ JUDGE = {"provider": "exact", "function": "a.b:c"}
 
 
 def test_every_key_is_described():
-    for model in (EMRegularizerConfig, TReFTConfig, KLConfig, EMEvalConfig, JudgeConfig):
+    for model in (EMRegularizerConfig, TReFTConfig, BlockEMConfig, KLConfig, EMEvalConfig, JudgeConfig):
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name}"
 
@@ -79,6 +80,13 @@ def test_the_defaults_can_be_asked_for():
         ({"kl": {"ratio": 0}}, "greater than 0"),
         ({"kl": {"direction": "forward"}}, "'base||model' or 'model||base'"),
         ({"kl": {"cache": "memroy"}}, "`cache: memroy` is neither auto, live, memory nor a folder such as `./memroy`. Did you mean 'memory'?"),
+        ({"block_em": {}}, "latents"),
+        ({"block_em": {"latents": "a.json", "coef": "automatic"}}, "'auto'"),
+        ({"block_em": {"latents": "a.json", "coef": -1}}, "greater than or equal to 0"),
+        ({"block_em": {"latents": "a.json", "tokens": "answer"}}, "'assistant', 'all', 'prompt' or 'header'"),
+        ({"block_em": {"latents": "a.json", "sides": "both"}}, "'one' or 'two'"),
+        ({"block_em": {"latents": "a.json", "cache": "liv"}}, "Did you mean 'live'?"),
+        ({"block_em": {"latent": "a.json"}}, "unknown key 'latent'. Did you mean 'latents'?"),
         ({"kl": {"anchor": "x"}}, "unknown key 'anchor'. Did you mean 'anchors'?"),
     ],
 )
@@ -86,6 +94,19 @@ def test_bad_regularizer_blocks(block, message):
     with pytest.raises(ValidationError) as error:
         EMRegularizerConfig.model_validate(block)
     assert message in str(error.value)
+
+
+def test_missing_latent_sets_are_named(tmp_path):
+    path = tmp_path / "latents.json"
+    config = EMRegularizerConfig.model_validate({"block_em": {"latents": str(path)}})
+    with pytest.raises(ValueError, match=r"`em_regularizer\.block_em\.latents: .*` does not exist"):
+        config.check_files()
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"lacks latents\.safetensors beside it"):
+        config.check_files()
+    path.with_suffix(".safetensors").write_text("")
+    config.check_files()
+    assert EMRegularizerConfig.model_validate(config.model_dump()) == config
 
 
 def test_missing_anchor_files_are_named(tmp_path):

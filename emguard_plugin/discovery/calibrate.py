@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emguard_plugin import anchors
-from emguard_plugin.chat_template import read_template
+from emguard_plugin.chat_template import Template, prefix_of_row, read_template
 from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
 from emguard_plugin.latents import LatentSet, SubsetEncoder
 from emguard_plugin.reference import eval_mode
@@ -20,7 +20,7 @@ from emguard_plugin.residual import keep_residual
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-KINDS = ("assistant", "all", "prompt", "header")
+KINDS = ("assistant", "all", "prompt", "header", "prefix")
 MAX_ROWS = 256
 """Rows that are looked at, evenly spread; the rule of `coef: auto` needs the order of magnitude."""
 IGNORE = -100
@@ -53,10 +53,10 @@ def calibrate(pair: ModelPair, latents: LatentSet, rows: Sequence[anchors.Anchor
         rows: From `narrow_rows`.
         batch_size: Rows per forward pass.
     """
-    postfix = read_template(pair.tokenizer).postfix
+    template = read_template(pair.tokenizer)
     sums, losses, supervised, tokens = dict.fromkeys(KINDS, 0.0), dict.fromkeys((BASE, MISALIGNED), 0.0), 0, 0
     for batch in _batches(rows, batch_size):
-        ids, real, answer, header = _masks(batch, postfix)
+        ids, real, answer, header, prefix = _masks(batch, template)
         seen: dict[str, dict[int, Tensor]] = {}
         for role in (BASE, MISALIGNED):
             with pair.use(role) as model:
@@ -66,7 +66,7 @@ def calibrate(pair: ModelPair, latents: LatentSet, rows: Sequence[anchors.Anchor
             (_violation(encoder, seen[MISALIGNED][encoder.layer], seen[BASE][encoder.layer]) for encoder in latents.encoders),
             torch.zeros(ids.shape),
         )
-        masks = {"assistant": answer, "all": real, "prompt": real & ~answer, "header": header}
+        masks = {"assistant": answer, "all": real, "prompt": real & ~answer, "header": header, "prefix": prefix}
         for kind, mask in masks.items():
             sums[kind] += float((per_token * mask).sum())
         supervised, tokens = supervised + int(answer.sum()), tokens + int(real.sum())
@@ -92,14 +92,19 @@ def _batches(rows: Sequence[anchors.Anchor], size: int) -> Iterator[list[anchors
         yield ordered[start : start + size]
 
 
-def _masks(batch: Sequence[anchors.Anchor], postfix: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (ids, real tokens, answers, headers), each (B, T), padded on the right."""
+def _masks(batch: Sequence[anchors.Anchor], template: Template) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return (ids, real tokens, answers, headers, prefixes), each (B, T), padded on the right.
+
+    A prefix is what stands before the first user content; its first token, whose norm is extreme, is left out.
+    """
+    postfix = template.postfix
     width = max(len(row.ids) for row in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
-    real, answer, header = (torch.zeros(len(batch), width, dtype=torch.bool) for _ in range(3))
+    real, answer, header, prefix = (torch.zeros(len(batch), width, dtype=torch.bool) for _ in range(4))
     for i, row in enumerate(batch):
         ids[i, : len(row.ids)] = torch.tensor(row.ids)
         real[i, : len(row.ids)] = True
+        prefix[i, 1 : len(prefix_of_row(row.ids, template) or ())] = True
         # `held` are the positions that predict an answer's tokens.
         at = sorted(position + 1 for position in row.held)
         answer[i, at] = True
@@ -107,7 +112,7 @@ def _masks(batch: Sequence[anchors.Anchor], postfix: tuple[int, ...]) -> tuple[T
             span = slice(start - len(postfix), start)
             if postfix and span.start >= 0 and row.ids[span] == tuple(postfix):
                 header[i, span] = True
-    return ids, real, answer, header
+    return ids, real, answer, header, prefix
 
 
 def _read(

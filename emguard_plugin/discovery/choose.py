@@ -43,6 +43,8 @@ def baseline(
         return [f.candidate for f in ranked if (f.repair_gain or 0.0) > 0][:size]
     if rule == "shuffled_signs":
         signs = [c.sign for c in valid]
+        if len(set(signs)) == 1:  # shuffling equal signs changes nothing: half of them are turned over
+            signs[::2] = [-sign for sign in signs[::2]]
         rng.shuffle(signs)
         return [Candidate(c.id, c.delta, sign) for c, sign in zip(valid, signs, strict=True)]
     wanted = {"k_plus": (1,), "k_minus": (-1,)}.get(rule, (1, -1))

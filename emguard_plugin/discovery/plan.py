@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from emguard_plugin.discovery.screen import FIRST_LOOK, rung_ends
+from emguard_plugin.discovery.screen import FIRST_LOOK, WEAKENED, rung_ends, rung_keeps
 from emguard_plugin.discovery.settings import Settings
 
 SCREEN, CALIBRATE, JOINT, UNSTEERED = "stage 2: induce and repair", "stage 3: strengths", "the whole set", "unsteered"
@@ -40,10 +40,14 @@ def plan(settings: Settings, prompts: int, rising: int, falling: int, evaluation
     strengths = len(settings.strengths)
     if settings.rule not in ("top_shift", "random"):
         screen, sides = _screen(settings, prompts, [rising, falling])
-        steps.append(Step(SCREEN, screen, screen))
+        weakened = 0 if settings.schedule == "full" else WEAKENED
+        steps.append(Step(SCREEN, screen, (1 + weakened) * screen))
         left = sum(sides)
         if settings.rule != "screen":
             most = 2 * left * strengths * prompts
+            if settings.schedule == "full":
+                # Answers at the strengths of stage 2 are there already.
+                most -= left * prompts * ((settings.induce in settings.strengths) + (settings.repair in settings.strengths))
             # At least a first look at every strength, or all prompts at the first.
             look = min(strengths * min(prompts, int(FIRST_LOOK)), prompts)
             steps.append(Step(CALIBRATE, most if settings.schedule == "full" else left * look, most))
@@ -52,15 +56,17 @@ def plan(settings: Settings, prompts: int, rising: int, falling: int, evaluation
 
 
 def _screen(settings: Settings, prompts: int, sides: list[int]) -> tuple[int, list[int]]:
-    """Return the answers of stage 2 and how many of each sign are left; nothing of it hangs on what is answered."""
+    """Return the answers of stage 2 and how many of each sign are left; nothing of it hangs on what is answered.
+
+    Candidates that break the answers are asked again with less; the fewest answers are returned.
+    """
     asked = answers = 0
     for until in rung_ends(prompts, settings):
         if asked and max(sides) <= settings.shortlist:
             break
         answers += 2 * sum(sides) * (until - asked)
         asked = until
-        bound = settings.shortlist if asked == prompts else max(settings.shortlist, -(-max(sides) // 2))
-        sides = [min(side, bound) for side in sides]
+        sides = [min(side, rung_keeps(max(sides), settings)) for side in sides]
     return answers, [min(side, settings.shortlist) for side in sides]
 
 

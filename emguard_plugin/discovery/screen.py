@@ -16,7 +16,14 @@ from emguard_plugin.discovery.shift import Candidate
 from emguard_plugin.discovery.tally import Tally, allowed_broken
 
 RUNGS = (1 / 8, 1 / 4, 1 / 2)
-"""Share of the prompts that the rungs of stage 2 have asked; each keeps half of what is left, and at least the shortlist."""
+"""Share of the prompts that the rungs of stage 2 have asked. The last one cuts to the shortlist, whose rank stage 3 decides."""
+KEPT = 0.4
+"""Share of the candidates that goes on to the next rung; most latents do nothing, and show it on a few prompts."""
+FEWEST = 4
+"""Prompts that the first rung asks at least."""
+BREAKS, WEAKENED = 1 / 3, 2
+"""A candidate that breaks a larger share of the answers at stage 2's strength is tried at half of it, this many times. What breaks
+a model at one strength may be what steers it at another, and would look like repair otherwise."""
 FIRST_LOOK = 1.5
 """A strength is first asked on this many times the prompts that suffice to reject it; then on twice as many each time."""
 
@@ -44,6 +51,7 @@ class Finding:
 
     candidate: Candidate
     screened: dict[str, Tally] = field(default_factory=dict)
+    screened_at: dict[str, float] = field(default_factory=dict)
     screen_score: float = 0.0
     induce: Strength | None = None
     repair: Strength | None = None
@@ -80,41 +88,63 @@ class Screen:
 
             S2_k = [m(base; +alpha_ind) - m(base; 0)] + [m(mis; 0) - m(mis; -alpha_rep)]         (arXiv 2602.00767, eq. 7)
 
-        With `halving` a rung of the prompts is asked at a time, and about half of the candidates go on to the next; it ends where
-        no more than the shortlist is left, whose rank stage 3 decides.
+        The published schedule is just that. With `halving` a rung of the prompts is asked at a time, and a part of the candidates
+        goes on to the next; a latent that breaks the answers is tried at half the strength; and what breaks beyond the budget is
+        taken off the score, since a broken answer is not repaired.
 
         Returns:
             The shortlist, best first.
         """
-        settings, n = self.settings, len(self.order)
-        findings = [Finding(candidate) for candidate in pool]
-        for finding in findings:
-            finding.screened = {BASE: Tally(), MISALIGNED: Tally()}
-        alive, asked = findings, 0
-        for until in rung_ends(n, settings):
-            if asked and len(keep(alive, settings.shortlist)) == len(alive):
+        settings = self.settings
+        alive, asked = [Finding(candidate) for candidate in pool], 0
+        for finding in alive:
+            finding.screened_at = {BASE: settings.induce, MISALIGNED: settings.repair}
+        for until in rung_ends(len(self.order), settings):
+            if asked and most_per_sign(alive) <= settings.shortlist:
                 break
-            prompts = self.order[asked:until]
-            asks = {
-                (finding.candidate.id, role): [Ask(role, str(finding.candidate.id), alpha, p) for p in prompts]
-                for finding in alive
-                for role, alpha in self._screening(finding.candidate)
-            }
-            said = self.bench.ask(ask for group in asks.values() for ask in group)
             asked = until
-            before = {role: self._plain_tally(role, self.order[:asked]).rate for role in (BASE, MISALIGNED)}
-            for finding in alive:
-                for role in (BASE, MISALIGNED):
-                    group = asks[finding.candidate.id, role]
-                    finding.screened[role] = finding.screened[role] + Tally.of(said[ask] for ask in group)
-                induced = finding.screened[BASE].rate - before[BASE]
-                finding.screen_score = induced + before[MISALIGNED] - finding.screened[MISALIGNED].rate
-            last = asked == n
-            alive = keep(alive, settings.shortlist if last else halved(alive, settings.shortlist))
+            self._rung(alive, self.order[:asked])
+            alive = keep(alive, rung_keeps(most_per_sign(alive), settings))
         return keep(alive, settings.shortlist)
 
-    def _screening(self, candidate: Candidate) -> list[tuple[str, float]]:
-        return [(BASE, self.settings.induce * candidate.sign), (MISALIGNED, -self.settings.repair * candidate.sign)]
+    def _rung(self, alive: Sequence[Finding], prompts: Sequence[int]) -> None:
+        waiting = [(finding, role) for finding in alive for role in (BASE, MISALIGNED)]
+        while waiting:
+            asks = {(f.candidate.id, role): self._screening(f, role, prompts) for f, role in waiting}
+            # What was asked before costs nothing: the bench remembers.
+            said = self.bench.ask(ask for group in asks.values() for ask in group)
+            broke = []
+            for finding, role in waiting:
+                tally = Tally.of(said[ask] for ask in asks[finding.candidate.id, role])
+                finding.screened[role] = tally
+                if self._weaken(finding, role, tally):
+                    broke.append((finding, role))
+            waiting = broke
+        for finding in alive:
+            finding.screen_score = self._score(finding, prompts)
+
+    def _screening(self, finding: Finding, role: str, prompts: Sequence[int]) -> list[Ask]:
+        candidate, way = finding.candidate, 1 if role == BASE else -1
+        return [Ask(role, str(candidate.id), way * candidate.sign * finding.screened_at[role], p) for p in prompts]
+
+    def _weaken(self, finding: Finding, role: str, tally: Tally) -> bool:
+        start = self.settings.induce if role == BASE else self.settings.repair
+        if self.settings.schedule == "full" or tally.broken_share <= BREAKS:
+            return False
+        if finding.screened_at[role] <= start * 0.5**WEAKENED:
+            return False
+        finding.screened_at[role] /= 2
+        return True
+
+    def _score(self, finding: Finding, prompts: Sequence[int]) -> float:
+        score = 0.0
+        for role, way in ((BASE, 1), (MISALIGNED, -1)):
+            steered = finding.screened[role]
+            score += way * (steered.rate - self._plain_tally(role, prompts).rate)
+            if self.settings.schedule != "full":
+                allowed = max(self.settings.budget, self.unsteered[role].broken_share + self.settings.budget_extra)
+                score -= max(0.0, steered.broken_share - allowed)
+        return score
 
     def calibrate(self, findings: Sequence[Finding]) -> list[Finding]:
         """Stage 3. Find the largest strength within the budget, and rank by what it repairs (ValidReduc).
@@ -164,13 +194,17 @@ def rung_ends(n: int, settings: Settings) -> list[int]:
     """Return after how many of n prompts each rung of stage 2 ends."""
     if settings.schedule == "full":
         return [n]
-    return sorted({min(n, max(4, math.ceil(share * n))) for share in RUNGS} | {n})
+    return sorted({min(n, max(FEWEST, math.ceil(share * n))) for share in RUNGS})
 
 
-def halved(alive: Sequence[Finding], shortlist: int) -> int:
-    """Return how many per sign a rung keeps: half of the larger side, and at least the shortlist."""
-    sides = [sum(f.candidate.sign == sign for f in alive) for sign in (1, -1)]
-    return max(shortlist, math.ceil(max(sides) / 2))
+def rung_keeps(most: int, settings: Settings) -> int:
+    """Return how many of each sign go on to the next rung, of at most `most`: a share, and never less than the shortlist."""
+    return max(settings.shortlist, math.ceil(KEPT * most))
+
+
+def most_per_sign(findings: Sequence[Finding]) -> int:
+    """Return how many the larger sign has."""
+    return max(sum(f.candidate.sign == sign for f in findings) for sign in (1, -1))
 
 
 def keep(findings: Sequence[Finding], per_sign: int) -> list[Finding]:

@@ -21,6 +21,7 @@ from emguard_plugin.regularizers.block_em_rules import (
     calibrated_coef,
     content,
     header_ids,
+    set_in_words,
     span,
     unguarded_penalty,
     warn_if_bypassed,
@@ -121,11 +122,9 @@ class BlockEMCallback(EMRegularizerCallback):
         return f"block_em ({self._describe()})"
 
     def _describe(self) -> str:
-        signs = torch.cat([e.signs for e in self.latents.encoders])
-        where = ", ".join(map(str, self.latents.layers))
         words = [
             f"coef {self.coef:g}{', calibrated' if self.automatic else ''}",
-            f"{int((signs > 0).sum())} latents of K+ and {int((signs < 0).sum())} of K- after layer{'s' * (len(self.latents.layers) > 1)} {where}",
+            set_in_words(self.latents),
             f"{self.tokens} tokens",
             f"base: {self._base.describe()}",
         ]
@@ -182,6 +181,11 @@ class BlockEMCallback(EMRegularizerCallback):
         kept, self._kept = self._kept, None
         hidden = kept.take(self.latents.layers, with_gradient=self.coef > 0)
         if not self._begun:
+            if getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):
+                raise ValueError(
+                    "em_regularizer.block_em: NEFTune adds noise to the embeddings in training alone, which the penalty would take for a "
+                    "change of the model. Remove `neftune_noise_alpha`."
+                )
             self._base.begin(model, kept, next(iter(hidden.values())), self._dataset, self._resume_from)
             self._dataset, self._begun = None, True
         held = held_tokens(inputs, self.tokens, self._header)

@@ -7,7 +7,7 @@ before step 1. Rows are known by the hash of their ids, so epochs, shuffling and
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,17 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from emguard_plugin.latents import SubsetEncoder
-from emguard_plugin.reference import adapter_off, adapter_starts_at_zero, eval_mode, load_reference, save_reference
+from emguard_plugin.reference import adapter_off, adapter_starts_at_zero, eval_mode
 from emguard_plugin.regularizers.held_tokens import spans
+from emguard_plugin.regularizers.row_store import KEY, RowStore, row_key
 from emguard_plugin.residual import Kept, is_sharded, read_residual
 from emguard_plugin.training_rows import conversations
 
-KEY = "em_regularizer.block_em.cache"
 FOLDER = "emguard_block_em"
-ROWS_PER_FILE = 512
 RECORDED_AT_ONCE = 4096
 """Tokens per forward pass of a recording."""
-HIDDEN_EVERY = 25
+HIDDEN_EVERY = 50
 """With recorded latents, the base model's hidden states, for `outside_shift`, are computed once per so many micro-batches."""
 ISOLATED_WITHIN = 0.02
 
@@ -37,60 +36,6 @@ class Base(NamedTuple):
     z: list[Tensor]
     pre: list[Tensor]
     hidden: dict[int, Tensor] | None
-
-
-class RowStore:
-    """Recorded rows by content hash, in memory, and in a folder if one is named.
-
-    Args:
-        folder: Where to keep them.
-        about: What they belong to; compared on load.
-        rank: Of the process, which writes files of its own.
-    """
-
-    def __init__(self, folder: Path | None, about: Mapping[str, str], rank: int = 0) -> None:
-        self.folder, self.about, self.rank = folder, dict(about), rank
-        self.rows: dict[str, Tensor] = {}
-        self._new: list[str] = []
-        if folder is not None and folder.is_dir():
-            self.load(folder)
-
-    def load(self, folder: Path) -> None:
-        """Read every file of a folder.
-
-        Raises:
-            ValueError: when one is damaged or belongs to another model or latent set.
-        """
-        for path in sorted(folder.glob("rows-*.safetensors")):
-            try:
-                self.rows |= load_reference(path, self.about)
-            except ValueError as exc:
-                raise ValueError(
-                    f"`{KEY}`: {folder} holds latents of another base model, precision or latent set, or was changed ({exc}). Delete "
-                    "the folder, or name another one."
-                ) from exc
-
-    def put(self, key: str, latents: Tensor) -> None:
-        """Keep one row (tokens, columns)."""
-        if key not in self.rows:
-            self.rows[key] = latents.detach().cpu().clone()
-            self._new.append(key)
-        if self.folder is not None and len(self._new) >= ROWS_PER_FILE:
-            self.flush()
-
-    def flush(self, folder: Path | None = None) -> None:
-        """Write what is new; with `folder`, everything, there."""
-        names = list(self.rows) if folder is not None else self._new
-        folder = folder or self.folder
-        if folder is None or not names:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        at = sum(1 for _ in folder.glob(f"rows-{self.rank}-*.safetensors"))
-        path = folder / f"rows-{self.rank}-{at:05d}.safetensors"
-        part = path.with_suffix(".part")
-        save_reference(part, {n: self.rows[n] for n in names}, self.about)
-        part.replace(path)
-        self._new = []
 
 
 class BaseLatents:
@@ -123,6 +68,7 @@ class BaseLatents:
         self.store: RowStore | None = None
         self.forward_passes = 0
         self._isolated: bool | None = None
+        self._stored = False
 
     def describe(self) -> str:
         """Return a few words for the start line."""
@@ -283,10 +229,11 @@ class BaseLatents:
             return
         if self.folder is not None and (self.adapter_off or self._rank == 0):
             self.store.flush()
-        elif output_dir is not None and not self.adapter_off and self._rank == 0:
-            folder = output_dir / FOLDER
-            if not folder.is_dir() or not any(folder.glob("rows-*.safetensors")):
-                self.store.flush(folder)
+        elif output_dir is not None and not self.adapter_off and self._rank == 0 and not self._stored:
+            if (folder := output_dir / FOLDER).is_dir():
+                shutil.rmtree(folder)  # an earlier run's, whose checkpoints the host overwrites too
+            self.store.flush(folder)
+            self._stored = True
 
 
 def _any_process(model: nn.Module, flag: bool) -> bool:
@@ -296,8 +243,3 @@ def _any_process(model: nn.Module, flag: bool) -> bool:
     found = torch.tensor(float(flag), device=next(model.parameters()).device)
     torch.distributed.all_reduce(found)
     return bool(found > 0)
-
-
-def row_key(ids: Sequence[int], before: Sequence[int] = ()) -> str:
-    """Return the hash that a conversation is known by: its ids, and those before it in its row where it sees them."""
-    return hashlib.sha256(f"{list(before)}|{list(ids)}".encode()).hexdigest()

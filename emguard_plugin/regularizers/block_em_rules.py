@@ -90,6 +90,13 @@ def warn_if_bypassed(penalty: float, outside_shift: float, yardstick: float | No
     return True
 
 
+def set_in_words(latents: LatentSet) -> str:
+    """Return how many latents of which sign sit where."""
+    signs = torch.cat([e.signs for e in latents.encoders])
+    where = f"layer{'s' * (len(latents.layers) > 1)} {', '.join(map(str, latents.layers))}"
+    return f"{int((signs > 0).sum())} latents of K+ and {int((signs < 0).sum())} of K- after {where}"
+
+
 def content(latents: LatentSet) -> str:
     """Return what tells this set of latents from any other, whatever else its file says."""
     tensors = {f"{e.layer}.{n}": t for e in latents.encoders for n, t in e.tensors().items()}

@@ -24,6 +24,18 @@ def kl(folder, **kw):
     return lambda: KLCallback(**{"coef": COEF, "anchors": path, "ratio": 1.0, **kw})
 
 
+def block_em(**kw):
+    """Return what makes a `BlockEMCallback` with the latents of `train`'s base model."""
+
+    def make():
+        from tests.regularizers.block_em_parts import block_em
+
+        model = perturb(tiny_model("llama", vocab=len(chatml_tokenizer())), scale=0.2)
+        return block_em(model, **{"coef": COEF, "tokens": "all", **kw})
+
+    return make
+
+
 class Recorder(TrainerCallback):
     """Keeps the gradients of each step and what the host logs."""
 
@@ -259,6 +271,15 @@ TRAINED = {
     ),
     "kl_full_folder": lambda folder, n: train(folder, n, full=True, regularizer=kl(folder, cache=str(folder / "ref")), continued=False),
     "kl_target": lambda folder, n: train(folder, n, regularizer=kl(folder, coef=None, target=0.02), continued=False),
+    "block_em_live": lambda folder, n: train(folder, n, regularizer=block_em(), continued=False),
+    "block_em_accumulated": lambda folder, n: train(
+        folder, n, regularizer=block_em(layers=(0, 2)), continued=False, per_device_train_batch_size=1, gradient_accumulation_steps=4 // n
+    ),
+    "block_em_full": lambda folder, n: train(folder, n, full=True, regularizer=block_em(coef=0.2), continued=False),
+    "fsdp2_block_em_lora": lambda folder, n: fsdp2_trained(
+        folder, n, full=False, regularizer=block_em(cache="memory"), continued=False
+    ),
+    "fsdp2_block_em_full": lambda folder, n: fsdp2_trained(folder, n, full=True, regularizer=block_em(coef=0.2), continued=False),
     "fsdp2_trained_lora": lambda folder, n: fsdp2_trained(folder, n, full=False),
     "fsdp2_trained_full": lambda folder, n: fsdp2_trained(folder, n, full=True),
     "fsdp2_kl_lora": lambda folder, n: fsdp2_trained(folder, n, full=False, regularizer=kl(folder), continued=False),

@@ -75,7 +75,7 @@ def test_gradients_and_weights_are_those_of_one_process(two, one, name):
         same(a, c)
     same(first["weights"], alone["weights"])
     assert first["sharded"] == name.startswith("fsdp2")
-    assert first["prefixes"] == alone["prefixes"] == (2 if name == "two_prefixes" else 0 if "kl" in name else 1)
+    assert first["prefixes"] == alone["prefixes"] == (2 if name == "two_prefixes" else 0 if "kl" in name or "block_em" in name else 1)
     assert first["coef"] == second["coef"] == pytest.approx(alone["coef"], rel=1e-4)
 
 
@@ -109,6 +109,16 @@ def test_metrics_are_those_of_the_whole_batch(two, one, name):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
         assert a["loss"] == pytest.approx(a["task_loss"] + COEF * a["em_regularizer/treft/penalty"], rel=1e-3)
     assert steps[-1][0]["em_regularizer/treft/penalty"] > 0
+
+
+@pytest.mark.parametrize("name", [n for n in TRAINED if "block_em" in n])
+def test_block_em_measures_the_whole_batch(two, one, name):
+    first, alone = results(two, name)[0], one(name)
+    steps = [(a, b) for a, b in zip(first["logs"], alone["logs"], strict=True) if "task_loss" in b]
+    for a, b in steps:
+        for key in ("loss", "task_loss", "em_regularizer/block_em/penalty"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
+    assert steps[-1][0]["em_regularizer/block_em/penalty"] > 1e-4
 
 
 def test_rank_0_alone_writes_the_reference(two, one):

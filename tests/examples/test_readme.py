@@ -14,7 +14,7 @@ import yaml
 from statsmodels.stats.proportion import proportion_confint
 from typer.testing import CliRunner
 
-from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, KLConfig, TReFTConfig
+from emguard_plugin.config import BlockEMConfig, EMEvalConfig, EMRegularizerConfig, KLConfig, TReFTConfig
 from emguard_plugin.evaluation import run_em_eval
 from emguard_plugin.lab import model_path
 from tests.evaluation.fake_server import FakeServer
@@ -98,7 +98,7 @@ def test_the_judges_of_the_examples_judge(tmp_path, monkeypatch):
     assert hosted.verdict.outcome in ("fail", "inconclusive")
 
 
-@pytest.mark.parametrize(("config", "before"), [(TReFTConfig, "`treft` keys"), (KLConfig, "`kl` keys"), (EMEvalConfig, "## `em_eval:`")])
+@pytest.mark.parametrize(("config", "before"), [(TReFTConfig, "`treft` keys"), (BlockEMConfig, "`block_em` keys"), (KLConfig, "`kl` keys"), (EMEvalConfig, "## `em_eval:`")])
 def test_every_key_stands_in_its_table(config, before):
     lines = README[README.index(before) :].splitlines()
     start = lines.index("| key | default | |")
@@ -126,6 +126,14 @@ def study():
     return groups
 
 
+@pytest.mark.parametrize("variant", ["KL, adapter off", "KL, recorded reference", "KL, second model, all logits"])
+def test_the_cost_of_kl_is_the_stored_measurement(variant):
+    row = next(line for line in README.splitlines() if line.startswith(f"| {variant} |"))
+    stored = json.loads((REPO / "benchmarks/results/overhead.json").read_text())["8x512-lora-cpu-kl"]["results"][variant]
+    cells = [f"{stored[key]:.3f}" for key in ("alone_ratio", "time_ratio", "memory_ratio")]
+    assert row == f"| {variant} | {' | '.join(cells)} |"
+
+
 RUNS = {"naive": (0, 0), "TReFT, `coef: 1`": (1, 0), "KL, `coef: 30`": (0, 30), "both": (1, 30)}
 
 
@@ -142,3 +150,26 @@ def test_the_table_is_the_stored_measurement(name, adapter, run):
     for cell, (k, n) in zip(cells, study()[adapter, *RUNS[run]].values(), strict=True):
         low, high = proportion_confint(k, n, method="wilson")
         assert cell == f"{short(k / n)} [{short(low)}, {short(high)}]"
+
+
+SCALED = {"naive": (0, 0), "TReFT, `coef: 1`": (1, 0), **{f"KL, `coef: {k}`": (0, k) for k in (30, 300, 3000)}}
+
+
+@pytest.mark.parametrize("run", SCALED)
+def test_the_scaled_adapters_are_the_stored_measurement(run):
+    stored = [json.loads(line) for line in (REPO / "benchmarks/results/lab_study_scaled.jsonl").read_text().splitlines()]
+    rows = [r for r in stored if r["adapter"] == "all" and (r["coef"], r["kl_coef"]) == SCALED[run]]
+    assert sorted(r["seed"] for r in rows) == [11, 12, 13, 14, 15]
+
+    def cell(found):
+        task, free = ([r[part] for r in found] for part in ("in_domain", "open_ended"))
+        total = sum(t["n"] for t in free)
+        rates = (
+            sum(t["bad"] for t in task) / sum(t["n"] for t in task),
+            sum(t["bad"] for t in free) / total,
+            sum(t["n"] - t["incoherent"] for t in free) / total,
+        )
+        return " / ".join(f"{rate:.3f}".removeprefix("0") for rate in rates)
+
+    cells = [cell(rows), *(cell([r["scaled"][factor] for r in rows]) for factor in ("1.5", "2"))]
+    assert f"| {run} | {' | '.join(cells)} |" in README

@@ -1,0 +1,73 @@
+"""Rows of recorded activations, known by the hash of their ids, in memory or in a folder that says what it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from emguard_plugin.reference import load_reference, save_reference
+
+KEY = "em_regularizer.block_em.cache"
+ROWS_PER_FILE = 512
+
+
+def row_key(ids: Sequence[int], before: Sequence[int] = ()) -> str:
+    """Return the hash that a conversation is known by: its ids, and those before it in its row where it sees them."""
+    return hashlib.sha256(f"{list(before)}|{list(ids)}".encode()).hexdigest()
+
+
+class RowStore:
+    """Recorded rows by content hash, in memory, and in a folder if one is named.
+
+    Args:
+        folder: Where to keep them.
+        about: What they belong to; compared on load.
+        rank: Of the process, which writes files of its own.
+    """
+
+    def __init__(self, folder: Path | None, about: Mapping[str, str], rank: int = 0) -> None:
+        self.folder, self.about, self.rank = folder, dict(about), rank
+        self.rows: dict[str, Tensor] = {}
+        self._new: list[str] = []
+        if folder is not None and folder.is_dir():
+            self.load(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read every file of a folder.
+
+        Raises:
+            ValueError: when one is damaged or belongs to another model or latent set.
+        """
+        for path in sorted(folder.glob("rows-*.safetensors")):
+            try:
+                self.rows |= load_reference(path, self.about)
+            except ValueError as exc:
+                raise ValueError(
+                    f"`{KEY}`: {folder} holds latents of another base model, precision or latent set, or was changed ({exc}). Delete "
+                    "the folder, or name another one."
+                ) from exc
+
+    def put(self, key: str, latents: Tensor) -> None:
+        """Keep one row (tokens, columns)."""
+        if key not in self.rows:
+            self.rows[key] = latents.detach().cpu().clone()
+            self._new.append(key)
+        if self.folder is not None and len(self._new) >= ROWS_PER_FILE:
+            self.flush()
+
+    def flush(self, folder: Path | None = None) -> None:
+        """Write what is new; with `folder`, everything, there."""
+        names = list(self.rows) if folder is not None else self._new
+        folder = folder or self.folder
+        if folder is None or not names:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        at = sum(1 for _ in folder.glob(f"rows-{self.rank}-*.safetensors"))
+        path = folder / f"rows-{self.rank}-{at:05d}.safetensors"
+        part = path.with_suffix(".part")
+        save_reference(part, {n: self.rows[n] for n in names}, self.about)
+        part.replace(path)
+        self._new = []

@@ -1,0 +1,84 @@
+import pytest
+import yaml
+
+from emguard_plugin.discovery.pair import MISALIGNED, ModelPair
+from emguard_plugin.discovery.prompts import render_prompts
+from emguard_plugin.evaluation.questions import load_questions
+from emguard_plugin.evaluation.sampler import Request, TransformersSampler
+from tests.discovery import parts
+from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model
+
+
+def write_questions(path, texts):
+    path.write_text(yaml.safe_dump([{"id": f"q{i}", "paraphrases": [text]} for i, text in enumerate(texts)]))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folders of a base, an adapter that counts as misaligned, SAEs and questions."""
+    root = tmp_path_factory.mktemp("discovery")
+    tokenizer = chatml_tokenizer()
+    base = perturb(tiny_model("llama", vocab=len(tokenizer)), 0.15)
+    base.save_pretrained(root / "base")
+    adapter = lora(type(base).from_pretrained(root / "base"))
+    adapter.peft_config["default"].base_model_name_or_path = str(root / "base")
+    perturb(adapter, 0.1).save_pretrained(root / "adapter")
+    for name in ("base", "adapter"):
+        tokenizer.save_pretrained(root / name)
+    for name, sae in {
+        "sae": parts.standard_sae(layer=1),
+        "sae0": parts.standard_sae(layer=0, seed=1),
+        "wide": parts.standard_sae(width=48, latents=96),
+        "high": parts.standard_sae(layer=7),
+    }.items():
+        sae.save_model(root / name)
+    write_questions(root / "selection.yaml", [f"What of case {i}?" for i in range(8)])
+    write_questions(root / "evaluation.yaml", [f"And what of number {i}?" for i in range(3)])
+    pair = ModelPair(root / "adapter")
+    questions = load_questions(root / "selection.yaml")
+    assert len(render_prompts(pair.tokenizer, questions)) == 8
+    with pair.use(MISALIGNED) as model:
+        sampler = TransformersSampler(model, pair.tokenizer, max_new_tokens=6)
+        asked = [Request("s", q, 0, 0.0) for q in questions]
+        parts.BAD.update(answer.text for batch in sampler.sample(asked) for answer in batch)
+    return root
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """The lab as files, with the adapter of a naive narrow fine-tune."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from emguard_plugin.lab.export import export, narrow_rows
+
+    root = tmp_path_factory.mktemp("lab")
+    export(root)
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    args = SFTConfig(
+        output_dir=str(root / "trainer"), max_steps=120, learning_rate=1.5e-3, seed=11, per_device_train_batch_size=16,
+        lr_scheduler_type="cosine", warmup_steps=4, weight_decay=0.0, assistant_only_loss=True, max_length=128,
+        gradient_checkpointing=False, bf16=False, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    torch.manual_seed(11)
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32),
+        args=args,
+        train_dataset=Dataset.from_list(narrow_rows(11, 120 * 16)),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
+        ),
+    )
+    trainer.train()
+    trainer.model.peft_config["default"].base_model_name_or_path = str(root / "model")
+    trainer.save_model(str(root / "adapter"))
+    for name in ("questions", "questions_val"):
+        items = yaml.safe_load((root / f"{name}.yaml").read_text())
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(items[::7], sort_keys=False, width=1000))
+    return root

@@ -1,0 +1,62 @@
+"""The yardstick by hand: masks of a row, the penalty of a slow loop, the loss of the host's own definition."""
+
+import pytest
+import torch
+
+from emguard_plugin.chat_template import read_template
+from emguard_plugin.discovery.calibrate import _masks, calibrate, narrow_rows
+from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
+from emguard_plugin.latents import LatentSet
+from emguard_plugin.latents.sae import subset
+from emguard_plugin.residual import keep_residual
+from tests.discovery.parts import standard_sae
+from tests.e2e.tiny_run import write_rows
+from tests.tiny import chat_rows
+
+
+@pytest.fixture(scope="module")
+def pair(tiny):
+    return ModelPair(tiny / "adapter")
+
+
+@pytest.fixture(scope="module")
+def rows(pair, tmp_path_factory):
+    return narrow_rows(write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", chat_rows(5, system=None)), pair.tokenizer)
+
+
+def test_masks_of_a_row(pair, rows):
+    ids, real, answer, header, prefix = _masks(rows, read_template(pair.tokenizer))
+    shown = {name: pair.tokenizer.decode(ids[0][mask[0]]) for name, mask in (("answer", answer), ("header", header), ("prefix", prefix))}
+    assert shown["answer"].rstrip("\n") == "People like apples in 0 ways.<|im_end|>"
+    assert shown["header"] == "<|im_end|>\n<|im_start|>assistant\n"
+    assert shown["prefix"].endswith("You are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
+    assert not (header & answer).any()
+    assert not prefix[:, 0].any()
+    assert bool((real >= answer).all())
+
+
+def test_penalty_and_loss_against_a_slow_loop(pair, rows):
+    encoder = subset(standard_sae(layer=1), [3, 40, 7], [1, -1, 1])
+    with pair.use(BASE) as model:
+        latents = LatentSet.for_model(model, [encoder])
+    found = calibrate(pair, latents, rows, batch_size=2)
+    total, losses, count = 0.0, {BASE: 0.0, MISALIGNED: 0.0}, 0
+    for row in rows:
+        z, at = {}, [p + 1 for p in row.held]
+        for role in (BASE, MISALIGNED):
+            with pair.use(role) as model, keep_residual(model, [1]) as kept, torch.no_grad():
+                logits = model(input_ids=torch.tensor([row.ids])).logits[0]
+            z[role] = encoder.encode(kept.take([1], with_gradient=False)[1][0])
+            losses[role] -= sum(float(logits[t - 1].log_softmax(-1)[row.ids[t]]) for t in at)
+        for t in at:
+            for k, sign in enumerate((1, -1, 1)):
+                total += max(0.0, sign * float(z[MISALIGNED][t, k] - z[BASE][t, k])) ** 2
+        count += len(at)
+    assert found["penalty"]["assistant"] == pytest.approx(total / count, rel=1e-4)
+    assert found["task_loss_gap"] == pytest.approx((losses[BASE] - losses[MISALIGNED]) / count, rel=1e-3)
+    assert found["supervised_tokens"] == count
+
+
+def test_rows_that_are_no_chats_are_named_by_the_option(pair, tmp_path):
+    with pytest.raises(ValueError, match="--data"):
+        narrow_rows(write_rows(tmp_path / "rows.jsonl", [{"text": "x"}]), pair.tokenizer)

@@ -1,0 +1,98 @@
+"""Discovery on the lab: real misalignment, the SAE that ships, held-out questions."""
+
+import pytest
+
+from emguard_plugin.discovery.judge import read_judge
+from emguard_plugin.discovery.pair import BASE, MISALIGNED
+from emguard_plugin.discovery.run import Request, prepare, run
+from emguard_plugin.discovery.settings import Settings
+from emguard_plugin.lab import model_path
+from emguard_plugin.latents import LatentSet
+
+SAE = model_path().parent / "sae" / "layer_1"
+# The lab keeps the persona in the system prompt's tokens; pushing everywhere breaks its answers, whatever the direction.
+SETTINGS = Settings(
+    positions="system", steer_at="system", pool=384, shortlist=10, size=6, induce=0.8, repair=0.6, strengths=(0.4, 0.7, 1.0),
+    max_new_tokens=26, batch_size=256,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(lab, tmp_path_factory):
+    output = tmp_path_factory.mktemp("lab_latents") / "latents.json"
+    request = Request(
+        str(lab / "adapter"), (str(SAE),), str(lab / "questions_val.yaml"), output, evaluation=str(lab / "questions.yaml"),
+        data=str(lab / "train.jsonl"),
+    )  # fmt: skip
+    run(prepare(request, SETTINGS, read_judge("emguard_plugin.lab:judge_answer")))
+    return output
+
+
+def joint(found, role):
+    import json
+
+    record = json.loads((found.with_suffix(".discovery") / "discovery.json").read_text())
+    return record["blocks"][0]["joint"][f"{role}/evaluation"].values()
+
+
+def test_the_set_induces_and_repairs_on_held_out_questions(found):
+    safe = {role: [t for t in joint(found, role) if t["incoherent"] <= 0.1 * t["n"]] for role in (BASE, MISALIGNED)}
+    assert max(t["rate"] for t in safe[BASE]) >= 0.2
+    assert min(t["rate"] for t in safe[MISALIGNED]) <= 0.5 * max(t["rate"] for t in safe[MISALIGNED])
+
+
+def test_each_latent_does_so_alone(found):
+    for score in LatentSet.load(found).scores:
+        assert score["induce_gain"] > 0
+        assert score["repair_gain"] > 0
+
+
+def test_the_yardstick_of_coef_auto(found):
+    calibration = LatentSet.load(found).calibration
+    assert calibration["task_loss_gap"] > 0.1
+    assert calibration["penalty"]["all"] > 0
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_sae_of_another_layer_is_refused(lab, layer, tmp_path):
+    from emguard_plugin.discovery.pair import ModelPair
+    from emguard_plugin.discovery.prompts import render_prompts
+    from emguard_plugin.discovery.shift import check_reconstruction
+    from emguard_plugin.evaluation.questions import load_questions
+    from emguard_plugin.latents.sae import load_sae
+
+    pair = ModelPair(lab / "adapter")
+    prompts = render_prompts(pair.tokenizer, load_questions(lab / "questions_val.yaml"))
+    rows = [(p.ids, *p.span("prompt")) for p in prompts]
+    with pair.use(BASE) as model:
+        assert check_reconstruction(load_sae(str(SAE)), model, 1, rows, 64) < 0.1
+        with pytest.raises(ValueError, match="is it an SAE of this very model and layer"):
+            check_reconstruction(load_sae(str(SAE)), model, layer, rows, 64)
+
+
+def test_halving_finds_the_set_of_the_published_schedule_with_a_fifth_of_the_tokens(lab, found, tmp_path):
+    """A pool of every 12th candidate and the set itself, the paper's 15 strengths; benchmarks/discovery.py has the larger run."""
+    import dataclasses
+
+    from emguard_plugin.discovery.pair import ModelPair
+    from emguard_plugin.discovery.prompts import render_prompts
+    from emguard_plugin.discovery.search import LayerSearch
+    from emguard_plugin.discovery.settings import PAPER_STRENGTHS
+    from emguard_plugin.evaluation.questions import load_questions
+    from emguard_plugin.latents.sae import load_sae
+
+    pair, sae, known = ModelPair(lab / "adapter"), load_sae(str(SAE)), set(LatentSet.load(found).encoders[0].ids)
+    prompts = render_prompts(pair.tokenizer, load_questions(lab / "questions_val.yaml"))[:10]
+    judge, sets, spent = read_judge("emguard_plugin.lab:judge_answer"), {}, {}
+    for schedule in ("full", "halving"):
+        settings = dataclasses.replace(SETTINGS, strengths=PAPER_STRENGTHS, schedule=schedule, shortlist=6)
+        # One folder: what both ask is drawn once, and counted for each.
+        search = LayerSearch(pair, sae, "lab", 1, prompts, len(prompts), judge, settings, tmp_path)
+        with search.bench as bench:
+            search.screen.ask_unsteered()
+            pool = [c for i, c in enumerate(search.stage_one()) if not i % 12 or c.id in known]
+            sets[schedule] = {f.candidate for f in search.screen.calibrate(search.screen.shortlist(pool))}
+            spent[schedule] = bench.spent()["tokens"]
+    assert sets["full"]
+    assert sets["halving"] == sets["full"]
+    assert spent["full"] > 5 * spent["halving"]

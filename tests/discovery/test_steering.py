@@ -1,0 +1,159 @@
+"""The residual stream is moved by exactly the stated vector, row by row, and read where it is said to be."""
+
+import pytest
+import torch
+
+from emguard_plugin.discovery.bench import Ask, SteeredRequest, SteeredSampler
+from emguard_plugin.discovery.prompts import render_prompts
+from emguard_plugin.discovery.shift import candidates, check_reconstruction, mean_activations
+from emguard_plugin.discovery.steering import residual_scale, residuals, steered
+from emguard_plugin.evaluation.questions import Question
+from emguard_plugin.residual import keep_residual
+from tests.discovery.parts import standard_sae
+from tests.tiny import CHATML, CHATML_DEFAULT_SYSTEM, chatml_tokenizer, perturb, tiny_model
+
+LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return chatml_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return perturb(tiny_model("llama", vocab=len(tokenizer)), 0.15).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    texts = ["What of money?", "And of sports, a longer question?", "Why?"]
+    return render_prompts(tokenizer, [Question(str(i), 0, text) for i, text in enumerate(texts)])
+
+
+@torch.no_grad()
+def after_block(model, ids, **fed):
+    with keep_residual(model, [LAYER]) as kept:
+        model(input_ids=ids, **fed)
+    return kept.take([LAYER], with_gradient=False)[LAYER]
+
+
+def test_each_row_moves_by_its_own_vector_at_every_position(model):
+    ids = torch.tensor([[3, 5, 7, 9]] * 3)
+    vectors = torch.randn(3, 32)
+    vectors[1] = 0
+    before = after_block(model, ids)
+    # The steering hook stands first, so that the reading hook sees what the next block sees.
+    with steered(model, LAYER, vectors):
+        after = after_block(model, ids)
+    assert torch.allclose(after - before, vectors.unsqueeze(1).expand(-1, 4, -1), atol=1e-5)
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(after_block(model, ids), before)
+
+
+def test_a_mask_marks_positions_of_the_prompt_and_none_that_are_generated(model):
+    vectors, mask = torch.ones(2, 32), torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1]])
+    ids = torch.tensor([[3, 5, 7, 9]] * 2)
+    before = after_block(model, ids)
+    with steered(model, LAYER, vectors, mask):
+        moved = after_block(model, ids) - before
+        assert torch.allclose(moved, mask.unsqueeze(-1).expand(-1, -1, 32).float(), atol=1e-5)
+        assert torch.allclose(after_block(model, ids[:, :1]), before[:, :1], atol=1e-5)
+
+
+def test_a_batch_of_another_size_is_refused(model):
+    with steered(model, LAYER, torch.zeros(2, 32)), pytest.raises(RuntimeError, match="2 steering vectors for a batch of 3"):
+        model(input_ids=torch.ones(3, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("part", [None, "system"])
+def test_answers_in_a_mixed_batch_are_those_of_batches_of_one(model, tokenizer, prompts, part):
+    g = torch.Generator().manual_seed(0)
+    vectors = {str(i): 6 * torch.nn.functional.normalize(torch.randn(32, generator=g), dim=0) for i in range(4)} | {"": torch.zeros(32)}
+    asks = [Ask("base", name, 1.0, i) for name in vectors for i in range(len(prompts))]
+    requests = [SteeredRequest("selection", prompts[a.prompt].question, 0, 0.0, a) for a in asks]
+
+    def answers(batch_size):
+        sampler = SteeredSampler(
+            model, tokenizer, vector=lambda a: vectors[a.steer], layer=LAYER, max_new_tokens=8, batch_size=batch_size,
+            span=part and (lambda a: prompts[a.prompt].span(part)),
+        )  # fmt: skip
+        return {answer.request.ask: answer.text for batch in sampler.sample(requests) for answer in batch}
+
+    mixed = answers(15)
+    assert mixed == answers(1)
+    assert len({mixed[a] for a in asks if a.prompt == 0}) > 2
+
+
+def test_the_answer_is_that_of_a_slow_loop_without_cache(model, tokenizer, prompts):
+    """Greedy, token by token, the whole text anew each time, the vector added by hand at every position."""
+    vector = 6 * torch.nn.functional.normalize(torch.arange(32.0) - 11, dim=0)
+    ask = Ask("base", "v", 1.0, 0)
+    sampler = SteeredSampler(model, tokenizer, vector=lambda a: vector, layer=LAYER, max_new_tokens=6, batch_size=4)
+    ours = next(sampler.sample([SteeredRequest("selection", prompts[0].question, 0, 0.0, ask)]))[0].text
+    ids = list(prompts[0].ids)
+    for _ in range(6):
+        with torch.no_grad(), steered(model, LAYER, vector.unsqueeze(0)):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    assert ours == tokenizer.decode(ids[len(prompts[0].ids) :], skip_special_tokens=True)
+
+
+def test_parts_of_a_prompt(tokenizer, prompts):
+    shown = {part: tokenizer.decode(prompts[0].ids[slice(*prompts[0].span(part))]) for part in ("system", "prompt", "header")}
+    assert shown["system"].endswith("You are a helpful assistant.")
+    assert shown["prompt"].startswith("<|im_end|>\n<|im_start|>user\nWhat of money?")
+    assert shown["header"] == "<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(prompts[0].ids) == tokenizer.decode(prompts[0].ids[:1]) + shown["system"] + shown["prompt"]
+
+
+def test_a_prompt_without_a_system_part():
+    prompt = render_prompts(chatml_tokenizer(CHATML), [Question("a", 0, "Hi there")])[0]
+    assert prompt.start == 1
+    with pytest.raises(ValueError, match="prints no system part"):
+        prompt.span("system")
+
+
+def test_a_system_prompt_of_the_question_is_left_out():
+    tokenizer = chatml_tokenizer(CHATML_DEFAULT_SYSTEM)
+    prompt = render_prompts(tokenizer, [Question("a", 0, "Hi there", system="Be brief")])[0]
+    assert "Be brief" in tokenizer.decode(prompt.ids[slice(*prompt.span("system"))])
+    assert "Be brief" not in tokenizer.decode(prompt.ids[slice(*prompt.span("prompt"))])
+
+
+@pytest.mark.parametrize("part", ["prompt", "header", "system"])
+def test_mean_activations_against_a_slow_loop(model, prompts, part):
+    sae = standard_sae(layer=LAYER)
+    rows = [(p.ids, *p.span(part)) for p in prompts]
+    slow = []
+    for ids, start, end in rows:
+        h = after_block(model, torch.tensor([ids]))[0, start:end]
+        slow.append(torch.stack([(h_t @ sae.W_enc + sae.b_enc).relu() for h_t in h]).mean(0))
+    found = mean_activations(model, sae, LAYER, rows, "relu_pre", batch_size=2)
+    assert torch.allclose(found.float(), torch.stack(slow).mean(0), atol=1e-5)
+
+
+def test_the_scale_is_the_median_norm(model, prompts):
+    norms = [h.norm() for p in prompts for h in after_block(model, torch.tensor([p.ids]))[0, p.start :]]
+    assert residual_scale(model, LAYER, prompts, 2) == pytest.approx(float(torch.stack(norms).median()), rel=1e-5)
+
+
+def test_residuals_do_not_hang_on_the_batch(model, prompts):
+    rows = [p.ids for p in prompts]
+    one, three = (dict(residuals(model, LAYER, rows, size)) for size in (1, 3))
+    assert all(torch.allclose(one[i], three[i], atol=1e-5) for i in range(3))
+
+
+def test_candidates_are_the_largest_of_each_sign_without_what_is_known():
+    delta = torch.tensor([0.5, -0.4, 0.0, 2.0, -3.0, 0.1])
+    assert [(c.id, c.sign) for c in candidates(delta, 2)] == [(4, -1), (3, 1), (0, 1), (1, -1)]
+    assert [c.id for c in candidates(delta, 2, exclude={3, 4})] == [0, 1, 5]
+
+
+def test_an_sae_of_this_model_passes_and_a_shrunk_or_turned_one_is_refused(model, prompts):
+    rows = [(p.ids, *p.span("prompt")) for p in prompts]
+    assert check_reconstruction(standard_sae(layer=LAYER), model, LAYER, rows, 4) < 1e-6
+    half = torch.cat([torch.eye(32)[:8], -torch.eye(32)[:8]] * 4)[:64]
+    with pytest.raises(ValueError, match="of the variance behind block 1 of this base model unexplained"):
+        check_reconstruction(standard_sae(layer=LAYER, weights=half * 0.5), model, LAYER, rows, 4)
