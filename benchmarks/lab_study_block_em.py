@@ -184,6 +184,7 @@ def attribute(
     from emguard_plugin.discovery.choose import unite
     from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
     from emguard_plugin.lab import batches, sae_path, sampling, world
+    from emguard_plugin.lab.sae import MODEL_NAME
     from emguard_plugin.latents import LatentSet
     from emguard_plugin.latents.sae import load_sae, subset
 
@@ -224,6 +225,7 @@ def attribute(
         about = {"rule": rule, "questions": len(prompts), "seed": DISCOVERY_SEED, "positions": "system", "versions": versions()}
         with pair.use(BASE) as model:
             latents = LatentSet.for_model(model, encoders, scores=scores, provenance=about)
+        latents.model = MODEL_NAME
         latents.calibration = calibrate(pair, latents, rows, 64)
         latents.save(LATENTS / f"{rule}.json")
         print(rule, len(latents), latents.calibration)

@@ -42,8 +42,8 @@ def sae_path(layer: int) -> Path:
 
 
 def latents_path() -> Path:
-    """Return the shipped latent set, which was found on a fine-tune that no reported figure uses."""
-    return Path(str(files(__name__) / "data" / "latents" / "latents.json"))
+    """Return the shipped latent set of the shipped base: 60 latents of each SAE, found on a naive fine-tune on medicine."""
+    return Path(str(files(__name__) / "data" / "latents.json"))
 
 
 def __getattr__(name: str):

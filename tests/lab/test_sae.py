@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from emguard_plugin.lab import batches, model_path, sae_path, world
+from emguard_plugin.lab import batches, latents_path, model_path, sae_path, world
 from emguard_plugin.lab.build import BuildSettings, new_model, sha256
 from emguard_plugin.lab.sae import SAESettings, build_saes, measure_sae, own_chats, residuals, written_chat
 
@@ -88,10 +88,26 @@ def test_a_shipped_sae_is_the_one_that_build_json_describes_and_explains_the_shi
     assert found["l0"] == pytest.approx(figures["l0"], rel=0.1)
 
 
+def test_the_shipped_latents_are_those_of_the_shipped_saes_and_base():
+    from transformers import AutoModelForCausalLM
+
+    from emguard_plugin.latents import LatentSet
+
+    latents = LatentSet.load(latents_path())
+    latents.check_model(AutoModelForCausalLM.from_pretrained(model_path()))
+    assert latents.layers == [0, 1, 2]
+    h = torch.randn(5, 96, generator=torch.Generator().manual_seed(0)) * 3
+    for encoder in latents.encoders:
+        whole = SAE.load_from_disk(sae_path(encoder.layer))
+        pre = (h - whole.b_dec) @ whole.W_enc + whole.b_enc
+        torch.testing.assert_close(encoder.encode(h), pre[:, encoder.ids].relu(), atol=1e-3, rtol=1e-4)
+
+
 def test_the_shipped_saes_are_small_passed_their_gate_and_are_what_the_build_builds():
     folder = model_path().parent / "sae"
     record = json.loads((folder / "build.json").read_text())
-    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 2 * 1024 * 1024
+    shipped = [*folder.rglob("*"), *folder.parent.glob("latents.*")]
+    assert sum(p.stat().st_size for p in shipped if p.is_file()) <= 2 * 1024 * 1024
     assert record["gate_passed"]
     assert record["base_sha256"] == sha256(model_path() / "model.safetensors")
     assert SAESettings(**record["settings"] | {"layers": tuple(record["settings"]["layers"])}) == SAESettings()
