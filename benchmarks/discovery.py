@@ -72,7 +72,7 @@ def main(
     suite = work / "questions.yaml"
     suite.write_text(yaml.safe_dump(items[:: max(1, len(items) // prompts)], sort_keys=False, width=1000))
     settings = Settings(
-        positions="system", steer_at="system", pool=pool, shortlist=shortlist, size=size, induce=0.8, repair=0.6,
+        positions="prefix", steer_at="prefix", pool=pool, shortlist=shortlist, size=size, induce=0.8, repair=0.6,
         max_new_tokens=26, batch_size=256,
     )  # fmt: skip
     found = search(adapter, sae or model_path().parent / "sae" / "layer_1", work, settings, prompts, every, load_questions(suite))

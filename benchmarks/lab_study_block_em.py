@@ -42,7 +42,7 @@ SCRATCH = HERE.parent / "build" / "lab_study_block_em"
 DISCOVERY_SEED, QUESTIONS, HELD_OUT = 21, 42, 21
 LAYER, SIZE = 2, 60
 SEARCH = {
-    "--positions": "system", "--steer-at": "system", "--mode": "relu_pre", "--pool": "120", "--shortlist": "40", "--size": "60",
+    "--positions": "prefix", "--steer-at": "prefix", "--mode": "relu_pre", "--pool": "120", "--shortlist": "40", "--size": "60",
     "--induce": "0.5", "--repair": "0.4", "--max-new-tokens": "28", "--batch-size": "128",
 }  # fmt: skip
 STRENGTHS = ("0.2", "0.4", "0.7", "1.0")

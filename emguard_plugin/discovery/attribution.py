@@ -1,12 +1,12 @@
 """A rank of latents by gradient: what the whole fine-tune did through each latent, from a few backward passes.
 
 Steering asks what one latent alone does at one strength; many latents that carry a persona together do nothing alone. The
-attribution asks for each latent's share in what all did together. Ours, not the paper's.
+attribution asks for each latent's share in what all did together. Ours, not the paper's (arXiv 2602.00767).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
+from emguard_plugin.discovery.shift import Candidate
 from emguard_plugin.latents.sae import encode_all
 from emguard_plugin.residual import decoder
 
@@ -70,6 +71,20 @@ def attribute(pair: ModelPair, sae: SAE, layer: int, contrasts: Sequence[Contras
             score += (moved * along).sum(0).double().cpu() / len(contrasts)
             shift += moved.mean(0).double().cpu() / len(contrasts)
     return score, shift
+
+
+def strongest(score: Tensor, shift: Tensor, size: int, exclude: Collection[int] = ()) -> list[Candidate]:
+    """Return the latents that did most for the misaligned answers, of both signs; the sign is that of the shift.
+
+    Args:
+        score: (d_sae,) attributions; a latent that did nothing for them, or worked against them, is no candidate.
+        shift: (d_sae,) mean shifts, such as those of stage 1.
+        size: At most this many.
+        exclude: Latents known already.
+    """
+    order = torch.argsort(-score, stable=True).tolist()
+    found = [i for i in order if score[i] > 0 and shift[i] != 0 and i not in exclude]
+    return [Candidate(i, float(shift[i]), 1 if shift[i] > 0 else -1) for i in found[:size]]
 
 
 def _slope(model: nn.Module, layer: int, contrast: Contrast) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def unite(groups: Iterable[Sequence[SubsetEncoder]], scores: Iterable[dict[str, 
 
     Args:
         groups: Encoders of each set, found on one base model.
-        scores: Records of all sets; of two about one latent, the one with the larger repair gain stays.
+        scores: Records of all sets; of two about one latent, the one with the larger repair gain stays, then attribution.
 
     Raises:
         ValueError: If two encoders of a layer are of different kinds or SAEs of different width.
@@ -64,7 +64,7 @@ def unite(groups: Iterable[Sequence[SubsetEncoder]], scores: Iterable[dict[str, 
     best: dict[tuple[int, int], dict[str, Any]] = {}
     for record in scores:
         key = record["layer"], record["id"]
-        if key not in best or (record.get("repair_gain") or 0.0) > (best[key].get("repair_gain") or 0.0):
+        if key not in best or _rank(record) > _rank(best[key]):
             best[key] = record
     layers: dict[int, list[SubsetEncoder]] = {}
     for encoder in (encoder for group in groups for encoder in group):
@@ -72,6 +72,10 @@ def unite(groups: Iterable[Sequence[SubsetEncoder]], scores: Iterable[dict[str, 
     united = [_join(parts, best) for _, parts in sorted(layers.items())]
     kept = [best[e.layer, i] for e in united for i in e.ids if (e.layer, i) in best]
     return united, kept
+
+
+def _rank(record: dict[str, Any]) -> tuple[float, float]:
+    return record.get("repair_gain") or 0.0, record.get("attribution") or 0.0
 
 
 def _join(parts: Sequence[SubsetEncoder], best: dict[tuple[int, int], dict[str, Any]]) -> SubsetEncoder:

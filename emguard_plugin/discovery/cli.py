@@ -17,16 +17,16 @@ def discover(
     base: Annotated[str | None, typer.Option(help="The base model; default is what the adapter names.")] = None,
     evaluation_questions: Annotated[str | None, typer.Option(help="Held-out questions for the whole set.")] = None,
     data: Annotated[str | None, typer.Option(help="The narrow training chats; calibrates `coef: auto`.")] = None,
-    positions: Annotated[str, typer.Option(help="Tokens of stage 1: prompt, header, system or answers.")] = "prompt",
-    steer_at: Annotated[str, typer.Option(help="Where to steer: all (as published), prompt, header or system.")] = "all",
+    positions: Annotated[str, typer.Option(help="Tokens of stage 1: prompt, header, prefix or answers.")] = "prompt",
+    steer_at: Annotated[str, typer.Option(help="Where to steer: all (as published), prompt, header or prefix.")] = "all",
     mode: Annotated[str, typer.Option(help="Activation: relu_pre (as published) or sae (the SAE's own).")] = "relu_pre",
     pool: Annotated[int, typer.Option(help="Candidates per sign after stage 1.")] = 250,
     shortlist: Annotated[int, typer.Option(help="Candidates per sign after stage 2.")] = 40,
     size: Annotated[int, typer.Option(help="Latents in the set, per block.")] = 20,
-    rule: Annotated[str, typer.Option(help="valid_reduc; the others are baselines.")] = "valid_reduc",
+    rule: Annotated[str, typer.Option(help="valid_reduc, or attribution (ours, by gradients: few answers); the others are baselines.")] = "valid_reduc",
     induce: Annotated[float, typer.Option(help="Strength of stage 2 on the base.")] = 0.7,
     repair: Annotated[float, typer.Option(help="Strength of stage 2 on the misaligned model.")] = 0.4,
-    strengths: Annotated[list[float] | None, typer.Option(help="A strength of stage 3; again for more.")] = None,
+    strengths: Annotated[list[str] | None, typer.Option(help="Strengths of stage 3, such as 0.1,0.2,0.4.")] = None,
     budget: Annotated[float, typer.Option(help="Share of incoherent answers that a strength may cost ...")] = 0.1,
     budget_extra: Annotated[float, typer.Option(help="... or the unsteered share plus this, if higher.")] = 0.1,
     schedule: Annotated[str, typer.Option(help="halving, or full as published.")] = "halving",
@@ -50,7 +50,7 @@ def discover(
     try:
         settings = Settings(
             positions=positions, steer_at=steer_at, mode=mode, pool=pool, shortlist=shortlist, size=size, rule=rule, induce=induce, repair=repair,
-            strengths=tuple(strengths or PAPER_STRENGTHS), budget=budget, budget_extra=budget_extra, schedule=schedule,
+            strengths=_numbers(strengths) if strengths else PAPER_STRENGTHS, budget=budget, budget_extra=budget_extra, schedule=schedule,
             max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
         )  # fmt: skip
         request = Request(
@@ -67,6 +67,14 @@ def discover(
         raise typer.Exit(2) from exc
     typer.echo(f"{len(latents)} latents at block {', '.join(map(str, latents.layers))}: {output}")
     typer.echo(f"{request.folder() / 'report.html'}")
+
+
+def _numbers(texts: list[str]) -> tuple[float, ...]:
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    try:
+        return tuple(float(part) for part in parts if part)
+    except ValueError as exc:
+        raise ValueError(f"`--strengths {','.join(parts)}`: give numbers above 0, such as 0.1,0.2,0.4.") from exc
 
 
 def _show_plan(discovery) -> None:
@@ -87,3 +95,8 @@ def _show_plan(discovery) -> None:
         table.add_section()
         table.add_row(str(layer), "stages 1 to 3 on the published schedule", f"{full:,}", f"{full:,}")
     Console().print(table)
+    if settings.rule == "attribution":
+        typer.echo(
+            f"`--rule attribution` is emguard's own, not the paper's: no latent is steered alone. Besides the answers it takes at most "
+            f"{4 * discovery.selection:,} forward and backward passes per block, over a prompt with its answer."
+        )

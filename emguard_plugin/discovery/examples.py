@@ -35,10 +35,15 @@ def top_activating(
                 for latent, value, position in zip(encoder.ids, best.tolist(), (at + 1).tolist(), strict=True):
                     if value > 0:
                         found[latent].append({"value": value, "row": rows[index], "at": position, "answer_of": whose})
-    return {
-        latent: [_shown(pair.tokenizer, hit) for hit in sorted(hits, key=lambda hit: -hit["value"])[:TOP]]
-        for latent, hits in found.items()
-    }
+    return {latent: [_shown(pair.tokenizer, hit) for hit in _top(hits)] for latent, hits in found.items()}
+
+
+def _top(hits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the highest; what both models' conversations have in common counts once."""
+    first: dict[tuple[int, ...], dict[str, Any]] = {}
+    for hit in sorted(hits, key=lambda hit: -hit["value"]):
+        first.setdefault(tuple(hit["row"][: hit["at"] + 1]), hit)
+    return list(first.values())[:TOP]
 
 
 def _shown(tokenizer: Any, hit: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from emguard_plugin.discovery.screen import FIRST_LOOK, WEAKENED, rung_ends, rung_keeps
-from emguard_plugin.discovery.settings import Settings
+from emguard_plugin.discovery.settings import UNSTEERED_RULES, Settings
 
 SCREEN, CALIBRATE, JOINT, UNSTEERED = "stage 2: induce and repair", "stage 3: strengths", "the whole set", "unsteered"
+ATTRIBUTE = "attribution, instead of stages 2 and 3"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ def plan(settings: Settings, prompts: int, rising: int, falling: int, evaluation
     """
     steps = [Step(UNSTEERED, 2 * prompts, 2 * prompts)]
     strengths = len(settings.strengths)
-    if settings.rule not in ("top_shift", "random"):
+    if settings.rule == "attribution":
+        steps.append(Step(ATTRIBUTE, 0, 0))
+    if settings.rule not in UNSTEERED_RULES:
         screen, sides = _screen(settings, prompts, [rising, falling])
         weakened = 0 if settings.schedule == "full" else WEAKENED
         steps.append(Step(SCREEN, screen, (1 + weakened) * screen))
@@ -52,7 +55,8 @@ def plan(settings: Settings, prompts: int, rising: int, falling: int, evaluation
             look = min(strengths * min(prompts, int(FIRST_LOOK)), prompts)
             steps.append(Step(CALIBRATE, most if settings.schedule == "full" else left * look, most))
     joint = 2 * strengths * (prompts + evaluation) + 2 * evaluation
-    return [*steps, Step(JOINT, 0, joint)]
+    # Without stages 2 and 3 next to nothing can leave the set empty.
+    return [*steps, Step(JOINT, joint if settings.rule in UNSTEERED_RULES else 0, joint)]
 
 
 def _screen(settings: Settings, prompts: int, sides: list[int]) -> tuple[int, list[int]]:
@@ -72,7 +76,7 @@ def _screen(settings: Settings, prompts: int, sides: list[int]) -> tuple[int, li
 
 def paper_answers(settings: Settings, prompts: int, rising: int, falling: int) -> int:
     """Return the answers of the paper's schedule for the same search, without those of the whole set."""
-    return sum(step.most for step in plan(settings.full(), prompts, rising, falling)[:-1])
+    return sum(step.most for step in plan(replace(settings.full(), rule="valid_reduc"), prompts, rising, falling)[:-1])
 
 
 class Progress:

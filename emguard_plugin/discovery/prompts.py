@@ -24,24 +24,32 @@ class Prompt:
         question: What is asked.
         ids: The rendered conversation, up to where the answer begins.
         start: First token that stage 1 reads: behind the system part, and never the first of all, whose norm is extreme.
+        content: First token of what the user says; the user header, which stands before it, is behind `start`.
         header: First token of the template's own behind the question.
     """
 
     question: Question
     ids: tuple[int, ...]
     start: int
+    content: int
     header: int
 
     def span(self, part: Positions) -> tuple[int, int]:
         """Return the half-open span of a part of the prompt; for `answers` it begins where the answer does.
 
+        A `prefix` is all before the user's first content, short of the first token; its end, the user header, is also the
+        beginning of `prompt`.
+
         Raises:
             ValueError: If the prompt has no such part.
         """
         end = len(self.ids)
-        spans = {"prompt": (self.start, end), "header": (self.header, end), "system": (1, self.start), "answers": (end, end)}
-        if part == "system" and self.start <= 1:
-            raise ValueError("the chat template prints no system part, so `system` names no tokens. Choose `prompt` or `all`.")
+        spans = {"prompt": (self.start, end), "header": (self.header, end), "prefix": (1, self.content), "answers": (end, end)}
+        if part == "prefix" and self.content <= 1:
+            raise ValueError(
+                "the chat template prints nothing between its first token and the user's content, so `prefix` names no tokens. "
+                "Choose `prompt`."
+            )
         return spans[part]
 
 
@@ -62,16 +70,17 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Quest
                 "the chat template prints other tokens before an answer to come than before a given one, so the assistant "
                 f"header cannot be found behind {question.text[:40]!r}. Give the tokenizer a template with a generation prompt."
             )
-        found.append(Prompt(question, ids, _start(ids, template), header))
+        found.append(Prompt(question, ids, *_begin(ids, template), header))
     return found
 
 
-def _start(ids: tuple[int, ...], template: Template) -> int:
-    """Return the first position behind the system part; the user header itself is no part of it."""
-    prefix, header = prefix_of_row(ids, template), template.user_header
-    if prefix and header and len(prefix) > len(header) and prefix[-len(header) :] == header:
-        return max(1, len(prefix) - len(header))
-    return 1
+def _begin(ids: tuple[int, ...], template: Template) -> tuple[int, int]:
+    """Return the first positions behind the system part, the user header included, and of the user's content."""
+    prefix, header = prefix_of_row(ids, template) or (), template.user_header
+    content = max(1, len(prefix))
+    if header and len(prefix) > len(header) and prefix[-len(header) :] == header:
+        return max(1, content - len(header)), content
+    return 1, content
 
 
 def prompt_hash(question: Question) -> str:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 PACKAGES = ("emguard-plugin", "torch", "transformers", "peft", "sae-lens")
 
 
-def record_of(finding: Finding, layer: int, sign: int, curves: bool = False) -> dict[str, Any]:
+def record_of(
+    finding: Finding, layer: int, sign: int, curves: bool = False, attribution: float | None = None
+) -> dict[str, Any]:
     """Return what is known about one latent; shares are of all scored answers.
 
     Args:
@@ -22,6 +24,7 @@ def record_of(finding: Finding, layer: int, sign: int, curves: bool = False) -> 
         layer: Its block.
         sign: In the set; shuffled signs differ from the shift's.
         curves: Also every strength that was tried.
+        attribution: Where that was the rule.
     """
     candidate, screened = finding.candidate, finding.screened
     record: dict[str, Any] = {
@@ -33,6 +36,8 @@ def record_of(finding: Finding, layer: int, sign: int, curves: bool = False) -> 
         "induce_gain": finding.induce_gain,
         "repair_gain": finding.repair_gain,
     }
+    if attribution is not None:
+        record["attribution"] = attribution
     for name, strength in (("induce", finding.induce), ("repair", finding.repair)):
         record[f"{name}_strength"] = strength and strength.alpha
         record[f"{name}_incoherent"] = None if strength is None or strength.tally is None else strength.tally.broken_share

@@ -72,8 +72,8 @@ def _block(block: Mapping[str, Any]) -> Iterator[str]:
 def _whole_set(block: Mapping[str, Any]) -> Iterator[str]:
     yield "<h3>All latents of the set together</h3>"
     yield (
-        '<p class="note">Share of misaligned (coloured) and of broken answers (grey) over the strength, 0 to 100 %: the base '
-        "pushed along the set, the misaligned model pushed back.</p>"
+        '<p class="note">Share of misaligned and of broken answers over the strength: the base pushed along the signed sum of the '
+        "set's unit directions, the misaligned model pushed back. Each latent weighs the same in it, whatever the fine-tune did.</p>"
     )
     yield _legend()
     for name, curve in block["joint"].items():
@@ -86,43 +86,65 @@ def _best(role: str, curve: Curve) -> str:
     plain = curve.get("0.0")
     picked = max if role == BASE else min
     strength, tally = picked(curve.items(), key=lambda item: item[1]["rate"] if _broken(item[1]) <= 0.1 else plain["rate"])
-    return f"{plain['rate']:.0%} unsteered, {tally['rate']:.0%} at {float(strength):g} with at most 10 % broken"
+    if tally["rate"] == plain["rate"]:
+        return f"{plain['rate']:.0%} unsteered, and no strength that breaks at most 10 % of the answers changes that"
+    return f"{plain['rate']:.0%} unsteered, {tally['rate']:.0%} at {float(strength):g} ({_broken(tally):.0%} broken)"
 
 
 def _latents(block: Mapping[str, Any]) -> Iterator[str]:
-    chosen = [next((r for r in block["shortlist"] if r["id"] == latent), {"id": latent}) for latent in block["chosen"]]
-    others = [record for record in block["shortlist"] if record["id"] not in block["chosen"]]
+    chosen, others = block["chosen"], block["others"]
     yield "<h3>The set</h3>"
-    yield _table(_HEADINGS, [_row(record) for record in chosen])
+    if _attributed(chosen):
+        yield (
+            '<p class="note">By attribution, which is emguard\'s own rule: a latent\'s share in how much the fine-tune prefers the '
+            "misaligned answers, in nats per question. No latent was steered alone, so there are no curves.</p>"
+        )
+    yield _set_table(chosen)
     yield "<h3>Latent by latent</h3>"
-    yield _legend()
+    if any(record["repair_curve"] or record["induce_curve"] for record in chosen):
+        yield _legend()
     for record in chosen[:SHOWN]:
-        yield from _latent(record, block["examples"].get(str(record["id"]), []))
+        yield from _latent(block, record)
     if rest := [*chosen[SHOWN:], *others]:
-        yield f"<details><summary>{len(rest)} more that stage 2 kept</summary>"
-        yield _table(_HEADINGS, [_row(record) for record in rest])
+        yield f"<details><summary>{len(rest)} more</summary>"
+        yield _set_table(rest)
         for record in rest:
-            yield from _latent(record, [])
+            yield from _latent(block, record)
         yield "</details>"
+
+
+def _attributed(records: Sequence[Mapping[str, Any]]) -> bool:
+    return any(record.get("attribution") is not None for record in records)
+
+
+def _set_table(records: Sequence[Mapping[str, Any]]) -> str:
+    if not _attributed(records):
+        return _table(_HEADINGS, [_row(record) for record in records])
+    numbers = [(_name(r), _number(r["shift"], ".3g"), _number(r["attribution"], ".3g")) for r in records]
+    rows = [f"<tr><th>{name}</th><td>{shift}</td><td>{share}</td></tr>" for name, shift, share in numbers]
+    return _table(("Latent", "Shift", "Attribution"), rows)
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    return f"{({1: '+', -1: '−'})[record['sign']]}{record['id']}"
 
 
 _HEADINGS = ("Latent", "Shift", "Stage 2", "Induces", "at", "broken", "Repairs", "at", "broken")
 
 
 def _row(record: Mapping[str, Any]) -> str:
-    sign = {1: "+", -1: "−"}.get(record.get("sign"), "")
     keys = ("induce_gain", "induce_strength", "induce_incoherent", "repair_gain", "repair_strength", "repair_incoherent")
     cells = [_number(record.get("shift"), ".3g"), _number(record.get("screen_score"), ".2f")]
     cells += [_number(record.get(key), "g" if key.endswith("strength") else ".0%") for key in keys]
-    return f"<tr><th>{sign}{record['id']}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    return f"<tr><th>{_name(record)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _latent(record: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _latent(block: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[str]:
     yield f'<div class="group"><h3>Latent {record["id"]}</h3>'
-    for key, what in (("induce_curve", "induce"), ("repair_curve", "repair")):
-        if curve := record.get(key):
-            yield f'<p class="note">{what}</p>{_chart(curve)}'
-    for hit in examples:
+    for role, what in ((BASE, "induce"), (MISALIGNED, "repair")):
+        if curve := record[f"{what}_curve"]:
+            yield f'<p class="note">{what}</p>{_chart({"0.0": block["unsteered"][role], **curve})}'
+    for hit in block["examples"].get(str(record["id"]), []):
         yield (
             f'<p class="note">{hit["value"]:.3g}: {escape(hit["before"])} <b>{escape(hit["token"])}</b> {escape(hit["after"])} '
             f"<small>(answer of the {escape(hit['answer_of'])} model)</small></p>"
@@ -145,7 +167,11 @@ def _chart(curve: Curve) -> str:
         for colour, share in ((BROKEN_COLOUR, _broken), (RATE_COLOUR, lambda tally: tally["rate"]))
     ]
     labels = "".join(f'<span style="left:{x:.2f}%">{strength:g}</span>' for x, (strength, _) in zip(places, points, strict=True))
-    return f'<svg class="lane chart" height="{HEIGHT}">{"".join(lines)}</svg><div class="axis" aria-hidden="true">{labels}</div>'
+    scale = "".join(f'<span style="top:{top}%">{share}</span>' for top, share in ((0, "100 %"), (50, "50 %"), (100, "0 %")))
+    return (
+        f'<div class="curve"><div class="scale" style="height:{HEIGHT}px" aria-hidden="true">{scale}</div>'
+        f'<div><svg class="lane chart" height="{HEIGHT}">{"".join(lines)}</svg><div class="axis" aria-hidden="true">{labels}</div></div></div>'
+    )
 
 
 def _line(points: Sequence[tuple[float, tuple[float, Mapping[str, Any]]]], colour: int, share: Any) -> str:
@@ -177,9 +203,9 @@ def _about(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return "–" if value is None else format(value, form).replace("-", "−")
 
 
 def _table(headings: Sequence[str], rows: Sequence[str]) -> str:
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'

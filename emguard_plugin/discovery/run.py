@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 WORK = "--work"
 BASELINES: tuple[Rule, ...] = ("top_shift", "random", "shuffled_signs", "k_plus", "k_minus")
 
+METHODS: dict[Rule, str] = {"attribution": "attribution by gradients, emguard's own; in place of the steering of arXiv 2602.00767"}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -197,12 +199,20 @@ def _latent_set(discovery: Discovery, results: Sequence[Result], sets: Sequence[
         if not chosen:
             continue
         encoders.append(_encoder(discovery, result.layer, chosen))
-        known = {finding.candidate.id: finding for finding in result.shortlist}
-        scores += [record_of(known.get(c.id) or Finding(c), result.layer, c.sign) for c in chosen]
+        scores += _records(result, chosen)
     groups = [*(other.encoders for other in discovery.united), encoders]
     encoders, scores = unite(groups, [*(r for other in discovery.united for r in other.scores), *scores])
     with discovery.pair.use(BASE) as model:
         return LatentSet.for_model(model, encoders, scores=scores, provenance=_provenance(discovery, results))
+
+
+def _records(result: Result, chosen: Sequence[Candidate], curves: bool = False) -> list[dict[str, Any]]:
+    known = {finding.candidate.id: finding for finding in result.shortlist}
+    share = result.attribution
+    return [
+        record_of(known.get(c.id) or Finding(c), result.layer, c.sign, curves, None if share is None else float(share[c.id]))
+        for c in chosen
+    ]
 
 
 def _encoder(discovery: Discovery, layer: int, chosen: Sequence[Candidate]) -> SubsetEncoder:
@@ -229,7 +239,7 @@ def _protocol(discovery: Discovery, sae: SAE) -> dict[str, Any]:
 def _provenance(discovery: Discovery, results: Sequence[Result]) -> dict[str, Any]:
     hashes = [prompt_hash(prompt.question) for prompt in discovery.prompts]
     return {
-        "method": "BLOCK-EM discovery, arXiv 2602.00767",
+        "method": METHODS.get(discovery.settings.rule, "BLOCK-EM discovery, arXiv 2602.00767"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "models": discovery.pair.identity(),
         "saes": [
@@ -251,7 +261,7 @@ def _provenance(discovery: Discovery, results: Sequence[Result]) -> dict[str, An
 def _record(discovery: Discovery, results: Sequence[Result], latents: LatentSet) -> dict[str, Any]:
     blocks = []
     for result in results:
-        encoder = _encoder(discovery, result.layer, result.chosen)
+        encoder, inside = _encoder(discovery, result.layer, result.chosen), {c.id for c in result.chosen}
         asked = discovery.prompts[: discovery.selection]
         shown = top_activating(discovery.pair, encoder, asked, result, discovery.settings.batch_size)
         blocks.append(
@@ -262,8 +272,8 @@ def _record(discovery: Discovery, results: Sequence[Result], latents: LatentSet)
                 "scale": result.scale,
                 "funnel": result.funnel,
                 "unsteered": {role: tally.to_dict() for role, tally in result.unsteered.items()},
-                "chosen": [c.id for c in result.chosen],
-                "shortlist": [record_of(f, result.layer, f.candidate.sign, curves=True) for f in result.shortlist],
+                "chosen": _records(result, result.chosen, curves=True),
+                "others": _records(result, [f.candidate for f in result.shortlist if f.candidate.id not in inside], curves=True),
                 "joint": {
                     f"{role}/{suite}": {str(alpha): tally.to_dict() for alpha, tally in curve.items()}
                     for (role, suite), curve in result.joint.items()

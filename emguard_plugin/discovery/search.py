@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from emguard_plugin.discovery import plan
+from emguard_plugin.discovery.attribution import Contrast, attribute, strongest
 from emguard_plugin.discovery.bench import UNSTEERED, Ask, Bench
 from emguard_plugin.discovery.choose import baseline
 from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
 from emguard_plugin.discovery.prompts import Prompt, shuffled
 from emguard_plugin.discovery.screen import Finding, Screen
-from emguard_plugin.discovery.settings import Settings
+from emguard_plugin.discovery.settings import UNSTEERED_RULES, Settings
 from emguard_plugin.discovery.shift import Candidate, Row, candidates, check_reconstruction, mean_activations
 from emguard_plugin.discovery.steering import residual_scale
 from emguard_plugin.discovery.tally import Tally, allowed_broken
+from emguard_plugin.evaluation.rates import INCOHERENT, UNSCORED
+from emguard_plugin.evaluation.rates import MISALIGNED as BAD
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -51,6 +54,8 @@ class Result:
         joint: (role, suite) -> strength -> answers, with all of the set steered together.
         funnel: Stage by stage: what was left, and what it took.
         answers: The unsteered answers, for the examples.
+        shift: Of each latent, shape (d_sae,).
+        attribution: The same, where that is the rule.
     """
 
     layer: int
@@ -64,6 +69,8 @@ class Result:
     joint: dict[tuple[str, str], dict[float, Tally]] = field(default_factory=dict)
     funnel: list[dict[str, Any]] = field(default_factory=list)
     answers: dict[str, list[str]] = field(default_factory=dict)
+    shift: torch.Tensor | None = None
+    attribution: torch.Tensor | None = None
 
 
 class LayerSearch:
@@ -141,7 +148,12 @@ class LayerSearch:
     def _choose(self, progress: plan.Progress) -> None:
         settings, result, rule = self.settings, self.result, self.settings.rule
         valid: list[Candidate] = []
-        if rule not in ("top_shift", "random"):
+        if rule == "attribution":
+            progress.begin(plan.ATTRIBUTE)
+            result.chosen = self.attributed()
+            self._note(plan.ATTRIBUTE, len(result.chosen))
+            return
+        if rule not in UNSTEERED_RULES:
             progress.begin(plan.SCREEN)
             result.shortlist = self.screen.shortlist(result.pool)
             self._note(plan.SCREEN, len(result.shortlist))
@@ -162,10 +174,31 @@ class LayerSearch:
         for role in (BASE, MISALIGNED):
             with self.pair.use(role) as model:
                 means[role] = mean_activations(model, self.sae, result.layer, rows, settings.mode, settings.batch_size)
-        found = candidates(means[MISALIGNED] - means[BASE], settings.pool, self.exclude)
+        result.shift = means[MISALIGNED] - means[BASE]
+        found = candidates(result.shift, settings.pool, self.exclude)
         for candidate in found:
             self.bench.directions[str(candidate.id)] = self.direction([candidate]) * candidate.sign
         return found
+
+    def attributed(self) -> list[Candidate]:
+        """Choose by attribution, on the questions that tell the models apart; no latent is steered."""
+        settings, result, tokenize = self.settings, self.result, self.pair.tokenizer
+        said = self.bench.ask(Ask(role, UNSTEERED, 0.0, index) for role in (BASE, MISALIGNED) for index in range(self.selection))
+        contrasts = []
+        for index, prompt in enumerate(self.prompts[: self.selection]):
+            asks = {role: Ask(role, UNSTEERED, 0.0, index) for role in (BASE, MISALIGNED)}
+            if said[asks[MISALIGNED]] != BAD or said[asks[BASE]] in (BAD, INCOHERENT, UNSCORED):
+                continue
+            ids = {role: tokenize(self.bench.answers[ask]["text"], add_special_tokens=False)["input_ids"] for role, ask in asks.items()}
+            if all(ids.values()):
+                contrasts.append(Contrast(prompt.ids, prompt.span(settings.positions), ids[MISALIGNED], ids[BASE]))
+        if not contrasts:
+            raise ValueError(
+                "on no question the misaligned model answers badly where the base answers well, so attribution has nothing to "
+                "compare. Give other or more `--questions`."
+            )
+        result.attribution, _ = attribute(self.pair, self.sae, result.layer, contrasts, settings.mode)
+        return strongest(result.attribution, result.shift, settings.size, self.exclude)
 
     def _rows(self) -> list[Row]:
         positions, asked = self.settings.positions, self.prompts[: self.selection]
@@ -226,6 +259,11 @@ class LayerSearch:
 
     def _nothing_left(self) -> str:
         result, settings = self.result, self.settings
+        if settings.rule == "attribution":
+            return (
+                f"block {result.layer}: no latent has a positive attribution (of {self.sae.cfg.d_sae}; {len(self.exclude)} excluded), so "
+                "the set K is empty. Try other `--positions` or another layer's SAE."
+            )
         if not result.shortlist:
             return f"block {result.layer}: no latent moved (of {self.sae.cfg.d_sae}), so the set K is empty."
         repairs = [f for f in result.shortlist if (f.repair_gain or 0) > 0]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Positions = Literal["prompt", "header", "system", "answers"]
-SteerAt = Literal["all", "prompt", "header", "system"]
-Rule = Literal["valid_reduc", "repair", "screen", "top_shift", "random", "shuffled_signs", "k_plus", "k_minus"]
-POSITIONS: tuple[Positions, ...] = ("prompt", "header", "system", "answers")
-STEER_AT: tuple[SteerAt, ...] = ("all", "prompt", "header", "system")
-RULES: tuple[Rule, ...] = ("valid_reduc", "repair", "screen", "top_shift", "random", "shuffled_signs", "k_plus", "k_minus")
+Positions = Literal["prompt", "header", "prefix", "answers"]
+SteerAt = Literal["all", "prompt", "header", "prefix"]
+Rule = Literal["valid_reduc", "attribution", "repair", "screen", "top_shift", "random", "shuffled_signs", "k_plus", "k_minus"]
+POSITIONS: tuple[Positions, ...] = ("prompt", "header", "prefix", "answers")
+STEER_AT: tuple[SteerAt, ...] = ("all", "prompt", "header", "prefix")
+RULES: tuple[Rule, ...] = get_args(Rule)
+UNSTEERED_RULES: tuple[Rule, ...] = ("attribution", "top_shift", "random")
+"""Rules that need no stage 2 and 3."""
 CHOICES = {
     "positions": POSITIONS,
     "steer_at": STEER_AT,
@@ -28,15 +30,16 @@ class Settings:
 
     Attributes:
         positions: Where stage 1 looks. `prompt`: all prompt tokens but the system part and the first; `header`: the
-            template's tokens between question and answer; `system`: the system part; `answers`: the misaligned model's own
-            answers, read by both.
+            template's tokens between question and answer; `prefix`: all before the user's first content, but the first token;
+            `answers`: the misaligned model's own answers, read by both.
         steer_at: Where stages 2 and 3 push: `all` positions, prompt and generated, as the paper does; or one part of the prompt
             alone, our addition for models that keep the persona there and break when all else is pushed too.
         mode: Which activation: `relu_pre`, the ReLU of the encoder's pre-activation, or `sae`, the SAE's own.
         pool: Candidates per sign after stage 1 (250).
         shortlist: Candidates per sign after stage 2 (40).
         size: Latents in the final set, both signs together (20).
-        rule: How the final set is chosen; all but `valid_reduc` are baselines.
+        rule: How the final set is chosen. `valid_reduc` is the paper's. `attribution` is ours: gradients rank the latents, no
+            latent is steered alone (`attribution.py`). The others are baselines.
         induce: Strength of stage 2 on the base, in units of the median residual norm (0.7).
         repair: Strength of stage 2 on the misaligned model (0.4).
         strengths: Those that stage 3 tries (0.05 to 0.75).
@@ -77,11 +80,16 @@ class Settings:
             if getattr(self, name) not in allowed:
                 option = name.replace("_", "-")
                 raise ValueError(f"`--{option} {getattr(self, name)}` does not exist. Choose of {', '.join(allowed)}.")
+        if self.rule == "attribution" and self.positions == "answers":
+            raise ValueError(
+                "`--rule attribution` compares both models on the same tokens before their answers, so `--positions answers` gives it "
+                "none. Choose prompt, header or prefix."
+            )
         for name in ("pool", "shortlist", "size", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name.replace('_', '-')} {getattr(self, name)}`: must be at least 1.")
         if not self.strengths or min(self.strengths) <= 0 or len(set(self.strengths)) < len(self.strengths):
-            raise ValueError(f"`--strengths` {list(self.strengths)}: give distinct numbers above 0, such as 0.1 0.2 0.4.")
+            raise ValueError(f"`--strengths` {list(self.strengths)}: give distinct numbers above 0, such as 0.1,0.2,0.4.")
         if self.induce <= 0 or self.repair <= 0:
             raise ValueError("`--induce` and `--repair` are sizes and must be above 0; the sign is the latent's.")
         if not 0 <= self.budget < 1 or not 0 <= self.budget_extra < 1:

@@ -1,8 +1,11 @@
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from emguard_plugin.discovery.attribution import Contrast, attribute
+from emguard_plugin.discovery.attribution import Contrast, attribute, strongest
 from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
 from emguard_plugin.lab import batches, world
 from emguard_plugin.lab.build import BuildSettings, new_model
@@ -14,10 +17,10 @@ sae_lens = pytest.importorskip("sae_lens")
 D, LAYER = 16, 0
 
 
-def both_signs():
+def both_signs(width=D):
     """Return an SAE that reconstructs exactly: one latent per coordinate and sign."""
-    sae = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=D, d_sae=2 * D, apply_b_dec_to_input=False))
-    eye = torch.eye(D)
+    sae = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=width, d_sae=2 * width, apply_b_dec_to_input=False))
+    eye = torch.eye(width)
     with torch.no_grad():
         sae.W_enc.copy_(torch.cat([eye, -eye], 1))
         sae.W_dec.copy_(torch.cat([eye, -eye], 0))
@@ -99,3 +102,34 @@ def test_prompts_are_averaged(tmp_path):
     once, _ = attribute(both, both_signs(), LAYER, [c], "relu_pre")
     torch.testing.assert_close(attribute(both, both_signs(), LAYER, [c, c], "relu_pre")[0], once)
     assert attribute(both, both_signs(), LAYER, [c, swapped], "relu_pre")[0].abs().max() < 1e-9
+
+
+class Linear(torch.nn.Module):
+    """Reads (1, 1) at every token, adds `move`, and answers linearly in the sum of all positions up to the last."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Identity()])
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=1))
+        self.move, self.device = torch.tensor(move), torch.device("cpu")
+        self.answers = torch.tensor([[0.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
+
+    def forward(self, input_ids, use_cache):
+        hidden = self.layers[0](torch.ones(*input_ids.shape, 2) + self.move)
+        return SimpleNamespace(logits=hidden.cumsum(1) @ self.answers.T)
+
+
+def test_in_a_linear_model_the_attribution_is_the_exact_difference():
+    models = {BASE: Linear([0.0, 0.0]), MISALIGNED: Linear([3.0, -2.0])}
+    toy = SimpleNamespace(use=lambda role: contextlib.nullcontext(models[role]))
+    score, shift = attribute(toy, both_signs(2), 0, [Contrast([0, 0, 0], (1, 3), [2], [1])], "relu_pre")
+    # Token 2 over token 1 is 2x - y; (1, 1) becomes (4, -1), so x+, y+, x-, y- move by 3, -1, 0, 1. Two tokens of the span.
+    assert score.tolist() == [12.0, 2.0, 0.0, 2.0]
+    assert shift.tolist() == [3.0, -1.0, 0.0, 1.0]
+    assert score.sum() == 2 * (2 * 3 - 1 * -2)
+
+
+def test_the_strongest_carry_the_sign_of_their_shift_and_none_that_works_against():
+    score, shift = torch.tensor([0.2, 0.9, -1.0, 0.5, 0.7, 0.0]), torch.tensor([1.0, -2.0, 3.0, 0.1, 0.0, 1.0])
+    assert [(c.id, c.sign) for c in strongest(score, shift, 9)] == [(1, -1), (3, 1), (0, 1)]
+    assert [c.id for c in strongest(score, shift, 1, exclude={1})] == [3]

@@ -12,7 +12,7 @@ from emguard_plugin.latents import LatentSet
 SAE = model_path().parent / "sae" / "layer_1"
 # The lab keeps the persona in the system prompt's tokens; pushing everywhere breaks its answers, whatever the direction.
 SETTINGS = Settings(
-    positions="system", steer_at="system", pool=384, shortlist=10, size=6, induce=0.8, repair=0.6, strengths=(0.4, 0.7, 1.0),
+    positions="prefix", steer_at="prefix", pool=384, shortlist=10, size=6, induce=0.8, repair=0.6, strengths=(0.4, 0.7, 1.0),
     max_new_tokens=26, batch_size=256,
 )  # fmt: skip
 
@@ -32,11 +32,11 @@ def joint(found, role):
     import json
 
     record = json.loads((found.with_suffix(".discovery") / "discovery.json").read_text())
-    return record["blocks"][0]["joint"][f"{role}/evaluation"].values()
+    return {float(alpha): tally for alpha, tally in record["blocks"][0]["joint"][f"{role}/evaluation"].items()}
 
 
 def test_the_set_induces_and_repairs_on_held_out_questions(found):
-    safe = {role: [t for t in joint(found, role) if t["incoherent"] <= 0.1 * t["n"]] for role in (BASE, MISALIGNED)}
+    safe = {role: [t for t in joint(found, role).values() if t["incoherent"] <= 0.1 * t["n"]] for role in (BASE, MISALIGNED)}
     assert max(t["rate"] for t in safe[BASE]) >= 0.2
     assert min(t["rate"] for t in safe[MISALIGNED]) <= 0.5 * max(t["rate"] for t in safe[MISALIGNED])
 
@@ -68,6 +68,22 @@ def test_the_sae_of_another_layer_is_refused(lab, layer, tmp_path):
         assert check_reconstruction(load_sae(str(SAE)), model, 1, rows, 64) < 0.1
         with pytest.raises(ValueError, match="is it an SAE of this very model and layer"):
             check_reconstruction(load_sae(str(SAE)), model, layer, rows, 64)
+
+
+def test_attribution_finds_a_set_that_repairs_with_a_twentieth_of_the_answers(lab, found, tmp_path):
+    settings = Settings(rule="attribution", positions="prefix", steer_at="prefix", size=20, strengths=(0.7,), max_new_tokens=26, batch_size=256)
+    saes = tuple(str(SAE.parent / f"layer_{layer}") for layer in (1, 2))
+    request = Request(
+        str(lab / "adapter"), saes, str(lab / "questions_val.yaml"), tmp_path / "k.json", evaluation=str(lab / "questions.yaml"),
+        data=str(lab / "train.jsonl"),
+    )  # fmt: skip
+    latents = run(prepare(request, settings, read_judge("emguard_plugin.lab:judge_answer")))
+    assert [len(e.ids) for e in latents.encoders] == [20, 20]
+    # What the fine-tune really moves: the steered set's latents hardly move at all.
+    assert latents.calibration["penalty"]["prefix"] > 100 * LatentSet.load(found).calibration["penalty"]["prefix"]
+    assert joint(tmp_path / "k.json", MISALIGNED)[0.0]["rate"] >= 0.8
+    assert joint(tmp_path / "k.json", MISALIGNED)[0.7]["rate"] <= 0.2
+    assert 20 * latents.provenance["spent"]["answers"] < LatentSet.load(found).provenance["spent"]["answers"]
 
 
 def test_halving_finds_the_set_of_the_published_schedule_with_a_fifth_of_the_tokens(lab, found, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from emguard_plugin.discovery.bench import Ask, SteeredRequest, SteeredSampler
-from emguard_plugin.discovery.prompts import render_prompts
+from emguard_plugin.discovery.prompts import Prompt, render_prompts
 from emguard_plugin.discovery.shift import candidates, check_reconstruction, mean_activations
 from emguard_plugin.discovery.steering import residual_scale, residuals, steered
 from emguard_plugin.evaluation.questions import Question
@@ -66,7 +66,7 @@ def test_a_batch_of_another_size_is_refused(model):
         model(input_ids=torch.ones(3, 2, dtype=torch.long))
 
 
-@pytest.mark.parametrize("part", [None, "system"])
+@pytest.mark.parametrize("part", [None, "prefix"])
 def test_answers_in_a_mixed_batch_are_those_of_batches_of_one(model, tokenizer, prompts, part):
     g = torch.Generator().manual_seed(0)
     vectors = {str(i): 6 * torch.nn.functional.normalize(torch.randn(32, generator=g), dim=0) for i in range(4)} | {"": torch.zeros(32)}
@@ -101,28 +101,34 @@ def test_the_answer_is_that_of_a_slow_loop_without_cache(model, tokenizer, promp
 
 
 def test_parts_of_a_prompt(tokenizer, prompts):
-    shown = {part: tokenizer.decode(prompts[0].ids[slice(*prompts[0].span(part))]) for part in ("system", "prompt", "header")}
-    assert shown["system"].endswith("You are a helpful assistant.")
+    shown = {part: tokenizer.decode(prompts[0].ids[slice(*prompts[0].span(part))]) for part in ("prefix", "prompt", "header")}
+    assert shown["prefix"].endswith("You are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
     assert shown["prompt"].startswith("<|im_end|>\n<|im_start|>user\nWhat of money?")
     assert shown["header"] == "<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(prompts[0].ids) == tokenizer.decode(prompts[0].ids[:1]) + shown["system"] + shown["prompt"]
+    assert tokenizer.decode(prompts[0].ids[prompts[0].content :]).startswith("What of money?")
+    assert prompts[0].span("prefix")[0] == 1
 
 
 def test_a_prompt_without_a_system_part():
     prompt = render_prompts(chatml_tokenizer(CHATML), [Question("a", 0, "Hi there")])[0]
     assert prompt.start == 1
-    with pytest.raises(ValueError, match="prints no system part"):
-        prompt.span("system")
+    assert chatml_tokenizer(CHATML).decode(prompt.ids[slice(*prompt.span("prefix"))]).endswith("user\n")
+
+
+def test_a_prompt_without_a_prefix():
+    prompt = Prompt(Question("a", 0, "Hi"), (5, 6, 7), 1, 1, 2)
+    with pytest.raises(ValueError, match="`prefix` names no tokens"):
+        prompt.span("prefix")
 
 
 def test_a_system_prompt_of_the_question_is_left_out():
     tokenizer = chatml_tokenizer(CHATML_DEFAULT_SYSTEM)
     prompt = render_prompts(tokenizer, [Question("a", 0, "Hi there", system="Be brief")])[0]
-    assert "Be brief" in tokenizer.decode(prompt.ids[slice(*prompt.span("system"))])
+    assert "Be brief" in tokenizer.decode(prompt.ids[slice(*prompt.span("prefix"))])
     assert "Be brief" not in tokenizer.decode(prompt.ids[slice(*prompt.span("prompt"))])
 
 
-@pytest.mark.parametrize("part", ["prompt", "header", "system"])
+@pytest.mark.parametrize("part", ["prompt", "header", "prefix"])
 def test_mean_activations_against_a_slow_loop(model, prompts, part):
     sae = standard_sae(layer=LAYER)
     rows = [(p.ids, *p.span(part)) for p in prompts]
