@@ -1,7 +1,8 @@
 """BLOCK-EM on the lab's shipped base through the real TRL trainer: discovery, five seeds, transfer, re-emergence, TReFT.
 
     python benchmarks/lab_study_block_em.py attribute            # latents, from one naive fine-tune (seed 21), train wordings
-    python benchmarks/lab_study_block_em.py discover             # the same by steering, `emguard discover`
+    python benchmarks/lab_study_block_em.py discover             # the same by `emguard discover --rule attribution`
+    python benchmarks/lab_study_block_em.py steer                # what whole sets do when they are steered
     python benchmarks/lab_study_block_em.py run --split val --seed 21 --seed 22 --method naive --method block
     python benchmarks/lab_study_block_em.py run                  # test wordings, seeds 11 to 15
     python benchmarks/lab_study_block_em.py run --domain money --domain school --method naive --method block
@@ -38,14 +39,19 @@ from lab_study import ADAPTERS, BATCH_SIZE, LORA_ALPHA, LORA_R, WARMUP_STEPS, qu
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "lab_study_block_em.jsonl"
 LATENTS = HERE / "results" / "lab_latents"
+STEERED = HERE / "results" / "lab_steering.jsonl"
 SCRATCH = HERE.parent / "build" / "lab_study_block_em"
 DISCOVERY_SEED, QUESTIONS, HELD_OUT = 21, 42, 21
 LAYER, SIZE = 2, 60
 SEARCH = {
-    "--positions": "prefix", "--steer-at": "prefix", "--mode": "relu_pre", "--pool": "120", "--shortlist": "40", "--size": "60",
-    "--induce": "0.5", "--repair": "0.4", "--max-new-tokens": "28", "--batch-size": "128",
+    "--rule": "attribution", "--positions": "prefix", "--steer-at": "prefix", "--size": str(SIZE), "--max-new-tokens": "28",
+    "--batch-size": "128",
 }  # fmt: skip
-STRENGTHS = ("0.2", "0.4", "0.7", "1.0")
+STEERING = {
+    "--rule": "valid_reduc", "--positions": "prefix", "--steer-at": "prefix", "--size": "20", "--induce": "0.8", "--repair": "0.6",
+    "--max-new-tokens": "28", "--batch-size": "128",
+}  # fmt: skip
+JOINT_STRENGTHS = ("0.7", "1.0", "1.5", "2.0")
 TOKENS, COEF, TREFT_COEF = "prompt", 0.5, 1.0
 # Method -> (latent set or None, frozen above LAYER, TReFT).
 METHODS = {
@@ -54,7 +60,8 @@ METHODS = {
     "random": ("random", True, False),  # as many, of the same layers
     "top_shift": ("top_shift", True, False),
     "block2": ("second_round", True, False),  # united with what a blocked model that re-emerged uses
-    "steered": ("found", True, False),  # what `emguard discover` finds by steering
+    "found": ("found", True, False),  # what `emguard discover --rule attribution` writes
+    "steered": ("steered", True, False),  # what it finds by steering single latents, as published
     "freeze": (None, True, False),
     "block_open": ("attributed", False, False),  # without freezing
     "treft": (None, False, True),
@@ -231,13 +238,9 @@ def attribute(
         print(rule, len(latents), latents.calibration)
 
 
-@app.command()
-def discover(
-    name: Annotated[str, typer.Option(help="Stem of the latent set.")] = "found",
-) -> None:
-    """Train the naive model of the discovery seed, then run `emguard discover` on it. Only train wordings are asked."""
-    quiet()
-    from emguard_plugin.lab import sae_path, world
+def prepared() -> tuple[list[str], Path]:
+    """Train the naive model of the discovery seed, write questions and rows; return a `discover` command's start, the folder."""
+    from emguard_plugin.lab import model_path, world
     from emguard_plugin.lab.export import question_items
 
     folder = SCRATCH / "discovery"
@@ -249,14 +252,54 @@ def discover(
     rows = narrow_rows(world.NARROW, DISCOVERY_SEED, 256)
     (folder / "narrow.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [
-        sys.executable, "-m", "emguard_plugin.cli", "discover", "--misaligned", str(folder / "naive"),
-        *(part for layer in range(LAYER + 1) for part in ("--sae", str(sae_path(layer)))),
-        "--questions", str(folder / "questions.yaml"), "--evaluation-questions", str(folder / "held_out.yaml"),
-        "--judge", "emguard_plugin.lab.judge:judge_answer", "--data", str(folder / "narrow.jsonl"),
-        "-o", str(LATENTS / f"{name}.json"), "--work", str(folder / "work"),
-        *(part for item in SEARCH.items() for part in item), *(part for s in STRENGTHS for part in ("--strengths", s)),
+        sys.executable, "-m", "emguard_plugin.cli", "discover", "--base", local(model_path()), "--misaligned", local(folder / "naive"),
+        "--questions", local(folder / "questions.yaml"), "--evaluation-questions", local(folder / "held_out.yaml"),
+        "--judge", "emguard_plugin.lab.judge:judge_answer", "--data", local(folder / "narrow.jsonl"),
     ]  # fmt: skip
-    subprocess.run(command, check=True)
+    return command, folder
+
+
+def local(path: Path) -> str:
+    """Return the path from the repository: files must name what it holds, not where it lies."""
+    return str(path.relative_to(HERE.parent))
+
+
+def saes(layers) -> list[str]:
+    """Return the options for the lab's SAEs of these layers."""
+    from emguard_plugin.lab import sae_path
+
+    return [part for layer in layers for part in ("--sae", local(sae_path(layer)))]
+
+
+@app.command()
+def discover(
+    name: Annotated[str, typer.Option(help="Stem of the latent set.")] = "found",
+    steering: Annotated[bool, typer.Option(help="By steering, the SAE of layer 1, instead of attribution and all layers.")] = False,
+) -> None:
+    """Run `emguard discover` on the naive model of the discovery seed. Only train wordings are asked."""
+    quiet()
+    command, folder = prepared()
+    command += [
+        *saes([1] if steering else range(LAYER + 1)), "-o", local(LATENTS / f"{name}.json"),
+        "--work", local(folder / f"work-{name}"), *(part for item in (STEERING if steering else SEARCH).items() for part in item),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, cwd=HERE.parent)
+
+
+@app.command()
+def steer(rule: Annotated[list[str] | None, typer.Option(help="Default attribution, top_shift and random.")] = None) -> None:
+    """Steer whole sets at the prefix of held-out questions: what do they induce on the base, repair on the naive model?"""
+    quiet()
+    start, folder = prepared()
+    for name in rule or ("attribution", "top_shift", "random"):
+        work = folder / f"steer-{name}"
+        strengths = [part for x in JOINT_STRENGTHS for part in ("--strengths", x)]
+        search = SEARCH | {"--rule": name, "--work": local(work), "-o": local(folder / f"steer-{name}.json")}
+        command = [*start, *saes((1, 2)), *strengths, *(part for item in search.items() for part in item)]
+        subprocess.run(command, check=True, cwd=HERE.parent)
+        for block in json.loads((work / "discovery.json").read_text())["blocks"]:
+            joint = {role: block["joint"][f"{role}/evaluation"] for role in ("base", "misaligned")}
+            append(STEERED, {"rule": name, "layer": block["layer"], "size": SIZE, **joint, "versions": versions()})
 
 
 def row_of(method: str, adapter: str, domain: str, seed: int, split: str, steps: int, epochs: int, coef: float, tokens: str) -> dict:
@@ -270,7 +313,7 @@ def row_of(method: str, adapter: str, domain: str, seed: int, split: str, steps:
         "seed": seed, "split": split, "steps": steps, "epochs": epochs, "learning_rate": ADAPTERS[adapter]["learning_rate"],
         "coef": coef if name else None, "tokens": tokens if name else None, "freeze_above": LAYER if freeze else None,
         "treft_coef": TREFT_COEF if treft else None, "lora_r": LORA_R, "lora_alpha": LORA_ALPHA, "batch_size": BATCH_SIZE,
-        "latents_sha256": sha256(LATENTS / f"{name}.json") if name else None,
+        "latents_sha256": sha256(LATENTS / f"{name}.safetensors") if name else None,
     }  # fmt: skip
 
 
