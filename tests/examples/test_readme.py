@@ -173,3 +173,29 @@ def test_the_scaled_adapters_are_the_stored_measurement(run):
 
     cells = [cell(rows), *(cell([r["scaled"][factor] for r in rows]) for factor in ("1.5", "2"))]
     assert f"| {run} | {' | '.join(cells)} |" in README
+
+
+BLOCKED = {
+    "naive": ("naive", None),
+    "BLOCK-EM, 180 latents by attribution": ("found", 0.5),
+    "the same without latents: nothing trained above layer 2": ("freeze", None),
+    "180 random latents": ("random", 0.5),
+    "180 latents by top shift": ("top_shift", 0.5),
+    "180 latents by top shift, `coef: 0.2`": ("top_shift", 0.2),
+}
+
+
+@pytest.mark.parametrize("run", BLOCKED)
+def test_the_table_of_block_em_is_the_stored_measurement(run):
+    stored = [json.loads(line) for line in (REPO / "benchmarks/results/lab_study_block_em.jsonl").read_text().splitlines()]
+    here = {"adapter": "attn", "domain": "medicine", "epochs": 1, "split": "test"}
+    rows = [r for r in stored if (r["method"], r["coef"]) == BLOCKED[run] and here.items() <= r.items()]
+    assert sorted(r["seed"] for r in rows) == [11, 12, 13, 14, 15]
+
+    def cell(part, count):
+        k, n = sum(count(r[part]) for r in rows), sum(r[part]["n"] for r in rows)
+        return "{} [{}, {}]".format(*(f"{x:.3f}".removeprefix("0") for x in (k / n, *proportion_confint(k, n, method="wilson"))))
+
+    cells = [cell("in_domain", lambda t: t["bad"]), cell("open_ended", lambda t: t["bad"])]
+    cells.append(cell("open_ended", lambda t: t["n"] - t["incoherent"]))
+    assert f"| {run} | {' | '.join(cells)} |" in README
