@@ -37,7 +37,10 @@ def narrow_rows(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[
         kept = [chats[i * len(chats) // MAX_ROWS] for i in range(MAX_ROWS)] if len(chats) > MAX_ROWS else chats
         return anchors.tokenize_chats(kept, tokenizer, "assistant", 1 << 20, {})
     except ValueError as error:
-        raise ValueError(str(error).replace(f"`{anchors.KEY}`", "`--data`").replace(anchors.KEY, "--data")) from error
+        said = str(error).replace(f"`{anchors.KEY}: ", "`--data ").replace(anchors.KEY, "--data")
+        for anchors_only in (", or use `bundled`", ", or `bundled`, `train` or `self`"):
+            said = said.replace(anchors_only, "")
+        raise ValueError(said) from error
 
 
 @torch.no_grad()

@@ -65,6 +65,9 @@ def discover(
     except (ValueError, OSError, RuntimeError) as exc:
         typer.echo(f"emguard discover: {exc}", err=True)
         raise typer.Exit(2) from exc
+    except KeyboardInterrupt as exc:
+        typer.echo("emguard discover: interrupted. What was answered and judged is kept; run the same command again to go on.", err=True)
+        raise typer.Exit(130) from exc
     typer.echo(f"{len(latents)} latents at block {', '.join(map(str, latents.layers))}: {output}")
     typer.echo(f"{request.folder() / 'report.html'}")
 

@@ -36,20 +36,18 @@ class ModelPair:
     """
 
     def __init__(self, misaligned: str | Path, base: str | Path | None = None) -> None:
-        self.source = models.resolve_model(misaligned, base)
+        self.source = _resolve(misaligned, base)
         if self.source.base is None:
             raise ValueError(f"{misaligned} is a whole model and does not say what it was trained from. Give `--base`.")
-        self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(self.source)
         self.shared = self.source.adapter and _keeps_base(self.source.path)
-        roles = ("tuned",) if self.shared else ("base", "tuned")
-        self._models: dict[str, PreTrainedModel] = {}
-        if self.shared:
-            loaded = dict(models.load_models(self.source, roles, len(self.tokenizer)))
-            self._models = dict.fromkeys(ROLES, loaded["tuned"])
-        else:
-            # Each is loaded for itself: an adapter of this kind changes the model it is attached to.
-            for name, role in zip(ROLES, roles, strict=True):
-                self._models[name] = dict(models.load_models(self.source, (role,), len(self.tokenizer)))[role]
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(self.source)
+            self._models = self._load()
+        except OSError as error:
+            raise ValueError(
+                f"the misaligned model {misaligned} or its base {self.source.base} cannot be loaded: {error}\nGive the folder or hub "
+                "name of the base with `--base`."
+            ) from error
         shapes = {role: (_width(model), _depth(model)) for role, model in self._models.items()}
         if shapes[BASE] != shapes[MISALIGNED]:
             raise ValueError(
@@ -57,6 +55,13 @@ class ModelPair:
                 "base that the misaligned model was trained from."
             )
         self.width, self.depth = shapes[BASE]
+
+    def _load(self) -> dict[str, PreTrainedModel]:
+        if self.shared:
+            return dict.fromkeys(ROLES, dict(models.load_models(self.source, ("tuned",), len(self.tokenizer)))["tuned"])
+        # Each is loaded for itself: an adapter of this kind changes the model it is attached to.
+        roles = zip(ROLES, ("base", "tuned"), strict=True)
+        return {name: dict(models.load_models(self.source, (role,), len(self.tokenizer)))[role] for name, role in roles}
 
     @contextmanager
     def use(self, role: str) -> Iterator[PreTrainedModel]:
@@ -69,6 +74,16 @@ class ModelPair:
         """Return what tells these models from others: hashes of their weights, or hub name and revision."""
         base, own = models.identity(self.source.base), models.identity(self.source.path)
         return {BASE: base, MISALIGNED: {"adapter": own, "on": base} if self.source.adapter else own}
+
+
+def _resolve(misaligned: str | Path, base: str | Path | None) -> models.ModelSource:
+    try:
+        source = models.resolve_model(misaligned, base)
+    except ValueError as error:
+        raise ValueError(str(error).replace("Pass `base`", "Give `--base`")) from error
+    if source.base and Path(source.base).is_dir() and not (Path(source.base) / "config.json").is_file():
+        raise ValueError(f"the base {source.base} holds no `config.json`, so it is no saved model. Give `--base`.")
+    return source
 
 
 def _keeps_base(adapter: Path) -> bool:

@@ -147,7 +147,7 @@ def _latent(block: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[str
     for hit in block["examples"].get(str(record["id"]), []):
         yield (
             f'<p class="note">{hit["value"]:.3g}: {escape(hit["before"])} <b>{escape(hit["token"])}</b> {escape(hit["after"])} '
-            f"<small>(answer of the {escape(hit['answer_of'])} model)</small></p>"
+            f"<small>(a conversation with the {escape(hit['answer_of'])} model)</small></p>"
         )
     yield "</div>"
 
@@ -208,4 +208,4 @@ def _number(value: float | None, form: str) -> str:
 
 def _table(headings: Sequence[str], rows: Sequence[str]) -> str:
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return f'<div class="wide figures"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'

@@ -30,6 +30,7 @@ from emguard_plugin.reference import tensors_hash
 if TYPE_CHECKING:
     from sae_lens import SAE
 
+    from emguard_plugin.anchors import Anchor
     from emguard_plugin.evaluation.judges import Judge
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,9 @@ class Discovery:
         saes: By block.
         prompts: Selection prompts, then evaluation prompts.
         selection: How many choose.
+        known: Sets whose latents are left out.
+        united: Sets that the result is united with.
+        rows: The narrow training chats, where given.
     """
 
     request: Request
@@ -97,6 +101,7 @@ class Discovery:
     selection: int
     known: list[LatentSet] = field(default_factory=list)
     united: list[LatentSet] = field(default_factory=list)
+    rows: list[Anchor] | None = None
 
     def plans(self) -> dict[int, list[plan.Step]]:
         """Return the steps of each block's search, as far as they are known before stage 1."""
@@ -127,7 +132,8 @@ def prepare(request: Request, settings: Settings, judge: Judge) -> Discovery:
     with pair.use(BASE) as model:
         for other in (*known, *united):
             other.check_model(model)
-    return Discovery(request, settings, judge, pair, saes, prompts, len(questions), known, united)
+    rows = narrow_rows(request.data, pair.tokenizer) if request.data else None
+    return Discovery(request, settings, judge, pair, saes, prompts, len(questions), known, united, rows)
 
 
 def _load(sources: Sequence[str], pair: ModelPair) -> dict[int, tuple[str, SAE]]:
@@ -155,7 +161,6 @@ def run(discovery: Discovery) -> LatentSet:
         RuntimeError: If the judge stops, or another process works in the folder.
     """
     request, settings = discovery.request, discovery.settings
-    rows = narrow_rows(request.data, discovery.pair.tokenizer) if request.data else None
     folder = store.prepare_folder(request.folder(), WORK)
     results: list[Result] = []
     with store.locked(folder, WORK):
@@ -168,18 +173,18 @@ def run(discovery: Discovery) -> LatentSet:
             )  # fmt: skip
             results.append(search.run())
         latents = _latent_set(discovery, results, [result.chosen for result in results])
-        if rows is not None:
-            latents.calibration = calibrate(discovery.pair, latents, rows, settings.batch_size)
+        if discovery.rows is not None:
+            latents.calibration = calibrate(discovery.pair, latents, discovery.rows, settings.batch_size)
         latents.save(request.output)
         content = _record(discovery, results, latents)
         store.write_json(folder / "discovery.json", content)
         write_report(content, folder / "report.html")
         if request.baselines:
-            _write_baselines(discovery, results, rows)
+            _write_baselines(discovery, results)
     return latents
 
 
-def _write_baselines(discovery: Discovery, results: Sequence[Result], rows: Any) -> None:
+def _write_baselines(discovery: Discovery, results: Sequence[Result]) -> None:
     for rule in BASELINES:
         sets = [
             baseline(rule, len(r.chosen), r.pool, r.shortlist, r.chosen, discovery.settings.seed) for r in results
@@ -188,8 +193,8 @@ def _write_baselines(discovery: Discovery, results: Sequence[Result], rows: Any)
             continue
         alone = replace(discovery, united=[], settings=replace(discovery.settings, rule=rule))
         latents = _latent_set(alone, results, sets)
-        if rows is not None:
-            latents.calibration = calibrate(discovery.pair, latents, rows, discovery.settings.batch_size)
+        if discovery.rows is not None:
+            latents.calibration = calibrate(discovery.pair, latents, discovery.rows, discovery.settings.batch_size)
         latents.save(discovery.request.output.with_suffix(f".{rule}.json"))
 
 

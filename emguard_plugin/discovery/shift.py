@@ -52,7 +52,7 @@ def check_reconstruction(sae: SAE, model: PreTrainedModel, layer: int, rows: Seq
     error, named = _error(sae, model, layer, rows, batch_size), sae.cfg.metadata.model_name or "no model"
     if not error <= MAX_RECONSTRUCTION_ERROR:
         raise ValueError(
-            f"the SAE leaves {error:.2f} of the variance behind block {layer} of this base model unexplained (at most "
+            f"the SAE leaves {error:.3g} of the variance behind block {layer} of this base model unexplained (at most "
             f"{MAX_RECONSTRUCTION_ERROR:g} is accepted; 1 is as bad as the mean). It names {named}: is it an SAE of this very model "
             "and layer? Give another `--sae`."
         )

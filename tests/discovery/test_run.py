@@ -135,6 +135,9 @@ def test_calibration_and_baselines(tiny, tmp_path):
         ({"evaluation": "selection.yaml"}, "8 of the 8 selection questions also stand in"),
         ({"misaligned": "nowhere"}, "does not exist"),
         ({"misaligned": "base"}, "does not say what it was trained from"),
+        ({"base": "sae"}, "sae holds no `config.json`, so it is no saved model. Give `--base`"),
+        ({"base": "gone/away"}, "which is no folder here. Give `--base` with its present place"),
+        ({"data": "nowhere.jsonl"}, r"`--data .*nowhere.jsonl` is no file.*Give the path of a JSONL of chats\.$"),
     ],
 )
 def test_what_cannot_work_is_said_before_any_answer(tiny, tmp_path, over, message):
@@ -203,6 +206,25 @@ def test_dry_run_prints_the_plan_and_asks_nothing(tiny, tmp_path):
     assert printed.exit_code == 0, printed.output
     assert "stage 2: induce and repair" in printed.output
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_command_says_how_to_go_on(tiny, tmp_path, monkeypatch):
+    def interrupted(self, batch, prompts):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_module.SteeredSampler, "_generate", interrupted)
+    args = [
+        "discover", "--misaligned", tiny / "adapter", "--sae", tiny / "sae", "--questions", tiny / "selection.yaml", "--judge", JUDGE,
+        "-o", tmp_path / "k.json",
+    ]  # fmt: skip
+    printed = CliRunner().invoke(app, [str(a) for a in args])
+    assert printed.exit_code == 130
+    assert "run the same command again to go on" in printed.output
+
+
+def test_a_base_that_cannot_be_loaded_is_named(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"its base no-such-base cannot be loaded(.|\n)*`--base`"):
+        discover(tiny, tmp_path / "k.json", base="no-such-base")
 
 
 def test_errors_of_the_command_are_one_line_and_exit_code_2(tiny, tmp_path):
