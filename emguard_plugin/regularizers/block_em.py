@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from emguard_plugin.chat_template import Template
 from emguard_plugin.latents import LatentSet
 from emguard_plugin.reference import peft_model
 from emguard_plugin.reference_cache import model_identity
@@ -20,9 +21,9 @@ from emguard_plugin.regularizers.block_em_base import HIDDEN_EVERY, Base, BaseLa
 from emguard_plugin.regularizers.block_em_rules import (
     calibrated_coef,
     content,
-    header_ids,
     set_in_words,
     span,
+    template_of,
     unguarded_penalty,
     warn_if_bypassed,
 )
@@ -48,7 +49,7 @@ class BlockEMCallback(EMRegularizerCallback):
     Args:
         coef: lambda, or `auto`; see `calibrated_coef`.
         latents: The JSON of a latent set, or a `LatentSet`.
-        tokens: `assistant` (the paper's), `all`, `prompt` or `header`.
+        tokens: `assistant` (the paper's), `all`, `prompt`, `header` or `prefix`; see `held_tokens`.
         latent_reduction: `sum` (the paper's) or `mean` over the latents.
         sides: `one` (the paper's), or `two`: moves in the good direction count as well. Ours.
         k_minus: `activation` (the paper's), or `pre_activation`, which keeps its gradient where a latent was switched off.
@@ -89,7 +90,7 @@ class BlockEMCallback(EMRegularizerCallback):
         self.path = None if given else Path(str(latents)).expanduser()
         self.tokens, self.latent_reduction, self.two_sided = tokens, latent_reduction, sides == "two"
         self.pre_activation, self.freeze_above, self.cache = k_minus == "pre_activation", freeze_above, str(cache)
-        self._header: tuple[int, ...] = ()
+        self._template: Template | None = None
         self._kept: Kept | None = None
         self._frozen: list[nn.Parameter] = []
 
@@ -108,8 +109,8 @@ class BlockEMCallback(EMRegularizerCallback):
         self.yardstick = unguarded_penalty(latents.calibration, self.tokens, shared_by)
         if self.automatic:
             self.coef = calibrated_coef(latents.calibration, self.tokens, shared_by)
-        if self.tokens == "header":
-            self._header = header_ids(run)
+        if self.tokens in ("header", "prefix"):
+            self._template = template_of(run, self.tokens)
         about = {"model": model_identity(run.model), "latents": content(latents)}
         self._base = BaseLatents(run.model, latents.encoders, self.cache, about, run.rank)
         self._check_resumed(run)
@@ -188,7 +189,7 @@ class BlockEMCallback(EMRegularizerCallback):
                 )
             self._base.begin(model, kept, next(iter(hidden.values())), self._dataset, self._resume_from)
             self._dataset, self._begun = None, True
-        held = held_tokens(inputs, self.tokens, self._header)
+        held = held_tokens(inputs, self.tokens, self._template)
         hidden = {n: h[held.to(h.device)] for n, h in hidden.items()}
         base = self._base.get(model, kept, inputs, held)
         per_layer, bad, shift = [], [], []

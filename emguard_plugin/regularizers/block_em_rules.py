@@ -109,12 +109,28 @@ def span(weight: Tensor) -> Tensor:
     return u[:, s > 1e-6 * s.max()].float()
 
 
-def header_ids(run: Run) -> ct.Ids:
-    """Return the ids between a user's content and the answer, once the training rows have shown them.
+def template_of(run: Run, tokens: TokenKind) -> ct.Template:
+    """Return the chat template, once the training rows have shown the tokens to hold, `header` or `prefix`.
 
     Raises:
-        ValueError: when the template has none, or the rows lack them.
+        ValueError: when the template has none, the rows lack them, or packing lost where conversations begin.
     """
-    postfix = ct.read_template(run.tokenizer, **run.template_kwargs).postfix
-    ct.prompts_with_postfix(conversations(run.dataset), postfix)
-    return postfix
+    template = ct.read_template(run.tokenizer, **run.template_kwargs)
+    rows = conversations(run.dataset)
+    if tokens == "header":
+        ct.prompts_with_postfix(rows, template.postfix)
+        return template
+    if run.wrapped_packing:
+        raise ValueError(
+            "`em_regularizer.block_em.tokens: prefix`: `packing_strategy: wrapped` loses where conversations begin, so their prefixes "
+            "cannot be found. Use `packing_strategy: bfd`, or `tokens: prompt`."
+        )
+    ends = [ct.prefix_span(row, template)[1] for row in rows]
+    if not ends:
+        raise ValueError("the training data is empty: there is no prefix to hold.")
+    if (lacking := ends.count(0)) > (1 - ct.MIN_SHARE_FOUND) * len(ends):
+        raise ValueError(
+            f"`em_regularizer.block_em.tokens: prefix`: {lacking} of {len(ends)} training rows show nothing of the chat template before "
+            "the user's content, besides their first token. Train on chats rendered with this tokenizer's template, or use `tokens: prompt`."
+        )
+    return template

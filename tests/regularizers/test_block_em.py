@@ -117,7 +117,7 @@ def test_two_sided_and_mean(model, tokenizer):
     assert "pre-activations" in words["pre"]
 
 
-@pytest.mark.parametrize("tokens", ["assistant", "all", "prompt", "header"])
+@pytest.mark.parametrize("tokens", ["assistant", "all", "prompt", "header", "prefix"])
 @pytest.mark.parametrize("cache", ["auto", "memory"])
 def test_packed_and_padded_are_one(model, tokenizer, tokens, cache):
     callbacks = [block_em(model, tokens=tokens, cache=cache, set_kwargs={"seed": 3}) for _ in range(2)]
@@ -322,6 +322,21 @@ def test_a_set_from_a_real_sae(model, tokenizer, tmp_path):
     assert measured(callback, model, padded(rows(tokenizer))).value.item() > 0
 
 
-def test_headers_must_occur_in_the_data(model, tokenizer):
-    with pytest.raises(ValueError, match="lack the chat template's tokens"):
-        block_em(model, tokens="header").prepare(run_of(model, tokenizer, dataset=[{"input_ids": [1, 2, 3]}] * 4))
+@pytest.mark.parametrize(
+    ("tokens", "over", "message"),
+    [
+        ("header", {"dataset": [{"input_ids": [1, 2, 3]}] * 4}, "lack the chat template's tokens"),
+        ("prefix", {"dataset": [{"input_ids": [1, 2, 3]}] * 4}, "tokens: prefix`: 4 of 4 training rows"),
+        ("prefix", {"dataset": []}, "training data is empty"),
+        ("prefix", {"wrapped_packing": True}, "wrapped` loses where conversations begin"),
+    ],
+)
+def test_template_tokens_must_occur_in_the_data(model, tokenizer, tokens, over, message):
+    with pytest.raises(ValueError, match=message):
+        block_em(model, tokens=tokens).prepare(run_of(model, tokenizer, **over))
+
+
+def test_prefix_tokens_weigh_with_their_own_calibration(model, tokenizer):
+    callback = block_em(model, coef="auto", tokens="prefix")
+    assert "prefix tokens" in callback.prepare(run_of(model, tokenizer))
+    assert callback.coef == pytest.approx(100 * 0.5 / 4.0)
