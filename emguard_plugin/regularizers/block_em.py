@@ -26,6 +26,7 @@ from emguard_plugin.regularizers.block_em_rules import (
     template_of,
     unguarded_penalty,
     warn_if_bypassed,
+    warn_unless_base,
 )
 from emguard_plugin.regularizers.functional import block_em_penalty, block_em_violation
 from emguard_plugin.regularizers.held_tokens import TokenKind, held_tokens
@@ -192,7 +193,7 @@ class BlockEMCallback(EMRegularizerCallback):
         held = held_tokens(inputs, self.tokens, self._template)
         hidden = {n: h[held.to(h.device)] for n, h in hidden.items()}
         base = self._base.get(model, kept, inputs, held)
-        per_layer, bad, shift = [], [], []
+        per_layer, bad, shift, pres = [], [], [], []
         for i, encoder in enumerate(self.latents.encoders):
             z, pre = encoder.both(hidden[encoder.layer])
             violation = block_em_violation(
@@ -201,9 +202,12 @@ class BlockEMCallback(EMRegularizerCallback):
             )  # fmt: skip
             total = block_em_penalty(violation).sum()
             per_layer.append(total / len(self.latents) if self.latent_reduction == "mean" else total)
+            pres.append(pre)
             with torch.no_grad():
                 bad.append((violation > 0).sum())
                 shift.append((encoder.signs * (z - base.z[i].to(z.device))).relu().sum())
+        if step == 0 and self._measured == 0:
+            warn_unless_base(pres, base.pre, exact=base.hidden is not None)
         device = per_layer[0].device
         shares = torch.stack([p.to(device) for p in per_layer]) / torch.as_tensor(self.loss_tokens, device=device)
         pairs = (held.sum().to(device) * len(self.latents)).clamp_min(1)
@@ -258,8 +262,11 @@ class BlockEMCallback(EMRegularizerCallback):
             (folder / STATE_FILE).write_text(json.dumps(stored), encoding="utf-8")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write a cache's last rows; thaw what was frozen."""
+        """Write a cache's last rows."""
         self._base.flush()
+
+    def release(self) -> None:
+        """Thaw what was frozen."""
         for p in self._frozen:
             p.requires_grad_(True)
         self._frozen = []

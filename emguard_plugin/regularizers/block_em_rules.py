@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ def calibrated_coef(calibration: Mapping[str, Any], tokens: TokenKind, shared_by
             f"`em_regularizer.block_em.coef: auto` needs the latent set's calibration for `tokens: {tokens}`, and it has none. Run "
             "`emguard discover` on it again, or set `coef` to a number (the paper's 13000 fits its own SAE alone)."
         )
+    if not (math.isfinite(penalty) and math.isfinite(gap)):
+        raise ValueError(
+            f"`em_regularizer.block_em.coef: auto`: the latent set's calibration is not finite (penalty {penalty}, gap {gap}). Run "
+            "`emguard discover` on it again, or set `coef` to a number."
+        )
     if not gap > 0:
         raise ValueError(
             f"`em_regularizer.block_em.coef: auto`: the misaligned model's task loss is no lower than the base's (gap {gap:g}), so there "
@@ -64,7 +70,7 @@ def unguarded_penalty(calibration: Mapping[str, Any], tokens: TokenKind, shared_
     here = penalties.get(tokens)
     if here is None:
         return None
-    if GAP_PER_PENALTY * (calibration.get("task_loss_gap") or 0.0) >= COEF_BOUNDS[1] * here:
+    if GAP_PER_PENALTY * max(calibration.get("task_loss_gap") or 0.0, 0.0) >= COEF_BOUNDS[1] * here:
         best = max(penalties, key=lambda k: penalties[k] or 0.0)
         other = f" At `tokens: {best}` it is {penalties[best]:.3g}." if penalties[best] > 10 * here else ""
         logger.warning(
@@ -86,6 +92,31 @@ def warn_if_bypassed(penalty: float, outside_shift: float, yardstick: float | No
         "em_regularizer.block_em: at step %d the penalty is %.3g, but the residual stream at the held tokens has moved by %.0f %% "
         "outside the latents that are held. A met constraint does not show that misalignment is absent: measure the EM rate, and "
         "widen the set by another round of `emguard discover` if it is not.", step, penalty, 100 * outside_shift,
+    )  # fmt: skip
+    return True
+
+
+@torch.no_grad()
+def warn_unless_base(now: Sequence[Tensor], base: Sequence[Tensor], exact: bool) -> bool:
+    """Warn when the model is not the base model before the first update, when it must be.
+
+    Args:
+        now: Per layer, (N, K) pre-activations of the training forward.
+        base: The base model's.
+        exact: Whether both saw the same batch; recorded rows differ by rounding.
+
+    Returns:
+        Whether it warned.
+    """
+    missed = sum(float((a - b.to(a.device)).square().sum()) for a, b in zip(now, base, strict=True))
+    size = sum(float(b.square().sum()) for b in base)
+    away = (missed / max(size, 1e-30)) ** 0.5
+    if away <= (0.01 if exact else 0.05):
+        return False
+    logger.warning(
+        "em_regularizer.block_em: before the first update the latents of the training forward are %.1f %% away from the base model's, "
+        "where nothing has been learnt: what sets them apart is in training alone (dropout of the model or of a continued adapter, "
+        "another kernel), and the penalty holds that too. Set `attention_dropout` and the like to 0.", 100 * away,
     )  # fmt: skip
     return True
 

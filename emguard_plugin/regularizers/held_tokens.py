@@ -28,7 +28,10 @@ def real_tokens(inputs: Mapping[str, Any]) -> Tensor:
         first = positions == 0
         # The first token of a conversation is followed by one at position 1.
         followed = torch.nn.functional.pad(positions[:, 1:] == 1, (0, 1))
-        real &= ~first | followed
+        alone = first & ~followed
+        if (labels := inputs.get("labels")) is not None:
+            alone &= labels == IGNORE  # what is supervised is a conversation of one token
+        real &= ~alone
     return real
 
 

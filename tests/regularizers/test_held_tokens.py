@@ -79,6 +79,14 @@ def test_padding_of_a_packed_row_without_a_mask():
     assert spans(batch) == [[(0, 6), (6, 14)]]
 
 
+def test_a_supervised_conversation_of_one_token_is_no_padding():
+    ids = torch.tensor([[1, 2, 3, 5, 0, 0]])
+    labels = torch.tensor([[-100, 2, 3, 5, -100, -100]])
+    batch = {"input_ids": ids, "labels": labels, "position_ids": torch.tensor([[0, 1, 2, 0, 0, 0]])}
+    assert spans(batch) == [[(0, 3), (3, 4)]]
+    assert held_tokens(batch, "assistant").tolist() == [[False, True, True, True, False, False]]
+
+
 def test_conversations():
     assert spans(PADDED) == [[(0, 6)], [(0, 8)]]
     assert spans(PACKED) == [[(0, 6), (6, 14)]]
