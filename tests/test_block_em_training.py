@@ -186,7 +186,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind):
 def test_resuming_with_other_settings_stops(tmp_path):
     go(tmp_path, **{**SAVED, "max_steps": 2})
     checkpoint = str(tmp_path / "checkpoint-2")
-    for name, callback in {"latents": {"set_kwargs": {"seed": 8}}, "tokens": {"tokens": "all"}}.items():
+    for name, callback in {"latents": {"set_kwargs": {"seed": 8}}, "tokens": {"tokens": "all"}, "freeze_above": {"freeze_above": True}}.items():
         with pytest.raises(ValueError, match=f"trained with another `em_regularizer.block_em.{name}`"):
             go(tmp_path, checkpoint, callback=callback, **SAVED)
 

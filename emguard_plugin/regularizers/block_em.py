@@ -163,12 +163,15 @@ class BlockEMCallback(EMRegularizerCallback):
         if path is None or not path.is_file():
             return
         stored = json.loads(path.read_text(encoding="utf-8"))
-        for name, here in (("latents", content(self.latents)), ("tokens", self.tokens)):
-            if stored[name] != here:
+        for name, here in self._fixed().items():
+            if stored.get(name, here) != here:
                 raise ValueError(
                     f"{run.resume_from} was trained with another `em_regularizer.block_em.{name}`. Resume with the settings of the first "
                     "run, or start afresh without `resume_from_checkpoint`."
                 )
+
+    def _fixed(self) -> dict[str, Any]:
+        return {"latents": content(self.latents), "tokens": self.tokens, "freeze_above": self.freeze_above}
 
     # Each step
 
@@ -258,7 +261,7 @@ class BlockEMCallback(EMRegularizerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._base.flush(Path(args.output_dir))
         if state.is_world_process_zero and folder.is_dir():
-            stored = {"coef": self.coef, "latents": content(self.latents), "tokens": self.tokens}
+            stored = {"coef": self.coef, **self._fixed()}
             (folder / STATE_FILE).write_text(json.dumps(stored), encoding="utf-8")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

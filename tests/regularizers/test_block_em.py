@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from emguard_plugin import BlockEMCallback
+from emguard_plugin.latents import LatentSet
 from emguard_plugin.reference import adapter_off, eval_mode
 from emguard_plugin.regularizers.base import Run
 from emguard_plugin.regularizers.block_em_rules import calibrated_coef, warn_if_bypassed
 from emguard_plugin.residual import read_residual
-from emguard_plugin.latents import LatentSet
 from tests.latents.parts import small_set
 from tests.regularizers.block_em_parts import CALIBRATION, block_em, latent_set
 from tests.tiny import chat_rows, lora, perturb, tiny_model
