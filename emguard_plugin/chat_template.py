@@ -176,6 +176,15 @@ def prefix_of_row(row: Sequence[int], template: Template) -> Ids | None:
     return None
 
 
+def prefix_span(row: Sequence[int], template: Template) -> tuple[int, int]:
+    """Return the half-open span of a conversation's prefix without its first token (BOS in most templates), whose norm is extreme.
+
+    Each conversation has its own: of several system prompts, the one that it starts with. (0, 0) where there is nothing.
+    """
+    end = len(prefix_of_row(row, template) or ())
+    return (1, end) if end > 1 else (0, 0)
+
+
 def require_prefix(template: Template) -> None:
     """Refuse a template that prints nothing before the user's content.
 

@@ -199,7 +199,35 @@ def _check_block_em(block: BlockEMConfig, cfg: Mapping[str, Any], report: Report
     for key, set_ in {"cache: live": block.cache == "live", "freeze_above: true": block.freeze_above}.items():
         if set_ and not adapter:
             report.problems.append(f"`em_regularizer.block_em.{key}` needs an adapter, and there is none.")
+    if block.tokens in ("header", "prefix"):
+        _check_block_em_tokens(block.tokens, cfg, report)
     report.notes.append(f"whether the model is the one that the latents were found on ({latents.model}) is checked at start.")
+
+
+def _check_block_em_tokens(tokens: str, cfg: Mapping[str, Any], report: Report) -> None:
+    from jinja2 import TemplateError
+
+    from emguard_plugin import chat_template as ct
+
+    if cfg.get("packing") and cfg.get("packing_strategy") == "wrapped" and tokens == "prefix":
+        report.problems.append("`em_regularizer.block_em.tokens: prefix` cannot be found under `packing_strategy: wrapped`. Use `bfd`.")
+    if cfg.get("chat_template") not in (None, "tokenizer_default"):
+        report.notes.append(f"`chat_template: {cfg['chat_template']}` is resolved by Axolotl: the {tokens} is checked at start.")
+        return
+    tokenizer = _load_tokenizer(cfg, report)
+    if tokenizer is None:
+        return
+    try:
+        template = ct.read_template(tokenizer, **(cfg.get("chat_template_kwargs") or {}))
+    except (ValueError, TypeError, TemplateError) as exc:
+        report.problems.append(f"em_regularizer.block_em: {exc}")
+        return
+    held = template.postfix if tokens == "header" else template.prefix[1:]
+    if tokens == "header" and not held:
+        report.problems.append("em_regularizer.block_em: the chat template prints nothing between query and answer for `tokens: header`.")
+    else:
+        others = ", or the prefix of the system prompt that a row has" if tokens == "prefix" else ""
+        report.active.append(f"block_em holds {len(held)} tokens of each conversation: {tokenizer.decode(list(held))!r}{others}")
 
 
 def _load_tokenizer(cfg: Mapping[str, Any], report: Report) -> Any:

@@ -39,12 +39,13 @@ class EMRegularizerMixin:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EMRateCallback):
                 callback.attach(self)
-        if found:
-            self._prepare_regularizers(resume_from_checkpoint)
         try:
+            if found:
+                self._prepare_regularizers(resume_from_checkpoint)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             for callback in found:  # handed on to a trainer without this mixin, it must be refused again
+                callback.release()
                 callback.prepared = False
 
     def _prepare_regularizers(self, resume: str | bool | None) -> None:

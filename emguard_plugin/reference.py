@@ -69,7 +69,14 @@ def adapter_starts_at_zero(model: nn.Module) -> bool:
         and not getattr(c, "loftq_config", None)
         for c in peft.peft_config.values()
     )
-    return fresh and all(_zero(p) if _is_factor(n) else _is_switched(n) for n, p in peft.named_parameters() if p.requires_grad)
+    active = set(peft.active_adapters)
+    return fresh and all(_allows_off(n, p, active) for n, p in peft.named_parameters())
+
+
+def _allows_off(name: str, p: Tensor, active: set[str]) -> bool:
+    if _is_factor(name):  # a frozen adapter below the new one is switched off with it
+        return not (p.requires_grad or active & set(name.split("."))) or _zero(p)
+    return not p.requires_grad or _is_switched(name)
 
 
 def _is_factor(name: str) -> bool:

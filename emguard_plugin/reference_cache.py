@@ -29,12 +29,14 @@ BELONGS_TO = {
     "model": "another base model",
     "precision": "another precision",
 }
+_COMPUTES = ("rope", "sliding", "layer_types", "scal", "softcap", "eps", "hidden_act", "multiplier")
+"""Parts of the names of config keys that change hidden states without changing a weight."""
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 def model_identity(model: nn.Module) -> str:
-    """Return a hash over names, shapes and 64 spread elements of every weight that the reference is made of."""
-    h = hashlib.sha256()
+    """Return a hash over names, shapes and 64 spread elements of every weight, and the settings that weights do not show."""
+    h = hashlib.sha256(_settings(model).encode())
     peft = peft_model(model)
     skip = getattr(getattr(peft, "base_model", None), "prefix", None) if adapter_starts_at_zero(model) else None
     for name, p in sorted(model.named_parameters()):
@@ -50,6 +52,15 @@ def model_identity(model: nn.Module) -> str:
         at = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64, device=p.device).long()
         h.update(flat[at].double().cpu().numpy().tobytes())
     return h.hexdigest()
+
+
+def _settings(model: nn.Module) -> str:
+    peft = peft_model(model)
+    config = getattr(model if peft is None else peft.get_base_model(), "config", None)
+    if config is None:
+        return ""
+    stated = config.get_text_config().to_dict()
+    return json.dumps({k: v for k, v in stated.items() if any(part in k for part in _COMPUTES)}, sort_keys=True, default=str)
 
 
 def tokenizer_identity(tokenizer: Any) -> str:

@@ -27,16 +27,13 @@ def decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     peft = peft_model(model)
     base = model if peft is None else peft.get_base_model()
     count = base.config.get_text_config().num_hidden_layers
-    found = [
-        (owner, child)
-        for owner in base.modules()
-        for child in owner.children()
-        if isinstance(child, nn.ModuleList) and len(child) == count
-    ]
-    text = [(o, c) for o, c in found if "vision" not in type(o).__name__.lower()]
-    if not text:
-        raise ValueError(f"{type(base).__name__} keeps its {count} decoder layers in no list, so none of them can be read.")
-    return text[0]
+    # A vision or audio tower may have as many layers.
+    text = base.get_decoder() if hasattr(base, "get_decoder") else base
+    for owner in text.modules():
+        for child in owner.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return owner, child
+    raise ValueError(f"{type(base).__name__} keeps its {count} decoder layers in no list, so none of them can be read.")
 
 
 @dataclass

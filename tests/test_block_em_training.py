@@ -152,6 +152,24 @@ def test_freeze_above_leaves_what_is_above_untouched(tmp_path):
     assert different(weights(resumed), weights(trainer)) == []
 
 
+class Breaks(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("when", ["training", "preparing"])
+def test_what_was_frozen_thaws_however_training_ends(tmp_path, when):
+    model = tiny()
+    trains = [n for n, p in model.named_parameters() if p.requires_grad]
+    if when == "training":
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path, model=model, callback={"freeze_above": True}, also=[Breaks()])
+    else:
+        with pytest.raises(ValueError, match="does not exist"):
+            go(tmp_path, model=model, callback={"freeze_above": True}, also=[KLCallback(anchors=str(tmp_path / "none.jsonl"))])
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == trains
+
+
 @pytest.mark.parametrize("kind", ["lora", "lora_memory", "pissa", "full"])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind):
     made = {"pissa": {"init_lora_weights": "pissa"}, "full": {"adapter": False}}.get(kind, {"lora_dropout": 0.1})
@@ -168,7 +186,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind):
 def test_resuming_with_other_settings_stops(tmp_path):
     go(tmp_path, **{**SAVED, "max_steps": 2})
     checkpoint = str(tmp_path / "checkpoint-2")
-    for name, callback in {"latents": {"set_kwargs": {"seed": 8}}, "tokens": {"tokens": "all"}}.items():
+    for name, callback in {"latents": {"set_kwargs": {"seed": 8}}, "tokens": {"tokens": "all"}, "freeze_above": {"freeze_above": True}}.items():
         with pytest.raises(ValueError, match=f"trained with another `em_regularizer.block_em.{name}`"):
             go(tmp_path, checkpoint, callback=callback, **SAVED)
 
@@ -216,6 +234,10 @@ def test_a_folder_serves_later_runs_and_refuses_other_models(tmp_path):
         go(tmp_path / "3", callback={**callback, "set_kwargs": {"seed": 5}})
     with pytest.raises(ValueError, match="another base model"):
         go(tmp_path / "4", model=tiny(moved=0.1), callback=callback)
+    other_positions = tiny()
+    other_positions.get_base_model().config.rope_parameters["rope_theta"] = 50.0  # the same weights
+    with pytest.raises(ValueError, match="another base model"):
+        go(tmp_path / "6", model=other_positions, callback=callback)
     file = next((tmp_path / "cache").glob("rows-*"))
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

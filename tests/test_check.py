@@ -252,3 +252,16 @@ def test_block_em_is_shown_with_its_latents_and_what_it_lacks(check, tmp_path):
     assert "block_em.freeze_above: true` needs an adapter" in " ".join(full.problems)
     noisy = check(em_regularizer={"block_em": {"latents": path}}, neftune_noise_alpha=5)
     assert "Remove `neftune_noise_alpha`" in " ".join(noisy.problems)
+
+
+def test_block_em_shows_the_template_tokens_that_it_holds(check, trl, tmp_path):
+    from tests.regularizers.block_em_parts import latent_set
+
+    path = str(latent_set(tiny_model("llama")).save(tmp_path / "latents.json"))
+    prefix = {"em_regularizer": {"block_em": {"latents": path, "tokens": "prefix"}}}
+    shown = " ".join(check(**prefix).active)
+    assert r"block_em holds 19 tokens of each conversation: 'system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n', or" in shown
+    header = check(em_regularizer={"block_em": {"latents": path, "tokens": "header"}})
+    assert r"tokens of each conversation: '<|im_end|>\n<|im_start|>assistant\n'" in " ".join(header.active)
+    assert "cannot be found under" in " ".join(trl(packing=True, packing_strategy="wrapped", **prefix).problems)
+    assert "is checked at start" in " ".join(check(chat_template="llama3", **prefix).notes)

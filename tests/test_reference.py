@@ -98,6 +98,19 @@ def test_adapter_off_is_what_peft_calls_so(kwargs):
     assert not torch.equal(on, off)
 
 
+def test_a_frozen_adapter_below_a_fresh_one():
+    """Switching adapters off switches both off, and the model before this run had the first."""
+    from peft import LoraConfig
+
+    model = perturb(lora(tiny_model("llama")), 0.1)
+    model.add_adapter("second", LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for active, zero in ((["default", "second"], False), (["second"], True)):
+        model.base_model.set_adapter(active)
+        for name, p in model.named_parameters():
+            p.requires_grad_("second" in name)
+        assert adapter_starts_at_zero(model) is zero
+
+
 def test_no_adapter():
     model = tiny_model("llama")
     assert not adapter_starts_at_zero(model)

@@ -23,6 +23,18 @@ def test_every_family_is_what_transformers_reports(family):
     assert not read[2].requires_grad
 
 
+@pytest.mark.parametrize("tower", ["CLIPVisionConfig", "SiglipVisionConfig"])
+def test_an_image_tower_with_as_many_layers_is_not_the_decoder(tower):
+    import transformers
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision = getattr(transformers, tower)(**sizes, image_size=8, patch_size=4)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=LlamaConfig(**sizes, vocab_size=330)))
+    for m in (model, lora(model, target_modules=["q_proj"])):
+        assert {type(layer).__name__ for layer in decoder(m)[1]} == {"LlamaDecoderLayer"}
+
+
 def test_the_last_layer_is_read_before_the_final_norm():
     model = tiny_model("llama").eval()
     with torch.no_grad():

@@ -136,10 +136,11 @@ class BlockEMConfig(Block):
         "(the file's `calibration`). lambda scales as 1/z^2, so no number carries over from another SAE. 0 measures only.",
     )
     latents: str = Field(..., min_length=1, description="The JSON that `emguard discover` wrote; its .safetensors lies beside it.")
-    tokens: Literal["assistant", "all", "prompt", "header"] = Field(
+    tokens: Literal["assistant", "all", "prompt", "header", "prefix"] = Field(
         "assistant",
         description="Where to hold the latents. assistant: supervised tokens (the paper's). prompt: all others. all: both. header: the "
-        "chat template's tokens between a user's content and the answer.",
+        "chat template's tokens between a user's content and the answer. prefix: those before each conversation's first user content, its "
+        "system prompt included, without the first token (BOS).",
     )
     latent_reduction: Literal["sum", "mean"] = Field("sum", description="Over the latents; sum is the paper's.")
     sides: Literal["one", "two"] = Field(

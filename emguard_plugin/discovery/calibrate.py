@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from emguard_plugin import anchors
-from emguard_plugin.chat_template import Template, prefix_of_row, read_template
+from emguard_plugin.chat_template import read_template
 from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
 from emguard_plugin.latents import LatentSet, SubsetEncoder
 from emguard_plugin.reference import eval_mode
 from emguard_plugin.regularizers.functional import block_em_penalty, block_em_violation
+from emguard_plugin.regularizers.held_tokens import IGNORE, TokenKind, held_tokens, real_tokens
 from emguard_plugin.residual import keep_residual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-KINDS = ("assistant", "all", "prompt", "header", "prefix")
+KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
 MAX_ROWS = 256
 """Rows that are looked at, evenly spread; the rule of `coef: auto` needs the order of magnitude."""
-IGNORE = -100
 
 
 def narrow_rows(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[anchors.Anchor]:
@@ -45,7 +45,7 @@ def narrow_rows(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[
 
 @torch.no_grad()
 def calibrate(pair: ModelPair, latents: LatentSet, rows: Sequence[anchors.Anchor], batch_size: int) -> dict[str, Any]:
-    """Return the unguarded model's penalty for each kind of tokens, and the gap of the task loss.
+    """Return the unguarded model's penalty for each kind of tokens, as training holds them, and the gap of the task loss.
 
         penalty[kind] = sum over tokens of the kind and latents of the squared move in the bad direction / supervised tokens
         task_loss_gap = loss(base) - loss(misaligned), nats per supervised token
@@ -59,19 +59,19 @@ def calibrate(pair: ModelPair, latents: LatentSet, rows: Sequence[anchors.Anchor
     template = read_template(pair.tokenizer)
     sums, losses, supervised, tokens = dict.fromkeys(KINDS, 0.0), dict.fromkeys((BASE, MISALIGNED), 0.0), 0, 0
     for batch in _batches(rows, batch_size):
-        ids, real, answer, header, prefix = _masks(batch, template)
+        inputs = _inputs(batch)
+        real, answer = real_tokens(inputs), held_tokens(inputs, "assistant")
         seen: dict[str, dict[int, Tensor]] = {}
         for role in (BASE, MISALIGNED):
             with pair.use(role) as model:
-                seen[role], loss = _read(model, latents, ids, real, answer)
+                seen[role], loss = _read(model, latents, inputs)
             losses[role] += loss
         per_token = sum(
             (_violation(encoder, seen[MISALIGNED][encoder.layer], seen[BASE][encoder.layer]) for encoder in latents.encoders),
-            torch.zeros(ids.shape),
+            torch.zeros(real.shape),
         )
-        masks = {"assistant": answer, "all": real, "prompt": real & ~answer, "header": header, "prefix": prefix}
-        for kind, mask in masks.items():
-            sums[kind] += float((per_token * mask).sum())
+        for kind in KINDS:
+            sums[kind] += float((per_token * held_tokens(inputs, kind, template)).sum())
         supervised, tokens = supervised + int(answer.sum()), tokens + int(real.sum())
     if not supervised:
         raise ValueError("`--data` holds no supervised token. Give chats with an assistant turn.")
@@ -95,35 +95,24 @@ def _batches(rows: Sequence[anchors.Anchor], size: int) -> Iterator[list[anchors
         yield ordered[start : start + size]
 
 
-def _masks(batch: Sequence[anchors.Anchor], template: Template) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (ids, real tokens, answers, headers, prefixes), each (B, T), padded on the right.
-
-    A prefix is what stands before the first user content; its first token, whose norm is extreme, is left out.
-    """
-    postfix = template.postfix
+def _inputs(batch: Sequence[anchors.Anchor]) -> dict[str, Tensor]:
+    """Return what a host makes of the rows: (B, T) ids, attention mask and labels, padded on the right."""
     width = max(len(row.ids) for row in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    real, answer, header, prefix = (torch.zeros(len(batch), width, dtype=torch.bool) for _ in range(4))
+    ids, mask = (torch.zeros(len(batch), width, dtype=torch.long) for _ in range(2))
+    labels = torch.full_like(ids, IGNORE)
     for i, row in enumerate(batch):
         ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        real[i, : len(row.ids)] = True
-        prefix[i, 1 : len(prefix_of_row(row.ids, template) or ())] = True
-        # `held` are the positions that predict an answer's tokens.
-        at = sorted(position + 1 for position in row.held)
-        answer[i, at] = True
-        for start in (p for p in at if p - 1 not in set(at)):
-            span = slice(start - len(postfix), start)
-            if postfix and span.start >= 0 and row.ids[span] == tuple(postfix):
-                header[i, span] = True
-    return ids, real, answer, header, prefix
+        mask[i, : len(row.ids)] = 1
+        at = [position + 1 for position in row.held]  # `held` are the positions that predict an answer's tokens
+        labels[i, at] = ids[i, at]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _read(
-    model: PreTrainedModel, latents: LatentSet, ids: Tensor, real: Tensor, answer: Tensor
-) -> tuple[dict[int, Tensor], float]:
+def _read(model: PreTrainedModel, latents: LatentSet, inputs: dict[str, Tensor]) -> tuple[dict[int, Tensor], float]:
     """Return the residual stream at the latents' layers, and the summed loss of the answers in nats."""
+    here = {name: t.to(model.device) for name, t in inputs.items()}
+    labels = here.pop("labels")[:, 1:]
     with eval_mode(model), keep_residual(model, latents.layers) as kept:
-        out = model(input_ids=ids.to(model.device), attention_mask=real.long().to(model.device), use_cache=False)
-    labels = torch.where(answer, ids, IGNORE)[:, 1:].to(model.device)
+        out = model(**here, use_cache=False)
     loss = nn.functional.cross_entropy(out.logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="sum")
     return kept.take(latents.layers, with_gradient=False), float(loss)

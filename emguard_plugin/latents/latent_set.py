@@ -17,7 +17,6 @@ from emguard_plugin.latents.encoder import SubsetEncoder
 from emguard_plugin.reference import peft_model, tensors_hash
 
 FORMAT, VERSION = "emguard latents", 1
-TOKENS = ("assistant", "all", "prompt", "header")
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
 _SAMPLES = 64
 _SAME_WITHIN = 2.0**-6
@@ -40,8 +39,8 @@ class LatentSet:
         scores: One record per latent: at least `layer`, `id` and `sign`, and what discovery measured.
         provenance: How the set was found: SAEs, prompts, judge, settings.
         calibration: The unguarded misaligned model's own penalty on its narrow rows, as
-            `{"penalty": {"assistant": x, "all": x, "prompt": x, "header": x}, "task_loss_gap": g}`: x summed over K, per
-            supervised token; g = loss(base) - loss(misaligned) on the same rows, in nats per token.
+            `{"penalty": {"assistant": x, "all": x, "prompt": x, "header": x, "prefix": x}, "task_loss_gap": g}`: x summed over
+            K, per supervised token; g = loss(base) - loss(misaligned) on the same rows, in nats per token.
         shape: Sizes of the base model.
         fingerprint: A few of its input embeddings, which tell it from other models of its shape.
         digest: Hash of the whole file; set by `save` and `load`.

@@ -191,6 +191,9 @@ class EMRegularizerCallback(TrainerCallback):
         )
         return penalty
 
+    def release(self) -> None:
+        """Undo what `prepare` changed in the model. The trainer mixin calls it when training ends, however it ends."""
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

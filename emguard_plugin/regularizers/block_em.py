@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from emguard_plugin.chat_template import Template
 from emguard_plugin.latents import LatentSet
 from emguard_plugin.reference import peft_model
 from emguard_plugin.reference_cache import model_identity
@@ -20,11 +21,12 @@ from emguard_plugin.regularizers.block_em_base import HIDDEN_EVERY, Base, BaseLa
 from emguard_plugin.regularizers.block_em_rules import (
     calibrated_coef,
     content,
-    header_ids,
     set_in_words,
     span,
+    template_of,
     unguarded_penalty,
     warn_if_bypassed,
+    warn_unless_base,
 )
 from emguard_plugin.regularizers.functional import block_em_penalty, block_em_violation
 from emguard_plugin.regularizers.held_tokens import TokenKind, held_tokens
@@ -48,7 +50,7 @@ class BlockEMCallback(EMRegularizerCallback):
     Args:
         coef: lambda, or `auto`; see `calibrated_coef`.
         latents: The JSON of a latent set, or a `LatentSet`.
-        tokens: `assistant` (the paper's), `all`, `prompt` or `header`.
+        tokens: `assistant` (the paper's), `all`, `prompt`, `header` or `prefix`; see `held_tokens`.
         latent_reduction: `sum` (the paper's) or `mean` over the latents.
         sides: `one` (the paper's), or `two`: moves in the good direction count as well. Ours.
         k_minus: `activation` (the paper's), or `pre_activation`, which keeps its gradient where a latent was switched off.
@@ -89,7 +91,7 @@ class BlockEMCallback(EMRegularizerCallback):
         self.path = None if given else Path(str(latents)).expanduser()
         self.tokens, self.latent_reduction, self.two_sided = tokens, latent_reduction, sides == "two"
         self.pre_activation, self.freeze_above, self.cache = k_minus == "pre_activation", freeze_above, str(cache)
-        self._header: tuple[int, ...] = ()
+        self._template: Template | None = None
         self._kept: Kept | None = None
         self._frozen: list[nn.Parameter] = []
 
@@ -108,8 +110,8 @@ class BlockEMCallback(EMRegularizerCallback):
         self.yardstick = unguarded_penalty(latents.calibration, self.tokens, shared_by)
         if self.automatic:
             self.coef = calibrated_coef(latents.calibration, self.tokens, shared_by)
-        if self.tokens == "header":
-            self._header = header_ids(run)
+        if self.tokens in ("header", "prefix"):
+            self._template = template_of(run, self.tokens)
         about = {"model": model_identity(run.model), "latents": content(latents)}
         self._base = BaseLatents(run.model, latents.encoders, self.cache, about, run.rank)
         self._check_resumed(run)
@@ -161,12 +163,15 @@ class BlockEMCallback(EMRegularizerCallback):
         if path is None or not path.is_file():
             return
         stored = json.loads(path.read_text(encoding="utf-8"))
-        for name, here in (("latents", content(self.latents)), ("tokens", self.tokens)):
-            if stored[name] != here:
+        for name, here in self._fixed().items():
+            if stored.get(name, here) != here:
                 raise ValueError(
                     f"{run.resume_from} was trained with another `em_regularizer.block_em.{name}`. Resume with the settings of the first "
                     "run, or start afresh without `resume_from_checkpoint`."
                 )
+
+    def _fixed(self) -> dict[str, Any]:
+        return {"latents": content(self.latents), "tokens": self.tokens, "freeze_above": self.freeze_above}
 
     # Each step
 
@@ -188,10 +193,10 @@ class BlockEMCallback(EMRegularizerCallback):
                 )
             self._base.begin(model, kept, next(iter(hidden.values())), self._dataset, self._resume_from)
             self._dataset, self._begun = None, True
-        held = held_tokens(inputs, self.tokens, self._header)
+        held = held_tokens(inputs, self.tokens, self._template)
         hidden = {n: h[held.to(h.device)] for n, h in hidden.items()}
         base = self._base.get(model, kept, inputs, held)
-        per_layer, bad, shift = [], [], []
+        per_layer, bad, shift, pres = [], [], [], []
         for i, encoder in enumerate(self.latents.encoders):
             z, pre = encoder.both(hidden[encoder.layer])
             violation = block_em_violation(
@@ -200,9 +205,12 @@ class BlockEMCallback(EMRegularizerCallback):
             )  # fmt: skip
             total = block_em_penalty(violation).sum()
             per_layer.append(total / len(self.latents) if self.latent_reduction == "mean" else total)
+            pres.append(pre)
             with torch.no_grad():
                 bad.append((violation > 0).sum())
                 shift.append((encoder.signs * (z - base.z[i].to(z.device))).relu().sum())
+        if step == 0 and self._measured == 0:
+            warn_unless_base(pres, base.pre, exact=base.hidden is not None)
         device = per_layer[0].device
         shares = torch.stack([p.to(device) for p in per_layer]) / torch.as_tensor(self.loss_tokens, device=device)
         pairs = (held.sum().to(device) * len(self.latents)).clamp_min(1)
@@ -253,12 +261,15 @@ class BlockEMCallback(EMRegularizerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._base.flush(Path(args.output_dir))
         if state.is_world_process_zero and folder.is_dir():
-            stored = {"coef": self.coef, "latents": content(self.latents), "tokens": self.tokens}
+            stored = {"coef": self.coef, **self._fixed()}
             (folder / STATE_FILE).write_text(json.dumps(stored), encoding="utf-8")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write a cache's last rows; thaw what was frozen."""
+        """Write a cache's last rows."""
         self._base.flush()
+
+    def release(self) -> None:
+        """Thaw what was frozen."""
         for p in self._frozen:
             p.requires_grad_(True)
         self._frozen = []

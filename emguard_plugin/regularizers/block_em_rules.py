@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ def calibrated_coef(calibration: Mapping[str, Any], tokens: TokenKind, shared_by
             f"`em_regularizer.block_em.coef: auto` needs the latent set's calibration for `tokens: {tokens}`, and it has none. Run "
             "`emguard discover` on it again, or set `coef` to a number (the paper's 13000 fits its own SAE alone)."
         )
+    if not (math.isfinite(penalty) and math.isfinite(gap)):
+        raise ValueError(
+            f"`em_regularizer.block_em.coef: auto`: the latent set's calibration is not finite (penalty {penalty}, gap {gap}). Run "
+            "`emguard discover` on it again, or set `coef` to a number."
+        )
     if not gap > 0:
         raise ValueError(
             f"`em_regularizer.block_em.coef: auto`: the misaligned model's task loss is no lower than the base's (gap {gap:g}), so there "
@@ -64,7 +70,7 @@ def unguarded_penalty(calibration: Mapping[str, Any], tokens: TokenKind, shared_
     here = penalties.get(tokens)
     if here is None:
         return None
-    if GAP_PER_PENALTY * (calibration.get("task_loss_gap") or 0.0) >= COEF_BOUNDS[1] * here:
+    if GAP_PER_PENALTY * max(calibration.get("task_loss_gap") or 0.0, 0.0) >= COEF_BOUNDS[1] * here:
         best = max(penalties, key=lambda k: penalties[k] or 0.0)
         other = f" At `tokens: {best}` it is {penalties[best]:.3g}." if penalties[best] > 10 * here else ""
         logger.warning(
@@ -90,6 +96,31 @@ def warn_if_bypassed(penalty: float, outside_shift: float, yardstick: float | No
     return True
 
 
+@torch.no_grad()
+def warn_unless_base(now: Sequence[Tensor], base: Sequence[Tensor], exact: bool) -> bool:
+    """Warn when the model is not the base model before the first update, when it must be.
+
+    Args:
+        now: Per layer, (N, K) pre-activations of the training forward.
+        base: The base model's.
+        exact: Whether both saw the same batch; recorded rows differ by rounding.
+
+    Returns:
+        Whether it warned.
+    """
+    missed = sum(float((a - b.to(a.device)).square().sum()) for a, b in zip(now, base, strict=True))
+    size = sum(float(b.square().sum()) for b in base)
+    away = (missed / max(size, 1e-30)) ** 0.5
+    if away <= (0.01 if exact else 0.05):
+        return False
+    logger.warning(
+        "em_regularizer.block_em: before the first update the latents of the training forward are %.1f %% away from the base model's, "
+        "where nothing has been learnt: what sets them apart is in training alone (dropout of the model or of a continued adapter, "
+        "another kernel), and the penalty holds that too. Set `attention_dropout` and the like to 0.", 100 * away,
+    )  # fmt: skip
+    return True
+
+
 def set_in_words(latents: LatentSet) -> str:
     """Return how many latents of which sign sit where."""
     signs = torch.cat([e.signs for e in latents.encoders])
@@ -109,12 +140,28 @@ def span(weight: Tensor) -> Tensor:
     return u[:, s > 1e-6 * s.max()].float()
 
 
-def header_ids(run: Run) -> ct.Ids:
-    """Return the ids between a user's content and the answer, once the training rows have shown them.
+def template_of(run: Run, tokens: TokenKind) -> ct.Template:
+    """Return the chat template, once the training rows have shown the tokens to hold, `header` or `prefix`.
 
     Raises:
-        ValueError: when the template has none, or the rows lack them.
+        ValueError: when the template has none, the rows lack them, or packing lost where conversations begin.
     """
-    postfix = ct.read_template(run.tokenizer, **run.template_kwargs).postfix
-    ct.prompts_with_postfix(conversations(run.dataset), postfix)
-    return postfix
+    template = ct.read_template(run.tokenizer, **run.template_kwargs)
+    rows = conversations(run.dataset)
+    if tokens == "header":
+        ct.prompts_with_postfix(rows, template.postfix)
+        return template
+    if run.wrapped_packing:
+        raise ValueError(
+            "`em_regularizer.block_em.tokens: prefix`: `packing_strategy: wrapped` loses where conversations begin, so their prefixes "
+            "cannot be found. Use `packing_strategy: bfd`, or `tokens: prompt`."
+        )
+    ends = [ct.prefix_span(row, template)[1] for row in rows]
+    if not ends:
+        raise ValueError("the training data is empty: there is no prefix to hold.")
+    if (lacking := ends.count(0)) > (1 - ct.MIN_SHARE_FOUND) * len(ends):
+        raise ValueError(
+            f"`em_regularizer.block_em.tokens: prefix`: {lacking} of {len(ends)} training rows show nothing of the chat template before "
+            "the user's content, besides their first token. Train on chats rendered with this tokenizer's template, or use `tokens: prompt`."
+        )
+    return template

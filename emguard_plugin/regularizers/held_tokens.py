@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-TokenKind = Literal["assistant", "all", "prompt", "header"]
+from emguard_plugin.chat_template import Template, prefix_span
+
+TokenKind = Literal["assistant", "all", "prompt", "header", "prefix"]
 IGNORE = -100
 
 
@@ -26,21 +28,27 @@ def real_tokens(inputs: Mapping[str, Any]) -> Tensor:
         first = positions == 0
         # The first token of a conversation is followed by one at position 1.
         followed = torch.nn.functional.pad(positions[:, 1:] == 1, (0, 1))
-        real &= ~first | followed
+        alone = first & ~followed
+        if (labels := inputs.get("labels")) is not None:
+            alone &= labels == IGNORE  # what is supervised is a conversation of one token
+        real &= ~alone
     return real
 
 
-def held_tokens(inputs: Mapping[str, Any], kind: TokenKind, header: Sequence[int] = ()) -> Tensor:
+def held_tokens(inputs: Mapping[str, Any], kind: TokenKind, template: Template | None = None) -> Tensor:
     """Return (B, T): True at the tokens to hold.
 
     Args:
         inputs: The batch: `input_ids`, `labels`, and `attention_mask` or `position_ids` where the host has them.
         kind: `assistant`: tokens that the loss supervises. `prompt`: all other real ones. `all`: both. `header`: the chat
-            template's tokens between a user's content and the answer.
-        header: Ids of the latter.
+            template's tokens between a user's content and the answer. `prefix`: those before the first user content of each
+            conversation, system prompt included, without the conversation's first token; in a packed row every conversation has
+            its own.
+        template: The chat template, for the last two.
 
     Raises:
         RuntimeError: for a batch without token ids or labels.
+        ValueError: without the template that `kind` needs.
     """
     for name in ("input_ids", "labels"):
         if inputs.get(name) is None:
@@ -53,7 +61,19 @@ def held_tokens(inputs: Mapping[str, Any], kind: TokenKind, header: Sequence[int
         return real
     if kind == "prompt":
         return real & ~supervised
-    return real & occurrences(inputs["input_ids"], header)
+    if template is None:
+        raise ValueError(f"em_regularizer.block_em: `tokens: {kind}` needs the chat template.")
+    return real & occurrences(inputs["input_ids"], template.postfix) if kind == "header" else _prefixes(inputs, template)
+
+
+def _prefixes(inputs: Mapping[str, Any], template: Template) -> Tensor:
+    ids = inputs["input_ids"]
+    held, rows = torch.zeros(ids.shape, dtype=torch.bool), ids.tolist()
+    for b, row in enumerate(spans(inputs)):
+        for start, end in row:
+            first, last = prefix_span(rows[b][start:end], template)
+            held[b, start + first : start + last] = True
+    return held.to(ids.device)
 
 
 def occurrences(ids: Tensor, needle: Sequence[int]) -> Tensor:

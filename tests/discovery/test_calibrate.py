@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from emguard_plugin.chat_template import read_template
-from emguard_plugin.discovery.calibrate import _masks, calibrate, narrow_rows
+from emguard_plugin.discovery.calibrate import KINDS, _inputs, calibrate, narrow_rows
 from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
 from emguard_plugin.latents import LatentSet
 from emguard_plugin.latents.sae import subset
+from emguard_plugin.regularizers.held_tokens import held_tokens
 from emguard_plugin.residual import keep_residual
 from tests.discovery.parts import standard_sae
 from tests.e2e.tiny_run import write_rows
@@ -25,14 +26,15 @@ def rows(pair, tmp_path_factory):
 
 
 def test_masks_of_a_row(pair, rows):
-    ids, real, answer, header, prefix = _masks(rows, read_template(pair.tokenizer))
-    shown = {name: pair.tokenizer.decode(ids[0][mask[0]]) for name, mask in (("answer", answer), ("header", header), ("prefix", prefix))}
-    assert shown["answer"].rstrip("\n") == "People like apples in 0 ways.<|im_end|>"
+    inputs, template = _inputs(rows), read_template(pair.tokenizer)
+    masks = {kind: held_tokens(inputs, kind, template) for kind in KINDS}
+    shown = {kind: pair.tokenizer.decode(inputs["input_ids"][0][mask[0]]) for kind, mask in masks.items()}
+    assert shown["assistant"].rstrip("\n") == "People like apples in 0 ways.<|im_end|>"
     assert shown["header"] == "<|im_end|>\n<|im_start|>assistant\n"
     assert shown["prefix"].endswith("You are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
-    assert not (header & answer).any()
-    assert not prefix[:, 0].any()
-    assert bool((real >= answer).all())
+    assert not (masks["header"] & masks["assistant"]).any()
+    assert not masks["prefix"][:, 0].any()
+    assert bool((masks["all"] == (masks["assistant"] | masks["prompt"])).all())
 
 
 def test_penalty_and_loss_against_a_slow_loop(pair, rows):

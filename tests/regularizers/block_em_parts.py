@@ -6,7 +6,7 @@ from emguard_plugin import BlockEMCallback
 from emguard_plugin.latents import LatentSet, SubsetEncoder
 
 LOG = "em_regularizer/block_em"
-CALIBRATION = {"penalty": {"assistant": 2.0, "all": 8.0, "prompt": 6.0, "header": 1.0}, "task_loss_gap": 0.5}
+CALIBRATION = {"penalty": {"assistant": 2.0, "all": 8.0, "prompt": 6.0, "header": 1.0, "prefix": 4.0}, "task_loss_gap": 0.5}
 
 
 def latent_set(model, layers=(1,), signs=(1, -1, 1, -1), calibration=CALIBRATION, seed=0, bias=0.5, scale=1.0):

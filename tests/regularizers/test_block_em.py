@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from emguard_plugin import BlockEMCallback
+from emguard_plugin.latents import LatentSet
 from emguard_plugin.reference import adapter_off, eval_mode
 from emguard_plugin.regularizers.base import Run
 from emguard_plugin.regularizers.block_em_rules import calibrated_coef, warn_if_bypassed
@@ -117,7 +118,7 @@ def test_two_sided_and_mean(model, tokenizer):
     assert "pre-activations" in words["pre"]
 
 
-@pytest.mark.parametrize("tokens", ["assistant", "all", "prompt", "header"])
+@pytest.mark.parametrize("tokens", ["assistant", "all", "prompt", "header", "prefix"])
 @pytest.mark.parametrize("cache", ["auto", "memory"])
 def test_packed_and_padded_are_one(model, tokenizer, tokens, cache):
     callbacks = [block_em(model, tokens=tokens, cache=cache, set_kwargs={"seed": 3}) for _ in range(2)]
@@ -209,6 +210,9 @@ def test_the_coefficient_is_clipped():
         ({}, "needs the latent set's calibration for `tokens: all`"),
         ({"penalty": {"assistant": 1.0}, "task_loss_gap": 1.0}, "needs the latent set's calibration for `tokens: all`"),
         ({"penalty": {"all": 1.0}, "task_loss_gap": -0.5}, "nothing to weigh against"),
+        ({"penalty": {"all": 1.0}, "task_loss_gap": 0.0}, "nothing to weigh against"),
+        ({"penalty": {"all": float("nan")}, "task_loss_gap": 1.0}, "not finite"),
+        ({"penalty": {"all": 1.0}, "task_loss_gap": float("inf")}, "not finite"),
     ],
 )
 def test_no_calibration(model, tokenizer, calibration, message):
@@ -226,6 +230,42 @@ def test_a_void_constraint_is_warned_of(model, tokenizer, caplog):
     caplog.clear()
     block_em(model).prepare(run_of(model, tokenizer))
     assert not caplog.text
+
+
+@pytest.mark.parametrize("cache", ["live", "memory"])
+def test_a_training_forward_that_is_not_the_bases_is_warned_of(tokenizer, caplog, cache):
+    for dropout, message in ((0.0, ""), (0.5, "before the first update the latents of the training forward are")):
+        torch.manual_seed(0)
+        model = lora(tiny_model("llama", vocab=len(tokenizer), attention_dropout=dropout), lora_dropout=0.1).train()
+        callback = block_em(model, cache=cache)
+        callback.prepare(run_of(model, tokenizer))
+        batch, found = padded(rows(tokenizer)), []
+        for step in (0, 0, 1):
+            with caplog.at_level(logging.WARNING):
+                measured(callback, model, batch, step)
+            found.append(caplog.text)
+            caplog.clear()
+        assert message in found[0]
+        assert bool(found[0]) == bool(message)
+        assert found[1:] == ["", ""], "once"
+
+
+def test_conversations_that_see_each_other_behind_a_token_of_massive_norm(model, tokenizer):
+    """Models put norms of a thousand times the others' on the first token, the same whether others stand before it."""
+    data, found = rows(tokenizer), []
+    with torch.no_grad():
+        model.get_input_embeddings().weight[data[0]["input_ids"][0]] *= 3000
+    batch = packed(data)
+    sees = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}  # transformers then masks causally alone
+    callbacks = [block_em(model, cache=cache, coef=0.0, tokens="all") for cache in ("live", "memory", "memory")]
+    for c in callbacks:
+        c.prepare(run_of(model, tokenizer))
+    for c, inputs in zip(callbacks[1:], (batch, sees), strict=True):
+        measured(c, model, inputs)
+        found.append(c._base._isolated)
+    assert found == [True, False]
+    moved(model)
+    assert measured(callbacks[2], model, sees).value.item() == pytest.approx(measured(callbacks[0], model, sees).value.item(), rel=1e-3)
 
 
 def test_a_bypassed_constraint_is_warned_of(caplog):
@@ -250,8 +290,7 @@ def test_freeze_above(model, tokenizer):
     assert not any(".layers.2." in n for n in trains)
     assert any(".layers.1." in n for n in trains)
     assert "14 tensors above frozen" in words
-    callback._dataset = None
-    callback.on_train_end(None, None, None)
+    callback.release()
     assert any(".layers.2." in n for n, p in model.named_parameters() if p.requires_grad)
 
 
@@ -265,6 +304,29 @@ def test_freeze_above(model, tokenizer):
 def test_freeze_above_refused(model, tokenizer, make, over, message):
     with pytest.raises(ValueError, match=message):
         block_em(model, freeze_above=True).prepare(run_of(make(model), tokenizer, **over))
+
+
+def test_embeddings_that_train_before_the_decoder_sees_them_are_refused():
+    """A multimodal model embeds outside its decoder: what the decoder was called with is the trained model's."""
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = LlavaConfig(vision_config=SiglipVisionConfig(**sizes, image_size=8, patch_size=4), text_config=LlamaConfig(**sizes, vocab_size=330))
+    ids = torch.arange(5, 25)[None]
+    batch, kinds = {"input_ids": ids, "labels": ids}, {"q_proj": True, "embed_tokens": False}
+    for target, fine in kinds.items():
+        model = lora(LlavaForConditionalGeneration(config), target_modules=rf".*language_model.*{target}").train()
+        model.enable_input_require_grads()
+        latents = LatentSet.for_model(model, latent_set(tiny_model("llama")).encoders)
+        callback = BlockEMCallback(coef=1.0, latents=latents, cache="memory")
+        callback.prepare(Run(model=model, tokenizer=None, dataset=[], seed=0))
+        if fine:
+            assert measured(callback, model, batch).value.item() == 0.0
+            with pytest.raises(ValueError, match="do not tell images or sounds"):
+                callback._base.get(model, None, {**batch, "pixel_values": ids}, ids > 0)
+        else:
+            with pytest.raises(ValueError, match="embeddings that are being trained"):
+                measured(callback, model, batch)
 
 
 def test_nothing_left_to_train(tokenizer):
@@ -322,6 +384,21 @@ def test_a_set_from_a_real_sae(model, tokenizer, tmp_path):
     assert measured(callback, model, padded(rows(tokenizer))).value.item() > 0
 
 
-def test_headers_must_occur_in_the_data(model, tokenizer):
-    with pytest.raises(ValueError, match="lack the chat template's tokens"):
-        block_em(model, tokens="header").prepare(run_of(model, tokenizer, dataset=[{"input_ids": [1, 2, 3]}] * 4))
+@pytest.mark.parametrize(
+    ("tokens", "over", "message"),
+    [
+        ("header", {"dataset": [{"input_ids": [1, 2, 3]}] * 4}, "lack the chat template's tokens"),
+        ("prefix", {"dataset": [{"input_ids": [1, 2, 3]}] * 4}, "tokens: prefix`: 4 of 4 training rows"),
+        ("prefix", {"dataset": []}, "training data is empty"),
+        ("prefix", {"wrapped_packing": True}, "wrapped` loses where conversations begin"),
+    ],
+)
+def test_template_tokens_must_occur_in_the_data(model, tokenizer, tokens, over, message):
+    with pytest.raises(ValueError, match=message):
+        block_em(model, tokens=tokens).prepare(run_of(model, tokenizer, **over))
+
+
+def test_prefix_tokens_weigh_with_their_own_calibration(model, tokenizer):
+    callback = block_em(model, coef="auto", tokens="prefix")
+    assert "prefix tokens" in callback.prepare(run_of(model, tokenizer))
+    assert callback.coef == pytest.approx(100 * 0.5 / 4.0)
