@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+RESULTS = Path(__file__).parent / "results" / "discovery.jsonl"
 
 
 def search(adapter: Path, sae_folder: Path, work: Path, settings, prompts: int, every: int, questions: list):
@@ -53,7 +56,7 @@ def main(
     prompts: Annotated[int, typer.Option(help="Selection prompts (of 84 val wordings).")] = 28,
     shortlist: int = 20,
     size: int = 10,
-    out: Annotated[Path | None, typer.Option(help="Append the figures as a JSON line.")] = None,
+    out: Annotated[Path, typer.Option(help="Append the figures as a JSON line.")] = RESULTS,
 ) -> None:
     """Run both schedules and print a table."""
     import torch
@@ -84,9 +87,13 @@ def main(
     (full, most), (halved, least) = found["full"], found["halving"]
     ratio = most["tokens"] / least["tokens"]
     typer.echo(f"{ratio:.1f} x fewer tokens, {'the same set' if set(full) == set(halved) else 'OTHER SETS'}")
-    if out:
-        with out.open("a") as file:
-            file.write(json.dumps({"prompts": prompts, "tokens_ratio": ratio, "same": set(full) == set(halved), "runs": found}) + "\n")
+    row = {
+        "settings": settings.to_dict() | {"every": every, "prompts": prompts, "sae": "layer_1"}, "tokens_ratio": ratio,
+        "same": set(full) == set(halved), "runs": found,
+        "versions": {k: version(k) for k in ("torch", "transformers", "peft", "sae-lens")},
+    }  # fmt: skip
+    with out.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
