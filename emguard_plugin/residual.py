@@ -7,6 +7,7 @@ checkpointing and Axolotl's offloading run without gradient. The last layer is r
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,10 +161,45 @@ def read_residual(
         kwargs: Its keyword arguments; `labels` and caches are dropped.
     """
     owner, modules = decoder(model)
+    whole = is_sharded(model)
+    return _read(model if whole else owner, modules, layers, args, kwargs, whole)
+
+
+class FrozenDecoder:
+    """The decoder as it is now, up to a layer: a copy that training does not reach.
+
+    Args:
+        model: Its weights must not be spread over processes.
+        last: 0-based index of the last layer that is copied.
+    """
+
+    def __init__(self, model: nn.Module, last: int) -> None:
+        owner, modules = decoder(model)
+        # What stands above is never run: the copy shares nothing with it and holds no memory for it.
+        above: dict[int, Any] = {id(module): nn.Identity() for module in modules[last + 1 :]}
+        self.decoder = copy.deepcopy(owner, above).eval().requires_grad_(False)
+        self.layers = next(m for m in self.decoder.children() if isinstance(m, nn.ModuleList) and len(m) == len(modules))
+
+    @torch.no_grad()
+    def read(
+        self, layers: Sequence[int], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> dict[int, Tensor]:
+        """As `read_residual`, of the copy."""
+        return _read(self.decoder, self.layers, layers, args, kwargs, whole=False)
+
+
+def _read(
+    called: nn.Module,
+    modules: nn.ModuleList,
+    layers: Sequence[int],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    whole: bool,
+) -> dict[int, Tensor]:
     dropped = ("labels", "num_items_in_batch", "past_key_values", "shift_labels", "output_hidden_states")
     # `use_cache` stays as the host has it: with a cache, transformers does not keep packed conversations apart.
     kwargs = {"use_cache": False, **{k: v for k, v in (kwargs or {}).items() if k not in dropped}}
-    whole, last, found = is_sharded(model), max(layers), {}
+    last, found = max(layers), {}
 
     def keep(module: nn.Module, _: Any, output: Any, n: int) -> None:
         found[n] = output[0] if isinstance(output, tuple | list) else output
@@ -172,10 +208,7 @@ def read_residual(
 
     hooks = [modules[n].register_forward_hook(lambda *a, n=n: keep(*a, n=n)) for n in layers]
     try:
-        if whole:
-            model(*args, **kwargs, logits_to_keep=1)
-        else:
-            owner(*args, **kwargs)
+        called(*args, **kwargs, **({"logits_to_keep": 1} if whole else {}))
     except _Stop:
         pass
     finally:

@@ -211,6 +211,41 @@ def test_an_earlier_runs_recorded_latents_in_the_output_folder_are_replaced(tmp_
     assert len(penalties(again)) == 3
 
 
+# A frozen copy
+
+
+def test_a_frozen_copy_is_the_model_before_the_run_as_recorded_latents_are(tmp_path):
+    over = {"learning_rate": 0.002, "max_steps": 6}
+    runs = [go(tmp_path / kind, model=tiny(adapter=False), callback={"cache": kind}, **over) for kind in ("memory", "copy")]
+    assert [penalties(r)[0] for r in runs] == pytest.approx([0.0, 0.0], abs=1e-12)  # recorded rows were padded otherwise
+    assert penalties(runs[1]) == pytest.approx(penalties(runs[0]), rel=1e-3, abs=1e-9)
+    assert penalties(runs[1])[3] > 1e-6
+    assert len(column(runs[1], f"{LOG}/outside_shift")) == 6
+
+
+def test_a_frozen_copy_ends_at_the_blocked_layer_and_shares_no_weight(tmp_path):
+    trainer = go(tmp_path, model=tiny(adapter=False), callback={"cache": "copy"}, layers=(0,), max_steps=1)
+    frozen = trainer.block_em._base._copy
+    ours = {p.data_ptr() for p in trainer.model.parameters()}
+    theirs = list(frozen.decoder.parameters())
+    assert not ours & {p.data_ptr() for p in theirs}
+    assert not any(p.requires_grad for p in theirs)
+    assert [sum(1 for _ in layer.parameters()) > 0 for layer in frozen.layers] == [True] + [False] * (len(frozen.layers) - 1)
+
+
+def test_a_streamed_full_run_trains_with_a_frozen_copy_alone(tmp_path):
+    rows = Dataset.from_list(uneven_rows()).to_iterable_dataset()
+    over = {"rows": rows, "train_sampling_strategy": "random", "max_steps": 2, "learning_rate": 0.002}
+    assert len(penalties(go(tmp_path, model=tiny(adapter=False), callback={"cache": "copy"}, **over))) == 2
+
+
+def test_a_frozen_copy_cannot_be_resumed(tmp_path):
+    over = {**SAVED, "callback": {"cache": "copy"}, "learning_rate": 0.002}
+    go(tmp_path, model=tiny(adapter=False), **{**over, "max_steps": 2})
+    with pytest.raises(ValueError, match="trained already"):
+        go(tmp_path, str(tmp_path / "checkpoint-2"), model=tiny(adapter=False), **over)
+
+
 # Recorded latents
 
 

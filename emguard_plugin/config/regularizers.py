@@ -12,15 +12,15 @@ from emguard_plugin.config.block import Block, suggest
 CACHES = ("auto", "live", "memory")
 
 
-def check_cache(cache: str) -> None:
+def check_cache(cache: str, words: tuple[str, ...] = CACHES) -> None:
     """Refuse a `cache` that is neither a known word nor looks like a folder.
 
     Raises:
         ValueError: with the nearest word.
     """
-    if cache not in CACHES and not ("/" in cache or cache.startswith((".", "~"))):
+    if cache not in words and not ("/" in cache or cache.startswith((".", "~"))):
         raise ValueError(
-            f"`cache: {cache}` is neither {', '.join(CACHES)} nor a folder such as `./{cache}`.{suggest(cache, CACHES)}"
+            f"`cache: {cache}` is neither {', '.join(words)} nor a folder such as `./{cache}`.{suggest(cache, words)}"
         )
 
 
@@ -159,12 +159,13 @@ class BlockEMConfig(Block):
         min_length=1,
         description="Where the base model's activations come from. live: the adapter is switched off for a second forward pass, up to "
         "the blocked layer. memory, or a folder such as ./base_latents: each row's are kept, so that later epochs, and with a folder "
-        "later runs, pay nothing. auto: live where an adapter allows it, else memory, recorded before step 1.",
+        "later runs, pay nothing. auto: live where an adapter allows it, else memory, recorded before step 1. copy: a frozen copy up to "
+        "the blocked layer, for full fine-tuning on streamed or changing rows; it cannot be resumed.",
     )
 
     @model_validator(mode="after")
     def _coherent(self) -> BlockEMConfig:
-        check_cache(self.cache)
+        check_cache(self.cache, (*CACHES, "copy"))
         return self
 
     def check_files(self) -> None:

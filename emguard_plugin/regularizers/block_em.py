@@ -55,7 +55,7 @@ class BlockEMCallback(EMRegularizerCallback):
         sides: `one` (the paper's), or `two`: moves in the good direction count as well. Ours.
         k_minus: `activation` (the paper's), or `pre_activation`, which keeps its gradient where a latent was switched off.
         freeze_above: Train nothing above the highest blocked layer. Adapters only.
-        cache: `auto`, `live`, `memory` or a folder.
+        cache: `auto`, `live`, `memory`, `copy` or a folder.
 
     Raises:
         ValueError: for values outside these.

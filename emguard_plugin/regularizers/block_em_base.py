@@ -1,7 +1,7 @@
 """What the base model's latents are at the tokens of a batch: from a second forward pass, or as recorded before.
 
 No second model: the adapter is switched off, or, where there is none to switch off, every row of the data set is recorded
-before step 1. Rows are known by the hash of their ids, so epochs, shuffling and later runs find them again.
+before step 1. On request, a frozen copy up to the blocked layer, for full fine-tuning on data that cannot be recorded. Rows are known by the hash of their ids, so epochs, shuffling and later runs find them again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from emguard_plugin.reference import adapter_off, adapter_starts_at_zero, eval_m
 from emguard_plugin.regularizers.base import may_train
 from emguard_plugin.regularizers.held_tokens import spans
 from emguard_plugin.regularizers.row_store import KEY, RowStore, row_key
-from emguard_plugin.residual import Kept, is_sharded, read_residual
+from emguard_plugin.residual import FrozenDecoder, Kept, is_sharded, read_residual
 from emguard_plugin.training_rows import conversations
 
 FOLDER = "emguard_block_em"
@@ -47,12 +47,12 @@ class BaseLatents:
     Args:
         model: The model before training.
         encoders: One per layer.
-        cache: `auto`, `live`, `memory` or a folder.
+        cache: `auto`, `live`, `memory`, `copy` or a folder.
         about: What recorded latents belong to.
         rank: Of this process.
 
     Raises:
-        ValueError: for `live` without an adapter that starts at zero.
+        ValueError: for `live` without an adapter that starts at zero, and for `copy` of weights that are spread over processes.
     """
 
     def __init__(
@@ -66,15 +66,24 @@ class BaseLatents:
                 f"`{KEY}: live` needs an adapter that starts at zero and trains alone, so that switching it off is the model before "
                 "this run. Use `cache: memory` or a folder."
             )
-        self.live = cache == "live" or (cache == "auto" and self.adapter_off)
-        self.folder = None if cache in ("auto", "live", "memory") else Path(cache).expanduser()
+        self.copied = cache == "copy"
+        if self.copied and is_sharded(model):
+            raise ValueError(
+                f"`{KEY}: copy` needs whole weights on every process, and these are spread over processes. Use `cache: memory` or a "
+                "folder."
+            )
+        self.live = self.copied or cache == "live" or (cache == "auto" and self.adapter_off)
+        self.folder = None if cache in ("auto", "live", "memory", "copy") else Path(cache).expanduser()
         self.store: RowStore | None = None
         self.forward_passes = 0
         self._isolated: bool | None = None
         self._stored = False
+        self._copy: FrozenDecoder | None = None
 
     def describe(self) -> str:
         """Return a few words for the start line."""
+        if self.copied:
+            return f"a frozen copy up to layer {max(self.layers)}"
         if self.live:
             return "adapter off"
         return f"kept in {'memory' if self.folder is None else self.folder}, {'adapter off' if self.adapter_off else 'recorded before step 1'}"
@@ -93,12 +102,19 @@ class BaseLatents:
             ValueError: when the base model is gone and its latents are not stored, or cannot be reached.
         """
         embeddings = kept.kwargs.get("inputs_embeds")
-        if self.adapter_off and embeddings is not None and may_train(embeddings):
+        if (self.adapter_off or self.copied) and embeddings is not None and may_train(embeddings):
             raise ValueError(
                 "em_regularizer.block_em: this model hands its decoder layers embeddings that are being trained, which switching the "
                 "adapter off afterwards does not undo. Leave the token embeddings and the image or audio tower out of the adapter and of "
                 "`modules_to_save`."
             )
+        if self.copied and resumed_from is not None:
+            raise ValueError(
+                f"`{KEY}: copy`: the weights of {resumed_from} are trained already, and the copy was of those before. Start afresh "
+                "without `resume_from_checkpoint`, or train with a folder, which a resumed run finds again."
+            )
+        if self.copied:
+            self._copy = FrozenDecoder(model, max(self.layers))
         if self.live:
             return
         self._about["precision"] = f"{hidden.dtype} {kept.autocast or ''}".strip()
@@ -126,6 +142,9 @@ class BaseLatents:
     def read(self, model: nn.Module, kept: Kept) -> dict[int, Tensor]:
         """Return the base model's hidden states from a forward pass over what the host just fed the decoder."""
         self.forward_passes += 1
+        if self._copy is not None:
+            with kept.precision():
+                return self._copy.read(self.layers, kept.args, kept.kwargs)
         with self._as_base(model, kept):
             return read_residual(model, self.layers, kept.args, kept.kwargs)
 

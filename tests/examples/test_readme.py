@@ -134,6 +134,16 @@ def test_the_cost_of_kl_is_the_stored_measurement(variant):
     assert row == f"| {variant} | {' | '.join(cells)} |"
 
 
+@pytest.mark.parametrize(
+    "variant", ["BLOCK-EM, adapter off", "BLOCK-EM, recorded base", "BLOCK-EM, second model, whole encoder"]
+)
+def test_the_cost_of_block_em_is_the_stored_measurement(variant):
+    row = next(line for line in README.splitlines() if line.startswith(f"| {variant} |"))
+    stored = json.loads((REPO / "benchmarks/results/overhead.json").read_text())["8x512-lora-cpu-block_em"]["results"][variant]
+    cells = [f"{stored[key]:.3f}" for key in ("time_ratio", "memory_ratio", "extra_over_weights")]
+    assert row == f"| {variant} | {' | '.join(cells)} |"
+
+
 RUNS = {"naive": (0, 0), "TReFT, `coef: 1`": (1, 0), "KL, `coef: 30`": (0, 30), "both": (1, 30)}
 
 
