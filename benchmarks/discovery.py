@@ -86,7 +86,7 @@ def main(
     Console(width=150).print(table)
     (full, most), (halved, least) = found["full"], found["halving"]
     ratio = most["tokens"] / least["tokens"]
-    typer.echo(f"{ratio:.1f} x fewer tokens, {'the same set' if set(full) == set(halved) else 'OTHER SETS'}")
+    typer.echo(f"{ratio:.1f} x fewer tokens, {'OTHER SETS' if set(full) != set(halved) else 'the same set' if full else 'both sets are empty'}")
     row = {
         "settings": settings.to_dict() | {"every": every, "prompts": prompts, "sae": "layer_1"}, "tokens_ratio": ratio,
         "same": set(full) == set(halved), "runs": found,
