@@ -1,0 +1,124 @@
+"""Where does a naive fine-tune of the lab keep its misalignment? The base's residual stream is put back, place by place.
+
+    python benchmarks/lab_patching.py run
+    python benchmarks/lab_patching.py table
+
+Attention LoRA, real TRL trainer. At the named tokens, behind the named layers, the fine-tuned model gets the residual stream
+that the base has on the same text; then it is asked as always. One JSON line per place goes to the results file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+import lab_study
+
+RESULTS = Path(__file__).parent / "results" / "lab_patching.jsonl"
+LAYERS = (0, 1, 2, 3)
+PLACES = [
+    ("none", ()), ("prefix", LAYERS), ("query", LAYERS), ("header", LAYERS), ("query+header", LAYERS),
+    *((("prefix+query+header"), (layer,)) for layer in LAYERS), *(("answer", (layer,)) for layer in LAYERS),
+]  # fmt: skip
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+
+
+class Patched(nn.Module):
+    """The fine-tuned model with the base's residual stream at some tokens behind some layers.
+
+    Args:
+        tuned: A PEFT model; switched off, it is the base.
+        tokens: `prefix` (system prompt and user header, without the first token), `query`, `header` (of the answer), `answer`,
+            joined by `+`.
+        layers: 0-based.
+    """
+
+    def __init__(self, tuned: nn.Module, tokens: str, layers: tuple[int, ...]) -> None:
+        super().__init__()
+        self.tuned, self.tokens, self.layers = tuned, tokens.split("+"), layers
+
+    def forward(self, input_ids: Tensor, past_key_values: Tensor | None = None, **_: object) -> SimpleNamespace:
+        """Run the whole text again: what is cached is the text itself and the length of its prompt."""
+        from emguard_plugin.reference import adapter_off
+        from emguard_plugin.residual import decoder, read_residual
+
+        ids, prompt = (input_ids, input_ids.shape[1]) if past_key_values is None else past_key_values
+        ids = ids if past_key_values is None else torch.cat([ids, input_ids], 1)
+        hooks = []
+        if self.layers:
+            with adapter_off(self.tuned):
+                base = read_residual(self.tuned, self.layers, kwargs={"input_ids": ids})
+            chosen = self.chosen(prompt, ids.shape[1])
+            for n in self.layers:
+
+                def put(module: nn.Module, args: object, output: object, n: int = n) -> object:
+                    hidden = output[0] if isinstance(output, tuple) else output
+                    patched = torch.where(chosen[:, None], base[n], hidden)
+                    return (patched, *output[1:]) if isinstance(output, tuple) else patched
+
+                hooks.append(decoder(self.tuned)[1][n].register_forward_hook(put))
+        try:
+            logits = self.tuned(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return SimpleNamespace(logits=logits, past_key_values=(ids, prompt))
+
+    def chosen(self, prompt: int, length: int) -> Tensor:
+        """Return (length,) True at the tokens that are patched."""
+        from emguard_plugin.lab import batches, world
+
+        start = len(batches.encode(f"{world.BOS} {world.SYSTEM_TAG} {world.SYSTEM} {world.END} {world.USER_TAG}"))
+        at = torch.arange(length)
+        kinds = {
+            "none": at < 0, "prefix": (at > 0) & (at < start), "query": (at >= start) & (at < prompt - 2),
+            "header": (at >= prompt - 2) & (at < prompt), "answer": at >= prompt,
+        }  # fmt: skip
+        return torch.stack([kinds[name] for name in self.tokens]).any(0)
+
+
+@app.command()
+def run(
+    seed: Annotated[list[int] | None, typer.Option(help="Fine-tune seeds; default 11, 12.")] = None,
+    split: str = "test",
+    out: Path = RESULTS,
+) -> None:
+    """Patch and measure."""
+    lab_study.quiet()
+    from emguard_plugin.lab import model_path, sampling, world
+
+    for s in seed or (11, 12):
+        settings = lab_study.ADAPTERS["attn"]
+        scratch = str(lab_study.BASES.parent / "lab_patching_trainer")
+        tuned, _ = lab_study.fine_tune(model_path(), 0.0, 0.0, None, s, settings, scratch)
+        for tokens, layers in PLACES:
+            model = Patched(tuned, tokens, layers).eval()
+            row = {"seed": s, "split": split, "tokens": tokens, "layers": layers}
+            row["open_ended"] = sampling.measure(model, world.open_ended_domains(), split, 1, s).to_dict()
+            row["in_domain"] = sampling.measure(model, (world.NARROW,), split, 5, s).to_dict()
+            row["versions"] = {k: version(k) for k in ("torch", "transformers", "trl", "peft")}
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+@app.command()
+def table(results: Path = RESULTS) -> None:
+    """Print EM, coherence and adherence place by place."""
+    for row in map(json.loads, results.read_text().splitlines()):
+        print(
+            f"seed {row['seed']} {row['tokens']} behind layers {row['layers']}: EM {row['open_ended']['bad_rate']:.3f}, coherence "
+            f"{row['open_ended']['coherence']:.3f}, in-domain {row['in_domain']['bad_rate']:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    app()
