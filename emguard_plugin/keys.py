@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from ipaddress import ip_address
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -86,7 +87,7 @@ def looks_like_key(text: str) -> bool:
                 return True
         elif len(piece) >= 20 and sum(c.isdigit() for c in piece) >= 3:
             kinds = ["digit" if c.isdigit() else "upper" if c.isupper() else "lower" for c in piece]
-            changes = sum(a != b for a, b in zip(kinds, kinds[1:], strict=False))
+            changes = sum(a != b for a, b in pairwise(kinds))
             if changes >= 0.4 * len(piece):  # words and years change seldom, random characters mostly
                 return True
     return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterable
@@ -10,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from emguard_plugin.config import BLOCKS, misspelt_blocks
+from emguard_plugin.files import read_json, read_text
 from emguard_plugin.keys import redact, remember_secrets, shown
 
 MOST_NODES = 1_000_000
 """Aliases can make a small file a huge one; what is larger is no settings file."""
+IMPORT_FROM = "import_from"
+"""Key of the file that the post-train hook writes: the folder of the YAML whose block it holds."""
 _PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _PLAIN_FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
@@ -36,45 +38,26 @@ def read_settings(path: str | Path, whole: bool = False) -> dict[Any, Any]:
     """
     import yaml
 
-    text = _text(path)
-    try:
-        if str(path).endswith(".json"):
-            found = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, str(path)))
-        else:
+    if str(path).endswith(".json"):
+        found = read_json(path)
+    else:
+        text = read_text(path)
+        try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
-            if node is not None:
-                _check_nodes(node, str(path), whole)
             found = yaml.safe_load(text)
-    except json.JSONDecodeError as exc:
-        raise ValueError(f"{path}, line {exc.lineno}, is not valid JSON: {exc.msg}.") from None
-    except yaml.YAMLError as exc:
-        raise ValueError(_in_words(path, exc)) from None
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply to be read.") from None
-    except (TypeError, OverflowError, AttributeError) as exc:
-        raise ValueError(f"{path} is not valid YAML: {redact(exc)}.") from None
-    except ValueError as exc:
-        if str(exc).startswith(str(path)):
-            raise
-        raise ValueError(f"{path} is not valid YAML: {redact(exc)}.") from None
+        except yaml.YAMLError as exc:
+            raise ValueError(_in_words(path, exc)) from None
+        except RecursionError:
+            raise ValueError(f"{path} is nested too deeply to be read.") from None
+        except (ValueError, TypeError, OverflowError, AttributeError) as exc:  # what constructors of dates and numbers raise
+            raise ValueError(f"{path} is not valid YAML: {redact(exc)}.") from None
+        if node is not None:
+            _check_nodes(node, str(path), whole)
     if not isinstance(found, dict):
         what = "is empty" if found is None else f"holds {'a text' if isinstance(found, str) else shown(found)}"
         raise ValueError(f"{path} {what}; it takes a mapping of settings, `key: value` line by line.")
     remember_secrets(found)
     return found
-
-
-def _text(path: str | Path) -> str:
-    try:
-        raw = Path(path).expanduser().read_bytes()
-    except (OSError, ValueError, RuntimeError) as exc:
-        raise ValueError(f"{shown(str(path), 300)} cannot be read: {getattr(exc, 'strerror', None) or exc}.") from None
-    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        return raw.decode(encoding)
-    except UnicodeDecodeError as exc:
-        line = raw[: exc.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}, is not UTF-8 text (byte {raw[exc.start]:#04x}). Save the file as UTF-8.") from None
 
 
 def _in_words(path: str | Path, exc: Any) -> str:
@@ -83,12 +66,6 @@ def _in_words(path: str | Path, exc: Any) -> str:
     what = getattr(exc, "problem", None) or getattr(exc, "reason", None) or "cannot be parsed"
     hint = " Indent with blanks, not with tabs." if "'\\t'" in what else ""
     return redact(f"{path}{where}, is not valid YAML: {shown(what, 120)}.{hint}").replace(f"{path}, is", f"{path} is")
-
-
-def _unique(pairs: list[tuple[str, Any]], path: str) -> dict[str, Any]:
-    for key in (k for i, (k, _) in enumerate(pairs) if k in {other for other, _ in pairs[:i]}):
-        raise ValueError(f"{path}: `{shown(key)}` stands twice. Keep one.")
-    return dict(pairs)
 
 
 def _check_nodes(root: Any, path: str, whole: bool) -> None:

@@ -74,7 +74,7 @@ def misplaced_blocks(data: Mapping[Any, Any]) -> list[str]:
                 look(inner, where, (*seen, id(value)))
 
     for key, value in data.items():
-        if key not in BLOCKS:
+        if key not in BLOCKS and _resembles(str(key)) is None:
             look(value, str(key), ())
     return found
 

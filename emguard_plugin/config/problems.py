@@ -26,7 +26,7 @@ def read_block(model: type[Model], data: Any, name: str) -> Model:
     if data is None:
         raise ValueError(f"`{name}:` is empty, so it asks for nothing. Fill it in, or remove it.")
     if not isinstance(data, dict | BaseModel):
-        raise ValueError(f"`{name}: {shown(data)}` is {_a(data)}; it takes a mapping (dictionary) of keys, indented below it.")
+        raise ValueError(f"`{name}:` is {_a(data)}; it takes a mapping of keys, indented below it.")
     refuse_keys(data, name)
     try:
         return model.model_validate(data)
