@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_INPUT
+from emguard_plugin.keys import redact
+
 
 def discover(
     misaligned: Annotated[str, typer.Option(help="The misaligned model: a PEFT adapter or a whole model, a folder.")],
@@ -41,7 +44,8 @@ def discover(
 ) -> None:
     """Find SAE latents that cause misalignment (BLOCK-EM, arXiv 2602.00767), for `em_regularizer.block_em.latents`.
 
-    Answers and judgments are kept; run the same command again after an interruption.
+    Answers and judgments are kept; run the same command again after an interruption. Exit code 0: found and written. 4: wrong
+    input, or models and questions that nothing can be learnt from. 2: it could not be done.
     """
     from emguard_plugin.discovery.judge import read_judge
     from emguard_plugin.discovery.run import Request, prepare, run
@@ -63,8 +67,8 @@ def discover(
             return
         latents = run(discovery)
     except (ValueError, OSError, RuntimeError) as exc:
-        typer.echo(f"emguard discover: {exc}", err=True)
-        raise typer.Exit(2) from exc
+        typer.echo(f"emguard discover: {redact(exc)}", err=True)
+        raise typer.Exit(EXIT_INPUT if isinstance(exc, ValueError) else EXIT_ERROR) from exc
     except KeyboardInterrupt as exc:
         typer.echo("emguard discover: interrupted. What was answered and judged is kept; run the same command again to go on.", err=True)
         raise typer.Exit(130) from exc
