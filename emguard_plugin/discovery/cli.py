@@ -7,9 +7,6 @@ from typing import Annotated
 
 import typer
 
-from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_INPUT
-from emguard_plugin.keys import redact
-
 
 def discover(
     misaligned: Annotated[str, typer.Option(help="The misaligned model: a PEFT adapter or a whole model, a folder.")],
@@ -66,9 +63,6 @@ def discover(
         if dry_run:
             return
         latents = run(discovery)
-    except (ValueError, OSError, RuntimeError) as exc:
-        typer.echo(f"emguard discover: {redact(exc)}", err=True)
-        raise typer.Exit(EXIT_INPUT if isinstance(exc, ValueError) else EXIT_ERROR) from exc
     except KeyboardInterrupt as exc:
         typer.echo("emguard discover: interrupted. What was answered and judged is kept; run the same command again to go on.", err=True)
         raise typer.Exit(130) from exc

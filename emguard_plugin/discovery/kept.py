@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired
 
+from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from emguard_plugin.discovery.pair import ROLES
@@ -22,11 +23,14 @@ from emguard_plugin.files import EXACT, read_records
 
 logger = logging.getLogger(__name__)
 
+WHOLE = ConfigDict(**EXACT, extra="allow")
+"""The seal is over all that stands in a record, also what a sampler adds, such as a reasoning trace."""
+
 
 class Answer(TypedDict):
     """A line of `responses.jsonl`."""
 
-    __pydantic_config__ = EXACT
+    __pydantic_config__ = WHOLE
 
     role: str
     steer: str
@@ -42,7 +46,7 @@ class Answer(TypedDict):
 class Verdict(TypedDict):
     """A line of `judgments.jsonl`."""
 
-    __pydantic_config__ = EXACT
+    __pydantic_config__ = WHOLE
 
     judge: str
     item_sha256: str
