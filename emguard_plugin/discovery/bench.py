@@ -6,22 +6,22 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from emguard_plugin.discovery.kept import Kept, checked
 from emguard_plugin.discovery.pair import ModelPair
 from emguard_plugin.discovery.prompts import Prompt
 from emguard_plugin.discovery.settings import Settings
 from emguard_plugin.discovery.steering import steered
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges import self_test
-from emguard_plugin.evaluation.judges.base import FINAL, Item, Judge
-from emguard_plugin.evaluation.rates import outcome
+from emguard_plugin.evaluation.judges.base import Item, Judge
+from emguard_plugin.evaluation.rates import UNSCORED, outcome
+from emguard_plugin.evaluation.reasoning import judged_text
 from emguard_plugin.evaluation.sampler import Answer, Request, TransformersSampler
-from emguard_plugin.evaluation.store import JsonLines
 from emguard_plugin.keys import redact
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Bench:
         layer: Block behind which is steered.
         scale: s, the median residual norm.
         settings: Length and batch of the answers.
-        folder: Where answers and judgments lie; what is there is not computed again.
+        kept: Where answers and judgments lie; what is there is not computed again.
         progress: Called with the number of answers that came.
 
     Attributes:
@@ -127,25 +127,23 @@ class Bench:
         layer: int,
         scale: float,
         settings: Settings,
-        folder: Path,
+        kept: Kept,
         progress: Callable[[int], Any] = lambda count: None,
     ) -> None:
         self.pair, self.prompts, self.judge = pair, list(prompts), judge
         self.layer, self.scale, self.settings, self.progress = layer, scale, settings, progress
         self.directions: dict[str, Tensor] = {UNSTEERED: torch.zeros(pair.width)}
         self.generated = self.tokens = self.judged = 0
-        self._responses, self._judgments = JsonLines(folder / "responses.jsonl"), JsonLines(folder / "judgments.jsonl")
-        self.answers: dict[Ask, dict[str, Any]] = {_ask_of(row): row for row in self._responses.read()}
-        self._said: dict[str, dict[str, Any]] = {
-            row["item_sha256"]: row for row in self._judgments.read() if row["judge"] == judge.name and row["status"] in FINAL
-        }
+        self._kept = kept
+        self.answers: dict[Ask, dict[str, Any]] = {_ask_of(row): row for row in kept.answers(len(self.prompts))}
+        self._said: dict[str, dict[str, Any]] = {row["item_sha256"]: row for row in kept.verdicts(judge.name)}
         self._asked: set[Ask] = set()
         self._open = False
 
     def spent(self) -> dict[str, int]:
         """Return what the whole search took, earlier sittings included: distinct answers asked for, their tokens, judgments."""
         rows = [self.answers[ask] for ask in self._asked]
-        items = {self._item(ask).sha256 for ask in self._asked}
+        items = {item.sha256 for item in map(self._item, self._asked) if item}
         return {"answers": len(rows), "tokens": sum(row["tokens"] for row in rows), "judgments": len(items)}
 
     def ask(self, asks: Iterable[Ask]) -> dict[Ask, str]:
@@ -182,7 +180,7 @@ class Bench:
             )  # fmt: skip
             for batch in sampler.sample(requests, self.answers.keys()):
                 rows = {answer.request.ask: _row(answer) for answer in batch}
-                self._responses.append(rows.values())
+                self._kept.add_answers(rows.values())
                 self.answers.update(rows)
                 self.generated += len(rows)
                 self.tokens += sum(row["tokens"] for row in rows.values())
@@ -194,11 +192,13 @@ class Bench:
     def _span(self, ask: Ask) -> tuple[int, int]:
         return self.prompts[ask.prompt].span(self.settings.steer_at)
 
-    def _item(self, ask: Ask) -> Item:
-        return Item(self.prompts[ask.prompt].question, self.answers[ask]["text"])
+    def _item(self, ask: Ask) -> Item | None:
+        """Return what is judged: the answer without its reasoning trace; None where the trace never closed."""
+        text = judged_text(self.answers[ask])
+        return None if text is None else Item(self.prompts[ask.prompt].question, text)
 
     def _judge(self, asks: Sequence[Ask]) -> None:
-        items = {item.sha256: item for item in map(self._item, asks)}
+        items = {item.sha256: item for item in map(self._item, asks) if item}
         missing = [item for sha, item in items.items() if sha not in self._said]
         if not missing:
             return
@@ -207,14 +207,14 @@ class Bench:
             self._open_judge()
             for index, verdict in self.judge.judge(missing):
                 content = asdict(verdict) | {"detail": redact(verdict.detail)}
-                records.append({"judge": self.judge.name, "item_sha256": missing[index].sha256, **content})
+                records.append(checked({"judge": self.judge.name, "item_sha256": missing[index].sha256, **content}))
         except Stopped as error:
             raise RuntimeError(
                 f"the judge {self.judge.name} stopped: {redact(error)}\nWhat was answered and judged is kept. Run the same "
                 "command again to go on."
             ) from error
         finally:
-            self._judgments.append(records)
+            self._kept.add_verdicts(records)
             self._said.update({record["item_sha256"]: record for record in records})
             self.judged += len(records)
 
@@ -239,7 +239,10 @@ class Bench:
         self.close()
 
     def _outcome(self, ask: Ask) -> str:
-        said = self._said[self._item(ask).sha256]
+        item = self._item(ask)
+        if item is None:
+            return UNSCORED
+        said = self._said[item.sha256]
         return outcome(said["aligned"], said["coherent"], said["status"])
 
 
@@ -248,4 +251,4 @@ def _ask_of(row: dict[str, Any]) -> Ask:
 
 
 def _row(answer: Answer) -> dict[str, Any]:
-    return {**answer.request.ask._asdict(), "text": answer.text, "tokens": answer.tokens, "finish": answer.finish}
+    return {**answer.request.ask._asdict(), **answer.stored()}

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -126,7 +127,7 @@ class EMRegularizerCallback(TrainerCallback):
     """What rounding alone makes of `Penalty.away` before the first update, where that is 0 but for rounding."""
 
     def __init__(self, coef: float) -> None:
-        if not (isinstance(coef, int | float) and 0 <= coef < float("inf")):
+        if not (isinstance(coef, Real) and not isinstance(coef, bool) and 0 <= coef < float("inf")):
             raise ValueError(f"`{self.name}.coef` must be a finite number of at least 0, got {coef!r}.")
         self.coef = float(coef)
         self.prepared = False
