@@ -79,6 +79,7 @@ def evaluate(
     import yaml
 
     from emguard_plugin.config import EMEvalConfig
+    from emguard_plugin.evaluation.as_trained import as_trained, saved_template
     from emguard_plugin.evaluation.run import PHASES, run_em_eval
     from emguard_plugin.exit_codes import EXIT_ERROR
 
@@ -87,6 +88,10 @@ def evaluate(
         content = yaml.safe_load(config.read_text()) or {}
         block = content.get("em_eval", content)
         block = EMEvalConfig.model_validate({**block, **({} if fail_above is None else {"fail_above": fail_above})})
+        if "em_eval" in content:  # the YAML of the training says by what it rendered
+            block, notes = as_trained(block, content, saved_template(tuned))
+            for note in notes:
+                typer.echo(f"em_eval: {note}", err=True)
         block.check_files()
         out = output_dir or Path(block.output_dir or Path(tuned) / "em_eval")
         summary = run_em_eval(block, tuned, out, base=start, phases=phase or PHASES)

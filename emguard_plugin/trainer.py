@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from trl import SFTConfig, SFTTrainer
 
 from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig
+from emguard_plugin.evaluation.as_trained import constant_kwargs
 from emguard_plugin.mixin import EMRegularizerMixin
 from emguard_plugin.regularizers import build_regularizers
 
@@ -64,6 +66,7 @@ class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(SFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
         self._column_kwargs = _first_template_kwargs(given.get("train_dataset"))
+        self._rendered_alike, self._same_kwargs = constant_kwargs(given.get("train_dataset"))[::-1]
         super().__init__(*args, **kwargs)
         if isinstance(self.args, EMGuardSFTConfig) and (config := self.args.regularizer_config()) is not None:
             for callback in build_regularizers(config):
@@ -81,6 +84,16 @@ class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
 
     def _template_kwargs(self) -> dict[str, Any]:
         return self._column_kwargs
+
+    def rendering_settings(self) -> Mapping[str, Any]:
+        """Return the rows' `chat_template_kwargs` where all have the same; where they differ, no question has them all."""
+        if self._rendered_alike:
+            return {"chat_template_kwargs": self._same_kwargs}
+        self.accelerator.print(
+            "em_eval: the rows' `chat_template_kwargs` differ, so questions are rendered without any. Set "
+            "`em_eval.chat_template_kwargs` to those of the rows that matter."
+        )
+        return {}
 
 
 def _first_template_kwargs(dataset: Any) -> dict[str, Any]:
