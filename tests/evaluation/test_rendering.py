@@ -1,23 +1,25 @@
 """Questions are rendered as the training rendered its rows; what the template refuses is known before anything is drawn."""
 
+import io
 import json
-import logging
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from emguard_plugin import chat_template as ct
 from emguard_plugin.config import EMEvalConfig
-from emguard_plugin.evaluation import Summary, rendering, run_em_eval
+from emguard_plugin.evaluation import Summary, run_em_eval
 from emguard_plugin.evaluation.as_trained import as_trained, constant_kwargs, saved_template
 from emguard_plugin.evaluation.asking import read_template, shipped_templates
 from emguard_plugin.evaluation.questions import Question
 from emguard_plugin.evaluation.rendering import Chat, NotRendered
 from emguard_plugin.evaluation.sampler import TransformersSampler
 from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.evaluation.table import comparison_table
 from tests.evaluation.parts import write_suite
 from tests.tiny import CHATML, CHATML_DEFAULT_SYSTEM, DATED, NO_SYSTEM, chatml_tokenizer, tiny_model
 
@@ -108,7 +110,7 @@ def test_a_saved_template_that_differs_from_the_stated_one_is_said(save, tmp_pat
         ("chat_template", "gone.jinja", "neither a Jinja file nor a known name"),
         ("chat_template_kwargs", {"tokenize": True}, "set by emguard itself"),
         ("reasoning_marks", ["<think>"], "at least 2"),
-        ("reasoning_marks", ["<think>", " "], "empty mark"),
+        ("reasoning_marks", ["<think>", " "], "is blank"),
         ("reasoning", "trace", "with_trace"),
     ],
 )
@@ -214,7 +216,8 @@ def test_installed_templates_take_a_plain_question():
             Chat(file.read_text()).check(tokenizer, FERN)
         except NotRendered as error:
             refused[file.name] = str(error)
-    assert not refused
+    # Templates of models that see images take parts of content and drop plain text.
+    assert {name.partition("_")[0].removesuffix(".jinja") for name in refused} <= {"idefics3", "llava"}
 
 
 def test_what_the_template_refuses_is_named_and_stops_nothing_else(save, tmp_path, caplog):
@@ -227,8 +230,10 @@ def test_what_the_template_refuses_is_named_and_stops_nothing_else(save, tmp_pat
     assert (rates.answers, rates.questions, rates.unscored.count) == (2, 1, 0)
     assert "brief of questions: no system" in caplog.text
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Not asked" in page
-    assert "no system" in page
+    assert "not asked, as the chat template refuses it: brief of questions: no system" in page
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(comparison_table([("tuned", summary)]))
+    assert "1 questions not asked" in console.export_text()
     asked = run_em_eval(config(tmp_path), save(CHATML), tmp_path / "all")
     assert not asked.not_asked
     assert asked.rates().answers == 6
@@ -310,9 +315,3 @@ def test_a_column_of_variables_is_taken_only_where_it_is_constant():
     assert constant_kwargs(Dataset.from_list(rows).to_iterable_dataset())[1] is False
     assert constant_kwargs(Dataset.from_list([{"messages": []}])) == ({}, True)
     assert constant_kwargs(None) == ({}, True)
-
-
-def test_the_pinned_clock_is_a_macro_and_no_variable():
-    text = rendering._with_date(DATED, datetime(2024, 7, 26).date())
-    assert text.endswith(DATED)
-    logging.getLogger(__name__).debug(text)
