@@ -16,6 +16,8 @@ from emguard_plugin.keys import refuse_keys, shown
 
 # A number to YAML 1.2 and to people, a text to YAML 1.1, which PyYAML reads: `1e5`, `2.5e-3` without a sign or a dot.
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+MOST, MOST_SEED = 1e12, 2**53
+"""Larger numbers are slips, and overflow counters, timers and generators of random numbers further down."""
 _NUMERIC = re.compile(r"[-+]?[\d_]*\.?[\d_]+([eE][-+]?\d+)?%?")
 
 
@@ -77,6 +79,22 @@ def is_file(path: str | Path) -> bool:
         return False
 
 
+def _check_json(key: str, value: Any) -> None:
+    """Refuse what a free mapping cannot hand on: results and later runs read it as JSON."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise ValueError(f"`{key}: {shown(name)}` is no name. Put it in quotes.")
+            _check_json(f"{key}.{shown(name)}", inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_json(key, inner)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"`{key}: {value}` is no finite number.")
+    elif not isinstance(value, str | int | float | None):
+        raise ValueError(f"`{key}: {value}` is read as {shown(value)}. Put it in quotes.")
+
+
 def _flat(annotation: Any) -> list[Any]:
     """Return the alternatives of a type, with what lists hold."""
     if get_origin(annotation) is Annotated:
@@ -101,6 +119,8 @@ def _read(key: str, value: Any, kinds: list[Any]) -> Any:
     """Check one value against the kinds that its field takes, and return it; an exponent that YAML left a text as a number."""
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     number, text, switch = bool({int, float} & set(kinds)), str in kinds or bool(words), bool in kinds
+    if isinstance(value, dict) and any((get_origin(kind) or kind) is dict for kind in kinds):
+        _check_json(key, value)
     for kind in kinds:
         if get_origin(kind) is list and isinstance(value, list | tuple):
             inner = _kinds(get_args(kind)[0])
@@ -118,6 +138,8 @@ def _read(key: str, value: Any, kinds: list[Any]) -> Any:
             raise ValueError(f"`{key}: {shown(value)}`: {key} is a switch. Write true or false.")
         if not math.isfinite(value):
             raise ValueError(f"`{key}: {value}` is no finite number.")
+        if abs(value) > (MOST_SEED if key == "seed" else MOST):
+            raise ValueError(f"`{key}: {shown(value)}` is larger than anything that it could mean. Write a smaller number.")
     elif isinstance(value, str):
         if not value.strip() and text:
             raise ValueError(f"`{key}:` is blank. Fill it in, or remove it.")

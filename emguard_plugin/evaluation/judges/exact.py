@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emguard_plugin.evaluation.judges.base import Item, Judgment, read_scores
+from emguard_plugin.settings_file import search_beside
 
 
 class ExactJudge:
@@ -29,6 +30,7 @@ class ExactJudge:
         self.name = function
         module_name, _, attribute = function.partition(":")
         hint = f"`em_eval.judges: function: {function}`"
+        search_beside()
         try:
             module = importlib.import_module(module_name)
         except (Exception, SystemExit) as error:
