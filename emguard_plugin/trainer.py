@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from trl import SFTConfig, SFTTrainer
 
+from emguard_plugin.chat_template import Chat
 from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig
 from emguard_plugin.mixin import EMRegularizerMixin
 from emguard_plugin.regularizers import build_regularizers
+from emguard_plugin.trl_chats import has_chats, read_chats
 
 
 @dataclass
@@ -63,7 +67,8 @@ class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(SFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
-        self._column_kwargs = _first_template_kwargs(given.get("train_dataset"))
+        self._given_rows = given.get("train_dataset")
+        self._column_kwargs = _first_template_kwargs(self._given_rows)
         super().__init__(*args, **kwargs)
         if isinstance(self.args, EMGuardSFTConfig) and (config := self.args.regularizer_config()) is not None:
             for callback in build_regularizers(config):
@@ -81,6 +86,11 @@ class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
 
     def _template_kwargs(self) -> dict[str, Any]:
         return self._column_kwargs
+
+    def _chats(self) -> Callable[[], Iterable[Chat]] | None:
+        if self._formatting_func is not None or not has_chats(self._given_rows):
+            return None
+        return partial(read_chats, self._given_rows, self.processing_class, self.chat_template)
 
 
 def _first_template_kwargs(dataset: Any) -> dict[str, Any]:

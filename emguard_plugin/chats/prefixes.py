@@ -191,12 +191,8 @@ def prompts_with_postfix(
     if not ends and not template.postfix:
         raise ValueError("the chat template prints nothing between query and answer: `tokens: postfix` has nothing to hold.")
     postfix = _shared(Counter(row[a:b] for row, a, b in ends), total)
-    n = len(postfix)
-    prompts = []
-    for row, a, b in ends:
-        at = next((i for i in range(b - n, a - 1, -1) if row[i : i + n] == postfix), -1) if n else -1
-        if at > 0:
-            prompts.append(row[: at + n])
+    found = ((row, _last_run(row, a, b, postfix)) for row, a, b in ends)
+    prompts = [row[:end] for row, (start, end) in found if start > 0]
     if not postfix or len(prompts) < MIN_SHARE_FOUND * total:
         raise ValueError(
             f"{total - len(prompts)} of {total} training rows lack the chat template's tokens between query and answer "
@@ -204,6 +200,20 @@ def prompts_with_postfix(
             "tokenizer's template."
         )
     return postfix, prompts
+
+
+def _last_run(row: Ids, begin: int, end: int, run: Ids) -> tuple[int, int]:
+    n = len(run)
+    at = next((i for i in range(end - n, begin - 1, -1) if row[i : i + n] == run), -1) if n else -1
+    return (at, at + n) if at >= 0 else (0, 0)
+
+
+def postfix_span(
+    row: Sequence[int], template: Template, book: Book | None, postfix: Ids
+) -> tuple[int, int]:
+    """Return the token range of `postfix` before the last answer of a row; (0, 0) where it is not there."""
+    ranges = headers_of(row, template, book)
+    return _last_run(tuple(row), *ranges[-1], postfix) if ranges else (0, 0)
 
 
 def _shared(counts: Counter[Ids], total: int) -> Ids:

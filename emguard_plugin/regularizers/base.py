@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from emguard_plugin.chat_template import Book, Chat, read_book
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,16 @@ class Penalty:
         value: Scalar fp32 tensor with gradient, before `coef`.
         metrics: Detached scalars by short name; logged as `em_regularizer/<method>/<name>`.
         per_layer: (layers,) detached contributions, used to name the layer of a non-finite penalty.
+        held: How many tokens this share of the penalty holds; the trainer stops a run in which a method holds none for 20
+            optimizer steps. None where it cannot be said.
+        misheld: How many of them are what they must not be, answers that the loss supervises; one stops the run.
     """
 
     value: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     per_layer: Tensor | None = None
+    held: Tensor | int | None = None
+    misheld: Tensor | None = None
 
 
 def may_train(value: Tensor) -> bool:
@@ -72,6 +80,8 @@ class Run:
         processes: Number of processes, each with micro-batches of its own.
         rank: Which of them this is.
         optimizer_built: Whether the optimizer exists already, so that it is too late to freeze parameters.
+        chats: Gives the training conversations as they were before they were tokenised, up to 2,000 evenly spread; None where the
+            host has them no more.
     """
 
     model: nn.Module
@@ -87,6 +97,15 @@ class Run:
     processes: int = 1
     rank: int = 0
     optimizer_built: bool = False
+    chats: Callable[[], Iterable[Chat]] | None = None
+
+    @cached_property
+    def book(self) -> Book | None:
+        """What the raw conversations show about whose text is whose; None where there are none. Read once for all methods."""
+        if self.chats is None:
+            return None
+        book = read_book(self.tokenizer, self.chats())
+        return book if book.rows else None
 
 
 class EMRegularizerCallback(TrainerCallback):
@@ -117,6 +136,7 @@ class EMRegularizerCallback(TrainerCallback):
         self.loss_tokens: Tensor | float = 1.0
         self._last: Penalty | None = None
         self._trains = False
+        self.answers_alone = False
         self._layer_names: Sequence[int] = ()
 
     @abstractmethod
@@ -129,6 +149,22 @@ class EMRegularizerCallback(TrainerCallback):
         Raises:
             ValueError: for settings or data that cannot work, in the words of the YAML.
         """
+
+    @property
+    def region(self) -> str:
+        """Which part of a conversation `held` names: `prefix`, `postfix`, `header`, `prompt`, or another that nothing is known of."""
+        return ""
+
+    def held(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return (B, T): True at the tokens of a training batch that this method holds; None when it holds text of its own.
+
+        The trainer calls it after `prepare` on training rows, and refuses a method that would hold nothing in any of them, a
+        user's or an assistant's own text as part of the template, or what the loss supervises where it supervises answers alone.
+
+        Args:
+            inputs: `input_ids` and `labels` of a batch.
+        """
+        return None
 
     @abstractmethod
     def penalty(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> Penalty | None:
@@ -187,7 +223,7 @@ class EMRegularizerCallback(TrainerCallback):
             value = value + 0 * self._last.value
         self._trains = True  # the graph is the same at every step of a run: walk it once
         self._last = Penalty(
-            value, penalty.metrics, None if penalty.per_layer is None else penalty.per_layer.detach()
+            value, penalty.metrics, None if penalty.per_layer is None else penalty.per_layer.detach(), penalty.held
         )
         return penalty
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from emguard_plugin.chat_template import Template
+from emguard_plugin.chat_template import Book, Template
 from emguard_plugin.latents import LatentSet
 from emguard_plugin.reference import peft_model
 from emguard_plugin.reference_cache import model_identity
@@ -29,7 +29,7 @@ from emguard_plugin.regularizers.block_em_rules import (
     warn_unless_base,
 )
 from emguard_plugin.regularizers.functional import block_em_penalty, block_em_violation
-from emguard_plugin.regularizers.held_tokens import TokenKind, held_tokens
+from emguard_plugin.regularizers.held_tokens import IGNORE, TokenKind, held_tokens
 from emguard_plugin.residual import Kept, decoder, keep_residual
 
 STATE_FILE = "emguard_block_em.json"
@@ -92,6 +92,7 @@ class BlockEMCallback(EMRegularizerCallback):
         self.tokens, self.latent_reduction, self.two_sided = tokens, latent_reduction, sides == "two"
         self.pre_activation, self.freeze_above, self.cache = k_minus == "pre_activation", freeze_above, str(cache)
         self._template: Template | None = None
+        self._book: Book | None = None
         self._kept: Kept | None = None
         self._frozen: list[nn.Parameter] = []
 
@@ -111,7 +112,7 @@ class BlockEMCallback(EMRegularizerCallback):
         if self.automatic:
             self.coef = calibrated_coef(latents.calibration, self.tokens, shared_by)
         if self.tokens in ("header", "prefix"):
-            self._template = template_of(run, self.tokens)
+            self._template, self._book = template_of(run, self.tokens), run.book
         about = {"model": model_identity(run.model), "latents": content(latents)}
         self._base = BaseLatents(run.model, latents.encoders, self.cache, about, run.rank)
         self._check_resumed(run)
@@ -173,6 +174,15 @@ class BlockEMCallback(EMRegularizerCallback):
     def _fixed(self) -> dict[str, Any]:
         return {"latents": content(self.latents), "tokens": self.tokens, "freeze_above": self.freeze_above}
 
+    @property
+    def region(self) -> str:
+        """The kind of tokens that is held."""
+        return self.tokens
+
+    def held(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the tokens of a batch that are held; see `held_tokens`."""
+        return held_tokens(inputs, self.tokens, self._template, self._book)
+
     # Each step
 
     @contextmanager
@@ -193,7 +203,7 @@ class BlockEMCallback(EMRegularizerCallback):
                 )
             self._base.begin(model, kept, next(iter(hidden.values())), self._dataset, self._resume_from)
             self._dataset, self._begun = None, True
-        held = held_tokens(inputs, self.tokens, self._template)
+        held = self.held(inputs)
         hidden = {n: h[held.to(h.device)] for n, h in hidden.items()}
         base = self._base.get(model, kept, inputs, held)
         per_layer, bad, shift, pres = [], [], [], []
@@ -222,7 +232,10 @@ class BlockEMCallback(EMRegularizerCallback):
             metrics["outside_shift"] = outside.to(device)
         if self.yardstick is not None:
             metrics["unguarded"] = shares.new_tensor(self.yardstick)
-        return Penalty(shares.sum(), metrics, shares)
+        misheld = None
+        if self.answers_alone and self.tokens in ("header", "prefix"):
+            misheld = (held & (inputs["labels"] != IGNORE)).sum()
+        return Penalty(shares.sum(), metrics, shares, held.sum(), misheld)
 
     @torch.no_grad()
     def _outside_shift(
