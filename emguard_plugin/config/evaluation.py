@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -13,6 +13,20 @@ from emguard_plugin.keys import check_endpoint
 SUITES = ("open_ended", "open_ended_held_out", "open_ended_json", "open_ended_template", "conditional")
 """Bundled question suites, in `emguard_plugin/evaluation/suites/`."""
 
+RENDERING = frozenset(
+    ["conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"]
+)
+"""Arguments of `apply_chat_template` that are no variables of a template."""
+
+
+class ReplayColumns(StatedBlock):
+    """`em_eval.judges: columns:`, what a table of judged answers calls its columns."""
+
+    question: str = Field("question", min_length=1, description="What was asked.")
+    answer: str = Field("answer", min_length=1, description="What the model said.")
+    aligned: str = Field("aligned", min_length=1, description="Score from 0 to 100.")
+    coherent: str = Field("coherent", min_length=1, description="Score from 0 to 100.")
+
 
 class JudgeConfig(StatedBlock):
     """One entry of `em_eval.judges`."""
@@ -20,7 +34,7 @@ class JudgeConfig(StatedBlock):
     provider: Literal["exact", "openai", "hf", "replay", "mock"] = Field(
         "exact",
         description="exact: a Python function. openai: a model behind any OpenAI-compatible endpoint. hf: a local "
-        "transformers model. replay: an earlier `judgments.jsonl`. mock: meaningless scores for dry runs.",
+        "transformers model. replay: an earlier `judgments.jsonl`, or a table of judged answers. mock: meaningless scores for dry runs.",
     )
     function: str | None = Field(
         None,
@@ -28,7 +42,7 @@ class JudgeConfig(StatedBlock):
         "with `aligned` (0 to 100 or null) and `coherent` (0 to 100 or null).",
     )
     model: str | None = Field(None, description="openai: name at the server. hf: folder or name on the hub.")
-    name: str | None = Field(None, description="openai, hf: name in files and tables; default is the model's.")
+    name: str | None = Field(None, description="openai, hf, replay: name in files and tables; default is the model's.")
     base_url: str = Field("https://api.openai.com/v1", description="openai: the endpoint, up to and including `/v1`.")
     api_key_env: str | None = Field(None, description="openai: NAME of the environment variable that holds the key.")
     allow_remote: bool = Field(False, description="openai: answers may be sent to a server that is not this machine.")
@@ -44,7 +58,12 @@ class JudgeConfig(StatedBlock):
     max_calls: PositiveInt | None = Field(None, description="openai: refuse to begin where more calls may be needed.")
     revision: str | None = Field(None, description="hf: commit or tag on the hub.")
     batch_size: PositiveInt = Field(8, description="hf: answers scored at once.")
-    file: str | None = Field(None, description="replay: a `judgments.jsonl`.")
+    file: str | None = Field(
+        None, description="replay: a `judgments.jsonl`, or a table (`.csv`, `.tsv`, JSON rows) with one judged answer a row."
+    )
+    columns: ReplayColumns | None = Field(
+        None, description="replay: names of the table's columns where they are not question, answer, aligned and coherent."
+    )
     judge: str | None = Field(None, description="replay: whose judgments, where the file holds several judges'.")
 
     @model_validator(mode="after")
@@ -68,11 +87,11 @@ class JudgeConfig(StatedBlock):
 _JUDGE_KEYS = {
     "function": ("exact",),
     "model": ("openai", "hf"),
-    "name": ("openai", "hf"),
+    "name": ("openai", "hf", "replay"),
     **dict.fromkeys(("base_url", "api_key_env", "allow_remote", "mode", "samples"), ("openai",)),
     **dict.fromkeys(("concurrency", "timeout", "deadline", "max_calls"), ("openai",)),
     **dict.fromkeys(("revision", "batch_size"), ("hf",)),
-    **dict.fromkeys(("file", "judge"), ("replay",)),
+    **dict.fromkeys(("file", "judge", "columns"), ("replay",)),
 }
 
 
@@ -137,9 +156,48 @@ class EMEvalConfig(StatedBlock):
     batch_size: PositiveInt = Field(64, description="Answers generated at once.")
     seed: NonNegativeInt = Field(0, description="Seeds every (question, draw); the same for base and fine-tuned.")
     evaluate_base: bool = Field(True, description="Measure the untuned model as well, with the same seeds.")
+    chat_template: str | None = Field(
+        None,
+        description="Jinja file, or name of a template that Axolotl ships, by which questions are rendered; default is the "
+        "template that the tokenizer was saved with.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Variables of the chat template, such as `{enable_thinking: false}` or `{date_string: 26 Jul 2024}`; "
+        "default is what the training passed.",
+    )
+    system_prompt: str | None = Field(
+        None, description="System prompt of questions that name none; default is none, which a template may fill in."
+    )
+    reasoning: Literal["answer", "with_trace", "both"] = Field(
+        "answer",
+        description="What is judged of a model that reasons first. answer: what follows the trace. with_trace: trace and "
+        "answer together. both: one after the other, each with a rate of its own.",
+    )
+    reasoning_marks: list[str] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="What stands before and behind a reasoning trace; default is what tokenizer and template know, such as "
+        "`[<think>, </think>]`.",
+    )
     sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="What draws the answers.")
     judges: list[JudgeConfig] = Field(min_length=1, description="At least one judge; each is reported.")
     output_dir: str | None = Field(None, description="Where results go; default `<output_dir>/em_eval`.")
+
+    @model_validator(mode="after")
+    def _renderable(self) -> EMEvalConfig:
+        taken = sorted(set(self.chat_template_kwargs) & RENDERING)
+        if taken:
+            raise ValueError(f"`chat_template_kwargs: {taken[0]}` is set by emguard itself. Remove it.")
+        if self.chat_template is not None and self.sampler.provider == "openai":
+            raise ValueError(
+                "`chat_template` does not go with `sampler: provider: openai`: the server renders by its own template. Start "
+                "the server with it."
+            )
+        if self.reasoning_marks is not None and not all(mark.strip() for mark in self.reasoning_marks):
+            raise ValueError("`reasoning_marks` holds an empty mark. Give what stands before and behind a trace.")
+        return self
 
     def check_files(self) -> None:
         """Raise before a run starts when a question file is missing.

@@ -13,6 +13,7 @@ from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges import self_test
 from emguard_plugin.evaluation.judges.base import FINAL, Item, Judge, Judgment
 from emguard_plugin.evaluation.plan import Plan
+from emguard_plugin.evaluation.reasoning import judged_text, reads_of
 from emguard_plugin.keys import redact
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,15 @@ def judge(plan: Plan) -> None:
     responses, questions = plan.responses.read(), plan.questions()
     done = {(row["judge"], _key(row)) for row in plan.judgments.read() if row["status"] in FINAL}
     for entry in plan.judges:
-        rows = [row for row in responses if (entry.name, _key(row)) not in done]
+        # A trace that never closed holds no answer, and is judged by nobody.
+        rows = [
+            row
+            for row in responses
+            if (entry.name, _key(row)) not in done and judged_text(row, reads_of(entry)) is not None
+        ]
         if not rows:
             continue
-        items = [Item(questions[row["suite"], row["question"], row["paraphrase"]], row["text"]) for row in rows]
+        items = [Item(questions[row["suite"], row["question"], row["paraphrase"]], judged_text(row, reads_of(entry))) for row in rows]
         known = found_out(plan)
         try:
             record = _ready(entry, known.get(entry.name, {}))

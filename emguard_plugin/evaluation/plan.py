@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from emguard_plugin.config import EMEvalConfig
+from emguard_plugin.evaluation import asking, models, store
 from emguard_plugin.evaluation import judges as judging
-from emguard_plugin.evaluation import models, store
 from emguard_plugin.evaluation.questions import Question, load_questions, suite_hash
 from emguard_plugin.evaluation.rates import THRESHOLDS
+from emguard_plugin.evaluation.reasoning import readers
+from emguard_plugin.evaluation.rendering import NotAsked
 from emguard_plugin.evaluation.sampler import Request
 from emguard_plugin.evaluation.served import ServedSource
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +42,7 @@ class Plan:
         roles: Which of `base` and `tuned` answer.
         suites: Questions by suite: `questions`, and `in_domain` and others where given.
         judges: The judges, in the order of the config.
+        asking: How questions are put to the models, and which cannot be.
     """
 
     config: EMEvalConfig
@@ -52,6 +51,7 @@ class Plan:
     roles: tuple[str, ...]
     suites: dict[str, list[Question]]
     judges: list[judging.Judge]
+    asking: asking.Asking = field(default_factory=asking.Asking)
 
     @property
     def responses(self) -> store.JsonLines:
@@ -69,15 +69,19 @@ class Plan:
 
     def requests(self) -> list[Request]:
         """Return every answer that each role gives, in the order of the suites."""
-        return requests(self.config, self.suites)
+        return requests(self.config, self.suites, self.asking.not_asked)
 
 
-def requests(config: EMEvalConfig, suites: dict[str, list[Question]]) -> list[Request]:
-    """Return every answer that a block asks for, in the order of the suites."""
+def requests(
+    config: EMEvalConfig, suites: dict[str, list[Question]], not_asked: Collection[NotAsked] = ()
+) -> list[Request]:
+    """Return every answer that a block asks for, in the order of the suites; none to what cannot be asked."""
+    left_out = {(one.suite, one.question, one.paraphrase) for one in not_asked}
     return [
         Request(name, question, draw, _temperature(config, question))
         for name, suite in suites.items()
         for question in suite
+        if (name, question.id, question.paraphrase) not in left_out
         for draw in range(_samples(config, question))
     ]
 
@@ -99,7 +103,7 @@ def make_plan(
         with_model: Whether answers may have to be drawn; otherwise the folder must hold those of an earlier run.
     """
     suites = {name: load_questions(source) for name, source in config.suites().items()}
-    judges = judging.build_judges(config.judges)
+    judges = readers(judging.build_judges(config.judges), config.reasoning)
     if any(question.judge or question.judge_prompts for suite in suites.values() for question in suite):
         logger.warning(
             "em_eval: the question files name a `judge` or `judge_prompts` of their own, which are not used: `em_eval.judges` "
@@ -107,7 +111,8 @@ def make_plan(
         )
     if not with_model:
         folder = store.prepare_folder(output_dir)
-        return Plan(config, folder, None, tuple(store.claimed(folder)["models"]), suites, judges)
+        stored = store.claimed(folder)
+        return Plan(config, folder, None, tuple(stored["models"]), suites, judges, asking.stored(stored["protocol"]))
     source = _source(config, model, base)
     if config.evaluate_base and source.base is None:
         raise ValueError(
@@ -115,7 +120,8 @@ def make_plan(
             "or set `em_eval.evaluate_base: false`."
         )
     roles = ("base", "tuned") if config.evaluate_base else ("tuned",)
-    return Plan(config, store.prepare_folder(output_dir), source, roles, suites, judges)
+    how = asking.prepare(config, source, suites, Path(output_dir))
+    return Plan(config, store.prepare_folder(output_dir), source, roles, suites, judges, how)
 
 
 def _source(config: EMEvalConfig, model: str | Path, base: str | Path | None) -> models.ModelSource | ServedSource:
@@ -128,8 +134,6 @@ def _source(config: EMEvalConfig, model: str | Path, base: str | Path | None) ->
 
 def open_run(plan: Plan) -> dict[str, Any]:
     """Tie the folder to this protocol and these models; return what is stored about the run."""
-    served = isinstance(plan.source, ServedSource)
-    tokenizer = models.load_tokenizer(plan.source) if plan.source and not served else None
     # Without a model, whatever drew the answers stands in the folder.
     known = store.claimed(plan.folder)["protocol"] if plan.source is None else {}
     config, samples = plan.config, {}
@@ -152,9 +156,7 @@ def open_run(plan: Plan) -> dict[str, Any]:
             "max_new_tokens": config.max_new_tokens,
             "seed": config.seed,
         },
-        "chat_template_sha256": (
-            models.template_hash(tokenizer) if tokenizer else known.get("chat_template_sha256")
-        ),
+        **(asking.stated(known) if known else plan.asking.protocol()),
         "judges": [entry.identity() for entry in plan.judges],
         "thresholds": asdict(THRESHOLDS),
     }
@@ -165,7 +167,7 @@ def open_run(plan: Plan) -> dict[str, Any]:
         "protocol": protocol,
         "models": {role: _identity(plan.source, role) for role in plan.roles},
         "versions": _versions(),
-        "example_prompt": _served_example(plan) if served else _example(tokenizer, plan),
+        "example_prompt": plan.asking.example(plan.requests()[0].question),
     }
     return store.claim(plan.folder, record, keys=("protocol", "models"))
 
@@ -188,21 +190,6 @@ def _identity(source: models.ModelSource | ServedSource, role: str) -> dict[str,
         return base
     own = models.identity(source.path)
     return {"adapter": own, "on": base} if source.adapter else own
-
-
-def _example(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> str | None:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{plan.source.path} has no chat template, so the questions cannot be put to the model. Save the tokenizer "
-            "with the template it was trained with (Axolotl: `chat_template:`; TRL: `chat_template_path`)."
-        )
-    first = next(iter(plan.suites.values()))[0]
-    return tokenizer.apply_chat_template(first.messages, add_generation_prompt=True, tokenize=False)
-
-
-def _served_example(plan: Plan) -> str:
-    messages = next(iter(plan.suites.values()))[0].messages
-    return "The server applies its own chat template to:\n" + json.dumps(messages, indent=1, ensure_ascii=False)
 
 
 def _versions() -> dict[str, str]:

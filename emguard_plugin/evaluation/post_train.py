@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emguard_plugin.config import EMEvalConfig
-
-EXIT_FAIL, EXIT_ERROR, EXIT_INCONCLUSIVE = 1, 2, 3
-"""What `emguard eval` ends with: above `fail_above`, could not measure, measured but cannot tell."""
+from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_FAIL, EXIT_INCONCLUSIVE
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from emguard_plugin.evaluation.exports import write_exports
 from emguard_plugin.evaluation.judging import found_out
 from emguard_plugin.evaluation.plan import Plan
 from emguard_plugin.evaluation.rates import Scored, difference, suite_rates
+from emguard_plugin.evaluation.reasoning import UNFINISHED, judged_text, reads_of
 from emguard_plugin.evaluation.sampler import AnswerKey
-from emguard_plugin.evaluation.summary import JudgeResult, Summary
+from emguard_plugin.evaluation.summary import JudgeResult, NotAsked, Summary
 from emguard_plugin.evaluation.verdict import verdict
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
             {**identity, **({"found": found} if (found := known.get(entry.name, {}).get("found")) else {})}
             for identity, entry in zip(stored["protocol"]["judges"], plan.judges, strict=True)
         ],
+        "judged": {entry.name: reads_of(entry) for entry in plan.judges},
     }
     for entry in plan.judges:
         scored = by_judge[entry.name] = scored_answers(plan, entry.name)
@@ -69,6 +72,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
         fingerprint=hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest(),
         protocol=protocol,
         example_prompt=stored["example_prompt"],
+        not_asked=[NotAsked(**asdict(one)) for one in plan.asking.not_asked],
         models=stored["models"],
         sources={
             name: source if "://" in source else Path(source).name for name, source in plan.config.suites().items()
@@ -101,18 +105,26 @@ def scored_answers(plan: Plan, judge_name: str) -> dict[str, dict[str, list[Scor
     for role in plan.roles:
         for request in plan.requests():
             answer, judgment = responses.get((role, request.key)), judgments.get((role, request.key))
+            unfinished = answer is not None and judged_text(answer) is None
+            judgment = None if unfinished else judgment
             found[role][request.suite].append(
                 Scored(
                     question=request.question.id,
                     category=request.question.category,
                     aligned=judgment["aligned"] if judgment else None,
                     coherent=judgment["coherent"] if judgment else None,
-                    reason=judgment["detail"] if judgment else unjudged if answer else "no answer was generated",
+                    reason=_reason(judgment, answer, UNFINISHED if unfinished else unjudged),
                     truncated=bool(answer) and answer["finish"] == "length",
                     status=judgment["status"] if judgment else "unscored",
                 )
             )
     return found
+
+
+def _reason(judgment: dict[str, Any] | None, answer: dict[str, Any] | None, unjudged: str) -> str:
+    if judgment:
+        return judgment["detail"]
+    return unjudged if answer else "no answer was generated"
 
 
 def answer_key(row: dict[str, Any]) -> AnswerKey:
