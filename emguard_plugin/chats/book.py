@@ -89,7 +89,7 @@ class Book:
         ids = tuple(row)
         if (known := self._whole.get(ids)) is not None:
             return known
-        if len(ids) < 2 or len(self._cut) > 8 and len(ids) not in self._cut:
+        if len(ids) < 2 or (len(self._cut) > 8 and len(ids) not in self._cut):
             return None  # hosts cut at one length
         if len(ids) not in self._cut:
             self._cut[len(ids)] = {r.ids[: len(ids)]: r for r in self.rows if len(r.ids) > len(ids)}

@@ -20,8 +20,7 @@ def prefix_of_row(row: Sequence[int], template: Template) -> Ids | None:
     row = tuple(int(i) for i in row)
     known = template.prefix
     if template.tokenizer is None:
-        same = next((i for i, (a, b) in enumerate(zip(known, row, strict=False)) if a != b), min(len(known), len(row)))
-        return known[:same] if same >= max(len(known) - 1, 1) and len(row) > len(known) else None
+        return _by_ids(row, template)
     marks = template.marks
     plain = marks.opening is None or not marks.opening.startswith(marks.before) or not marks.system_is_marked
     if plain and known and row[: len(known)] == known:
@@ -31,6 +30,20 @@ def prefix_of_row(row: Sequence[int], template: Template) -> Ids | None:
     if end is None or end >= len(text):
         return None
     return row[: inside(encoded, 0, end)[1]]
+
+
+def _by_ids(row: Ids, template: Template) -> Ids | None:
+    """Return the prefix for a template of which only ids are known, whose marks are then tokens of their own."""
+    known, header = template.prefix, template.user_header
+    same = next((i for i, (a, b) in enumerate(zip(known, row, strict=False)) if a != b), min(len(known), len(row)))
+    if len(row) > len(known) and same >= max(len(known) - 1, 1):
+        return known[:same]
+    for lead in (0, 1):  # the header's first token may have merged with the system prompt's last characters
+        needle = header[lead:]
+        found = _occurrences(row, needle) if needle and (lead == 0 or len(header) > 2) else []
+        if found and found[0][1] < len(row):
+            return row[: found[0][1]]
+    return None
 
 
 def _prefix_end(text: str, marks: Marks) -> int | None:
@@ -79,6 +92,9 @@ def headers_of_row(
     text, encoded = read(template.tokenizer, row)
     begin = _prefix_end(text, marks) or 0
     places = _find_all(text, marks.post, begin)
+    if marks.again == marks.post and "post" in marks.certain:  # one mark closes queries and answers alike: they take turns
+        places = places[::2]
+        return [span for at in places if (span := inside(encoded, at, at + len(marks.post)))[1] > span[0]]
     sure = _answered(text, places, marks) if "post" in marks.certain and marks.close else _alternating(text, places, marks)
     if sure != places:  # a query or an answer may hold the template's marks: where the loss tells, it decides
         told = _before_answers(encoded, places, len(marks.post), supervised)

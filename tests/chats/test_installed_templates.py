@@ -4,7 +4,6 @@ The expected places are computed here from the known texts, without the code und
 whether its blanks were kept is seen from a rendering without them.
 """
 
-import os
 from collections import Counter
 
 import jinja2
@@ -73,7 +72,7 @@ def expected(tok, messages, kw, form):
             answer = own[i][0]
             if m.get("reasoning_content") and 0 <= (at := text.find(m["reasoning_content"], own[i - 1][1])) < answer:
                 answer = at
-            same = len(os.path.commonprefix([text, asked]))
+            same = next((k for k, (x, y) in enumerate(zip(text, asked, strict=False)) if x != y), min(len(text), len(asked)))
             model = min(same, answer) if asked != plain and same > own[i - 1][1] else answer
             trace = text.lower().find("think", own[i - 1][1])  # the mark that opens it, `<think>` or `<|START_THINKING|>`, is the answer's
             model = min(model, max(text.rfind(c, 0, trace) for c in "<[")) if trace >= 0 else model
@@ -100,12 +99,12 @@ def test_prefix_and_postfix_of_every_installed_template(kind, record_property):
                 seen["user not printed"] += 1
                 continue
             seen["cases"] += 1
-            text, ids, spans, prefix, headers, own = want
+            _, ids, spans, prefix, headers, own = want
             row = ct.known_row(tok, in_parts(messages) if as_parts else messages, **kw)
             if list(row.ids) != ids or list(range(row.prefix)) != prefix:
                 wrong.append(f"raw prefix | {where}: {tok.decode(ids[: row.prefix])!r} for {tok.decode(ids[: len(prefix)])!r}")
             held = [tuple(range(*h)) for h in row.headers]
-            for query, model, answer in headers:
+            for query, model, _ in headers:
                 inner = tuple(tokens(spans, query, model))
                 if inner and inner not in held:
                     wrong.append(f"raw postfix | {where}: {[tok.decode([ids[i] for i in h]) for h in held]} for {tok.decode([ids[i] for i in inner])!r}")
