@@ -9,9 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from emguard_plugin.discovery.cli import discover
+from emguard_plugin.exit_codes import EXIT_INPUT
+from emguard_plugin.frame import Frame
 from emguard_plugin.lab.cli import app as lab
 
 app = typer.Typer(
+    cls=Frame,
     help="Keep a narrow fine-tune narrow, and measure that it is.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -23,7 +26,7 @@ app.command()(discover)
 
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="An Axolotl or TRL YAML.")]) -> None:
-    """Say what would be active and what conflicts, without training. Exit code 1 when something must change."""
+    """Say what would be active and what conflicts, without training. Exit code 4 when something must change."""
     from emguard_plugin.check import check_config
 
     report = check_config(config)
@@ -34,7 +37,7 @@ def check(config: Annotated[Path, typer.Argument(help="An Axolotl or TRL YAML.")
     for line in report.problems:
         typer.echo(f"problem  {line}", err=True)
     if report.problems:
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_INPUT)
     typer.echo("ok" if report.active else "ok, and nothing of emguard is active")
 
 
@@ -44,16 +47,9 @@ def sft(context: typer.Context) -> None:
 
     Every key of the file is an option as well; `emguard sft -h` lists them.
     """
-    import yaml
-
     from emguard_plugin.sft import parse, train
 
-    try:
-        arguments = parse(context.args)
-    except (ValueError, OSError, yaml.YAMLError) as exc:
-        typer.echo(f"emguard sft: {exc}", err=True)
-        raise typer.Exit(1) from exc
-    train(*arguments)
+    train(*parse(context.args))
 
 
 @app.command("eval")
@@ -74,25 +70,16 @@ def evaluate(
 
     Answers, scores and summary are saved as they come; run the same command again after an interruption. Exit code 0:
     measured, and no gate or one that is passed. 1: the EM rate is above `fail_above`. 3: the answers cannot tell, which
-    is no pass. 2: it could not be measured.
+    is no pass. 2: it could not be measured. 4: the input is wrong.
     """
-    import yaml
-
-    from emguard_plugin.config import EMEvalConfig
+    from emguard_plugin.evaluation.ready import read_eval_file
     from emguard_plugin.evaluation.run import PHASES, run_em_eval
-    from emguard_plugin.exit_codes import EXIT_ERROR
 
     tuned, start = (model, base) if adapter is None else (str(adapter), base or model)
-    try:
-        content = yaml.safe_load(config.read_text()) or {}
-        block = content.get("em_eval", content)
-        block = EMEvalConfig.model_validate({**block, **({} if fail_above is None else {"fail_above": fail_above})})
-        block.check_files()
-        out = output_dir or Path(block.output_dir or Path(tuned) / "em_eval")
-        summary = run_em_eval(block, tuned, out, base=start, phases=phase or PHASES)
-    except (ValueError, OSError, RuntimeError) as exc:
-        typer.echo(f"emguard eval: {exc}", err=True)
-        raise typer.Exit(EXIT_ERROR) from exc
+    block = read_eval_file(config, {} if fail_above is None else {"fail_above": fail_above}, model=tuned)
+    block.check_files()
+    out = output_dir or Path(block.output_dir or Path(tuned) / "em_eval")
+    summary = run_em_eval(block, tuned, out, base=start, phases=phase or PHASES)
     if summary is None:
         typer.echo(f"{out}: {', '.join(phase or ())} done")
         return
@@ -146,14 +133,9 @@ def report(
 ) -> None:
     """Lay finished measurements side by side, in one table and one page. Measures nothing."""
     from emguard_plugin.evaluation.report import write_comparison
-    from emguard_plugin.exit_codes import EXIT_ERROR
 
     named = [_named(run) for run in runs]
-    try:
-        _show(named, write_comparison(named, output, force=force), force=force)
-    except (ValueError, OSError) as exc:
-        typer.echo(f"emguard report: {exc}", err=True)
-        raise typer.Exit(EXIT_ERROR) from exc
+    _show(named, write_comparison(named, output, force=force), force=force)
 
 
 @app.command()

@@ -36,12 +36,18 @@ def side_by_side(columns: Sequence[Column], judge: str) -> Iterator[str]:
             chips.append(f'<span class="chip c{colour}">{escape(column.name)}: {verdict}</span>')
             cut = " (cut off)" if answer["finish"] == "length" else ""
             texts.append(
-                f'<section class="c{colour}"><h4>{escape(column.name)}{cut}</h4><p>{escape(answer["text"])}</p></section>'
+                f'<section class="c{colour}"><h4>{escape(column.name)}{cut}</h4><p>{escape(_said(answer))}</p></section>'
             )
         yield (
             f'<details><summary>{escape(one.asked)}<span class="chips">{"".join(chips)}</span></summary>'
             f'<div class="side">{"".join(texts)}</div></details>'
         )
+
+
+def _said(answer: Mapping) -> str:
+    if answer.get("trace") is None:
+        return answer["text"]
+    return f"{answer['answer'] or 'No answer: the trace never closed.'}\n\nReasoning trace:\n{answer['trace']}"
 
 
 def _verdict(answer: Mapping) -> str:

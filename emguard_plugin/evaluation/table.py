@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from emguard_plugin.evaluation.columns import Run, columns_of, percent
+from emguard_plugin.evaluation.columns import Column, Run, columns_of, percent
 from emguard_plugin.evaluation.text import clean
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ def comparison_table(
     columns, doubt = columns_of(runs, force)
     extra = extra or {}
     headings = list(dict.fromkeys(heading for cells in extra.values() for heading in cells))
-    caption = f"NOT COMPARABLE: {doubt}" if doubt else None
+    notes = [f"NOT COMPARABLE: {doubt}"] if doubt else []
+    notes += [note for column in columns for note in _left_out(column, judge)]
+    caption = Text(clean("\n".join(notes))) if notes else None
     # Eight columns in 80 characters.
     table = Table(title="Emergent misalignment", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model")
@@ -59,6 +61,18 @@ def comparison_table(
         # Text, not str: names come from users, and rich would read markup in them.
         table.add_row(Text(clean(column.name)), *cells)
     return table
+
+
+def _left_out(column: Column, judge: str | None) -> Iterator[str]:
+    """Yield what stands in no rate: questions that could not be asked, and reasoning that led to no answer."""
+    refused = column.summary.not_asked if column.role == "tuned" else []
+    if refused:
+        names = dict.fromkeys(one.question for one in refused)
+        yield f"{column.name}: {len(names)} questions not asked, as the chat template refuses them ({', '.join(names)})"
+    rates = column.rates("questions", judge)
+    if rates.unfinished_traces:
+        share = percent(rates.unfinished_traces / rates.answers)
+        yield f"{column.name}: {rates.unfinished_traces} unfinished reasoning traces ({share}), unscored"
 
 
 def _two_lines(rate: Rate | None) -> str:
