@@ -79,8 +79,8 @@ def evaluate(
     import yaml
 
     from emguard_plugin.config import EMEvalConfig
-    from emguard_plugin.exit_codes import EXIT_ERROR
     from emguard_plugin.evaluation.run import PHASES, run_em_eval
+    from emguard_plugin.exit_codes import EXIT_ERROR
 
     tuned, start = (model, base) if adapter is None else (str(adapter), base or model)
     try:
@@ -110,8 +110,8 @@ def _show(runs: list, page: Path, force: bool = False) -> None:
 
 
 def _gate(summary: Any) -> None:
-    from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_FAIL, EXIT_INCONCLUSIVE
     from emguard_plugin.evaluation.text import clean
+    from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_FAIL, EXIT_INCONCLUSIVE
 
     for result in summary.judges:
         if result.verdict:
@@ -145,8 +145,8 @@ def report(
     ] = False,
 ) -> None:
     """Lay finished measurements side by side, in one table and one page. Measures nothing."""
-    from emguard_plugin.exit_codes import EXIT_ERROR
     from emguard_plugin.evaluation.report import write_comparison
+    from emguard_plugin.exit_codes import EXIT_ERROR
 
     named = [_named(run) for run in runs]
     try:
