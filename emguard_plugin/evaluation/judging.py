@@ -7,6 +7,7 @@ computed.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Collection, Mapping
@@ -191,9 +192,10 @@ def _tied_to(plan: Plan, entry: Judge) -> dict[str, Any] | None:
 def _ready(entry: Judge, known: dict[str, Any]) -> dict[str, Any]:
     found = entry.open(known.get("found"))
     tested = known.get("self_test")
-    if entry.self_tested and (tested is None or tested["items_sha256"] != self_test.sha256()):
+    if entry.self_tested and not (isinstance(tested, dict) and tested.get("items_sha256") == self_test.sha256()):
         logger.info("em_eval: %s judges the fixed items of the self-test", entry.name)
         tested = self_test.run(entry)
+        tested = json.loads(redact(json.dumps(tested)))
     return {"found": found, "self_test": tested}
 
 
@@ -234,11 +236,12 @@ def _record(entry: Judge, by: str, key: records.Key, item: Item, verdict: Judgme
 def _set_aside(plan: Plan, entry: Judge, found: Mapping[str, Any]) -> None:
     """Move a judge's judgments to the file of the replaced ones."""
     by = records.judge_id(entry.identity(), found)
-    rows = plan.judgments.read()
-    old = [row for row in rows if row.get("judge") == entry.name and row.get("by", by) == by]
+    old, kept = [], []
+    for row in plan.judgments.read():
+        (old if row.get("judge") == entry.name and row.get("by", by) == by else kept).append(row)
     if old:
         store.JsonLines(plan.folder / REPLACED).append(old)
-        plan.judgments.replace(row for row in rows if row not in old)
+        plan.judgments.replace(kept)
 
 
 def _served(entry: Judge) -> dict[str, Any]:

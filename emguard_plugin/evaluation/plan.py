@@ -5,25 +5,31 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
+from uuid import uuid4
+
+from typing_extensions import NotRequired, TypedDict  # pydantic reads no other TypedDict on Python 3.11
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import judges as judging
 from emguard_plugin.evaluation import models, store
 from emguard_plugin.evaluation.questions import Question, load_questions, suite_hash
-from emguard_plugin.evaluation.rates import THRESHOLDS
 from emguard_plugin.evaluation.sampler import Request
 from emguard_plugin.evaluation.served import ServedSource
+from emguard_plugin.files import EXACT, read_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+JUDGING = ("judges", "thresholds")
+"""What an earlier version kept in the protocol of the answers: it binds judgments, not answers."""
 
 SAMPLERS = {
     "transformers": "transformers, inverse CDF, no top-k or top-p",
@@ -107,7 +113,7 @@ def make_plan(
         )
     if not with_model:
         folder = store.prepare_folder(output_dir)
-        return Plan(config, folder, None, tuple(store.claimed(folder)["models"]), suites, judges)
+        return Plan(config, folder, None, tuple(stored_run(folder)["models"]), suites, judges)
     source = _source(config, model, base)
     if config.evaluate_base and source.base is None:
         raise ValueError(
@@ -127,11 +133,15 @@ def _source(config: EMEvalConfig, model: str | Path, base: str | Path | None) ->
 
 
 def open_run(plan: Plan) -> dict[str, Any]:
-    """Tie the folder to this protocol and these models; return what is stored about the run."""
+    """Check that the folder's answers are of this protocol and these models; return what is stored about the run.
+
+    What binds answers is compared here: suites, decoding, rendering, models. Judges may differ: their judgments say of each
+    answer who made them. A new folder is tied by `begin`, with the first answer.
+    """
     served = isinstance(plan.source, ServedSource)
     tokenizer = models.load_tokenizer(plan.source) if plan.source and not served else None
     # Without a model, whatever drew the answers stands in the folder.
-    known = store.claimed(plan.folder)["protocol"] if plan.source is None else {}
+    known = stored_run(plan.folder)["protocol"] if plan.source is None else {}
     config, samples = plan.config, {}
     for name, suite in plan.suites.items():
         samples[name] = [(_samples(config, question), _temperature(config, question)) for question in suite]
@@ -148,26 +158,59 @@ def open_run(plan: Plan) -> dict[str, Any]:
             for name, suite in plan.suites.items()
         },
         "decoding": {
-            "sampler": known["decoding"]["sampler"] if known else SAMPLERS[config.sampler.provider],
+            "sampler": known["decoding"].get("sampler") if known else SAMPLERS[config.sampler.provider],
             "max_new_tokens": config.max_new_tokens,
             "seed": config.seed,
         },
         "chat_template_sha256": (
             models.template_hash(tokenizer) if tokenizer else known.get("chat_template_sha256")
         ),
-        "judges": [entry.identity() for entry in plan.judges],
-        "thresholds": asdict(THRESHOLDS),
     }
     if plan.source is None:
-        return store.claim(plan.folder, {"protocol": protocol}, keys=("protocol",))
+        store.claim(plan.folder, {"protocol": protocol}, keys=("protocol",), free=JUDGING, write=False)
+        return stored_run(plan.folder)
     record = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "run": uuid4().hex,
         "protocol": protocol,
         "models": {role: _identity(plan.source, role) for role in plan.roles},
         "versions": _versions(),
         "example_prompt": _served_example(plan) if served else _example(tokenizer, plan),
     }
-    return store.claim(plan.folder, record, keys=("protocol", "models"))
+    claimed = store.claim(plan.folder, record, keys=("protocol", "models"), free=JUDGING, write=False)
+    return claimed if claimed.get("run") == record["run"] else stored_run(plan.folder)
+
+
+class StoredRun(TypedDict):
+    """What `protocol.json` says about a run."""
+
+    __pydantic_config__ = EXACT
+    created: str
+    run: NotRequired[str]
+    protocol: dict[str, Any]
+    models: dict[Literal["base", "tuned"], Any]
+    versions: dict[str, str]
+    example_prompt: str
+
+
+def stored_run(folder: Path) -> dict[str, Any]:
+    """Return what an earlier run stored about itself.
+
+    Raises:
+        ValueError: If the folder holds no answers, or what it says of them is damaged.
+    """
+    store.claimed(folder)
+    found = read_record(folder / store.PROTOCOL, StoredRun)
+    if not isinstance(found["protocol"].get("decoding"), dict) or "tuned" not in found["models"]:
+        raise ValueError(f"{folder / store.PROTOCOL} is damaged: it names no decoding or no model. Draw the answers into another folder.")
+    return found
+
+
+def begin(plan: Plan, record: dict[str, Any]) -> None:
+    """Tie a new folder to its run, right before its first answer is stored."""
+    path = plan.folder / store.PROTOCOL
+    if not path.is_file() or not store.holds_lines(plan.responses.path):
+        store.write_json(path, record)
 
 
 def _samples(config: EMEvalConfig, question: Question) -> int:

@@ -102,14 +102,14 @@ class Judgments:
 
 
 def read_judgments(
-    folder: Path, run: str | None, items: Mapping[Key, str], earlier: Mapping[str, str] | None = None
+    folder: Path, run: str | None, items: Mapping[Key, str] | None, earlier: Mapping[str, str] | None = None
 ) -> Judgments:
     """Return the judgments that were made in this run of the answers that lie here.
 
     Args:
         folder: The run folder.
         run: `run` of `protocol.json`.
-        items: `item_sha256` of each answer.
+        items: `item_sha256` of each answer; None where the answers are not at hand, for a reader that shows stored judgments.
         earlier: In a folder that an earlier version began, whose records do not say it: `by` of each judge.
 
     Raises:
@@ -118,7 +118,8 @@ def read_judgments(
     found = Judgments()
     for row in JsonLines(folder / JUDGMENTS).read(_judgment_fault):
         key = key_of(row)
-        reason = _foreign(row, run) or (OTHER_ANSWER if items.get(key) != row["item_sha256"] else None)
+        other = items is not None and items.get(key) != row["item_sha256"]
+        reason = _foreign(row, run) or (OTHER_ANSWER if other else None)
         if reason:
             found.left_out[reason] += 1
             found.unused[row["judge"], key] = f"the stored judgment is left out as {reason}"

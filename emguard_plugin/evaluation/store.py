@@ -177,7 +177,7 @@ def claim(
     path = folder / PROTOCOL
     # The comparison is with what a reader of the file would see.
     record = plain(record)
-    held = [name for name in ("responses.jsonl", "judgments.jsonl") if _holds_lines(folder / name)]
+    held = [name for name in ("responses.jsonl", "judgments.jsonl") if holds_lines(folder / name)]
     if not path.is_file():
         if held:
             raise ValueError(
@@ -205,7 +205,8 @@ def claim(
     return stored
 
 
-def _holds_lines(path: Path) -> bool:
+def holds_lines(path: Path) -> bool:
+    """Whether a file is there and not empty."""
     return path.is_file() and path.stat().st_size > 0
 
 
