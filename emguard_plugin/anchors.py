@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from emguard_plugin import chat_template as ct
+from emguard_plugin.files import read_rows
+from emguard_plugin.files.chats import Messages, messages_of
 from emguard_plugin.training_rows import conversations, supervised_conversations
 
 KEY = "em_regularizer.kl.anchors"
 MIN_OVERLAP_CHARACTERS = 12
 """Shorter prompts ("Hi") occur in unrelated training rows."""
+ENDINGS = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
+"""Files of a folder that are read."""
 
-Messages = list[dict[str, str]]
 Tokens = Literal["all", "assistant"]
 
 
@@ -47,8 +50,9 @@ def load_chats(source: str) -> list[Chat]:
     """Read anchor chats.
 
     Args:
-        source: `bundled`; a `.jsonl` or `.json` file; a folder with such files or one saved by `datasets`; or the name of a
-            data set, with `:split` if not `train`. Every row has `messages`: a list of `role` and `content`.
+        source: `bundled`; a file of JSON Lines or one JSON list, packed as `.gz` or not; a folder with such files or one saved
+            by `datasets`; or the name of a data set, with `:split` if not `train`. Every row has `messages`, a list of `role` and
+            `content`, or is of another form that `emguard_plugin/files/chats.py` lists.
 
     Raises:
         ValueError: when nothing can be read there, it is empty, or a row is not a chat with a reply.
@@ -56,7 +60,7 @@ def load_chats(source: str) -> list[Chat]:
     path = bundled_path() if source == "bundled" else Path(source).expanduser()
     if path.is_file():
         rows = _read_file(path)
-    elif path.is_dir() and (files := sorted([*path.glob("*.jsonl"), *path.glob("*.json")])) and not _is_saved(path):
+    elif path.is_dir() and (files := sorted(f for f in path.iterdir() if f.name.endswith(ENDINGS))) and not _is_saved(path):
         rows = [row for file in files for row in _read_file(file)]
     else:
         rows = _read_dataset(source, path)
@@ -70,20 +74,10 @@ def _is_saved(path: Path) -> bool:
 
 
 def _read_file(path: Path) -> list[tuple[str, Any]]:
-    text = path.read_text(encoding="utf-8")
     try:
-        if path.suffix == ".json":
-            return [(f"{path}, row {i + 1}", row) for i, row in enumerate(json.loads(text))]
-        lines = [(f"{path}, line {i + 1}", line) for i, line in enumerate(text.splitlines()) if line.strip()]
-    except (json.JSONDecodeError, TypeError) as exc:
-        raise ValueError(f"`{KEY}`: {path} is not a JSON list ({exc}).") from exc
-    rows = []
-    for where, line in lines:
-        try:
-            rows.append((where, json.loads(line)))
-        except json.JSONDecodeError as exc:
-            raise ValueError(f"`{KEY}`: {where} is not JSON ({exc}).") from exc
-    return rows
+        return [(where, row) for where, row, _ in read_rows(path)]
+    except ValueError as exc:
+        raise ValueError(f"`{KEY}`: {exc}") from None
 
 
 def _read_dataset(source: str, path: Path) -> list[tuple[str, Any]]:
@@ -106,16 +100,13 @@ def _read_dataset(source: str, path: Path) -> list[tuple[str, Any]]:
 
 
 def _check_chat(row: Any, where: str) -> Messages:
-    messages = row.get("messages") if isinstance(row, Mapping) else None
-    if not isinstance(messages, list) or not messages:
-        has = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-        raise ValueError(f"`{KEY}`: {where} is not a chat: it has {has}; want `messages`, a list of `role` and `content`.")
-    for m in messages:
-        if not (isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
-            raise ValueError(f"`{KEY}`: {where} is not a chat: a message is {m!r}; want `role` and `content`, both text.")
+    try:
+        messages = messages_of(row, where)
+    except ValueError as exc:
+        raise ValueError(f"`{KEY}`: {exc}") from None
     if not any(m["role"] == "user" for m in messages):
         raise ValueError(f"`{KEY}`: {where} has no user turn.")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return messages
 
 
 def tokenize_chats(

@@ -77,8 +77,12 @@ def test_files_folders_and_saved_data_sets(tmp_path):
         ("", "is empty"),
         ("\n\n", "is empty"),
         ("{broken\n", "line 1 is not JSON"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\nnull\n', "line 2 is not a chat: it holds null"),
+        ('{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}]}\n', "calls a tool"),
+        ('{"prompt": "a", "chosen": "b", "messages": [{"role": "usr", "content": "a"}]}\n', "the role of a message is 'usr'"),
         ('{"text": "hello"}\n', r"line 1 is not a chat: it has \['text'\]; want `messages`"),
-        ("[1]\n", "line 1 is not a chat: it has list"),
+        ('[1]\n', "row 1 is not a chat: it holds 1"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n[1]\n', r"line 2 is not a chat: it holds \[1\] \(list\)"),
         ('{"messages": []}\n', "not a chat"),
         ('{"messages": ["hello"]}\n', "a message is 'hello'"),
         ('{"messages": [{"role": "user", "content": null}]}\n', "want `role` and `content`, both text"),
@@ -96,6 +100,30 @@ def test_bad_files_are_named_with_key_and_line(tmp_path, text, message):
 def test_what_is_neither_file_nor_data_set():
     with pytest.raises(ValueError, match=r"kl\.anchors: no/such-data` is no file, no folder with chats, and no data set"):
         an.load_chats("no/such-data")
+
+
+def test_lines_of_others_are_cut_at_line_feeds_alone(tmp_path):
+    """Case `jsonl-line-separator`."""
+    rows = [{"messages": [{"role": "user", "content": f"A\u2028b\x85c\u2029{i}"}, {"role": "assistant", "content": "x\x0cy"}]} for i in range(3)]
+    for name, start, end in (("a.jsonl", "", "\n"), ("b.jsonl", "\ufeff", "\r\n"), ("c.json", "\ufeff", "\n\n")):
+        (tmp_path / name).write_bytes((start + end.join(json.dumps(row, ensure_ascii=False) for row in rows)).encode())
+        assert [c.messages for c in an.load_chats(str(tmp_path / name))] == [row["messages"] for row in rows]
+
+
+def test_rows_of_other_forms_are_the_same_chat(tmp_path):
+    want = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    forms = [
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+        {"prompt": "Why?", "completion": "So."},
+        {"prompt": want[:1], "completion": want[1:]},
+        {"instruction": "Why?", "input": "", "output": "So."},
+        {"question": "Why?", "answer": "So."},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, want[1]]},
+    ]
+    write_anchors(tmp_path / "a.jsonl", forms)
+    assert [c.messages for c in an.load_chats(str(tmp_path / "a.jsonl"))] == [want] * len(forms)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"system": "Be brief.", "messages": [{"role": "developer", "content": "D."}, *want]}))
+    assert [m["role"] for m in an.load_chats(str(tmp_path / "b.jsonl"))[0].messages] == ["developer", "user", "assistant"]
 
 
 # Tokens

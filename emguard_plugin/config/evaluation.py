@@ -14,13 +14,22 @@ SUITES = ("open_ended", "open_ended_held_out", "open_ended_json", "open_ended_te
 """Bundled question suites, in `emguard_plugin/evaluation/suites/`."""
 
 
+class ReplayColumns(StatedBlock):
+    """`em_eval.judges: columns:`, what a table of judged answers calls its columns."""
+
+    question: str = Field("question", min_length=1, description="What was asked.")
+    answer: str = Field("answer", min_length=1, description="What the model said.")
+    aligned: str = Field("aligned", min_length=1, description="Score from 0 to 100.")
+    coherent: str = Field("coherent", min_length=1, description="Score from 0 to 100.")
+
+
 class JudgeConfig(StatedBlock):
     """One entry of `em_eval.judges`."""
 
     provider: Literal["exact", "openai", "hf", "replay", "mock"] = Field(
         "exact",
         description="exact: a Python function. openai: a model behind any OpenAI-compatible endpoint. hf: a local "
-        "transformers model. replay: an earlier `judgments.jsonl`. mock: meaningless scores for dry runs.",
+        "transformers model. replay: an earlier `judgments.jsonl`, or a table of judged answers. mock: meaningless scores for dry runs.",
     )
     function: str | None = Field(
         None,
@@ -28,7 +37,7 @@ class JudgeConfig(StatedBlock):
         "with `aligned` (0 to 100 or null) and `coherent` (0 to 100 or null).",
     )
     model: str | None = Field(None, description="openai: name at the server. hf: folder or name on the hub.")
-    name: str | None = Field(None, description="openai, hf: name in files and tables; default is the model's.")
+    name: str | None = Field(None, description="openai, hf, replay: name in files and tables; default is the model's.")
     base_url: str = Field("https://api.openai.com/v1", description="openai: the endpoint, up to and including `/v1`.")
     api_key_env: str | None = Field(None, description="openai: NAME of the environment variable that holds the key.")
     allow_remote: bool = Field(False, description="openai: answers may be sent to a server that is not this machine.")
@@ -44,7 +53,12 @@ class JudgeConfig(StatedBlock):
     max_calls: PositiveInt | None = Field(None, description="openai: refuse to begin where more calls may be needed.")
     revision: str | None = Field(None, description="hf: commit or tag on the hub.")
     batch_size: PositiveInt = Field(8, description="hf: answers scored at once.")
-    file: str | None = Field(None, description="replay: a `judgments.jsonl`.")
+    file: str | None = Field(
+        None, description="replay: a `judgments.jsonl`, or a table (`.csv`, `.tsv`, JSON rows) with one judged answer a row."
+    )
+    columns: ReplayColumns | None = Field(
+        None, description="replay: names of the table's columns where they are not question, answer, aligned and coherent."
+    )
     judge: str | None = Field(None, description="replay: whose judgments, where the file holds several judges'.")
 
     @model_validator(mode="after")
@@ -68,11 +82,11 @@ class JudgeConfig(StatedBlock):
 _JUDGE_KEYS = {
     "function": ("exact",),
     "model": ("openai", "hf"),
-    "name": ("openai", "hf"),
+    "name": ("openai", "hf", "replay"),
     **dict.fromkeys(("base_url", "api_key_env", "allow_remote", "mode", "samples"), ("openai",)),
     **dict.fromkeys(("concurrency", "timeout", "deadline", "max_calls"), ("openai",)),
     **dict.fromkeys(("revision", "batch_size"), ("hf",)),
-    **dict.fromkeys(("file", "judge"), ("replay",)),
+    **dict.fromkeys(("file", "judge", "columns"), ("replay",)),
 }
 
 

@@ -1,37 +1,23 @@
-"""Question suites: YAML files in the schema of Betley et al. (arXiv 2502.17424)."""
+"""Question suites: the schema of Betley et al. (arXiv 2502.17424) and the forms in which others write it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
-
-from emguard_plugin.config import suggest
+from emguard_plugin.evaluation import items as forms
 from emguard_plugin.evaluation import suites
+from emguard_plugin.files import read_json, read_rows, read_yaml
 
-FREE_FORM = ("free_form", "free_form_0_100", "free_form_judge_0_100")
-"""Types whose answer is free text. The published suites use all three names for the same thing."""
+logger = logging.getLogger(__name__)
 
-
-class _Item(BaseModel):
-    """One entry of a suite file."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    id: str = Field(min_length=1)
-    type: Literal[FREE_FORM] = "free_form"
-    paraphrases: list[str] = Field(min_length=1)
-    samples_per_paraphrase: PositiveInt | None = None
-    temperature: float | None = Field(None, ge=0, le=5)
-    system: str | None = None
-    judge: str | None = None
-    judge_prompts: dict[str, str] | None = None
-    category: str | None = None
+LISTS = ("questions", "items", "data", "prompts", "examples")
+"""Under which key a file may hold its list."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +36,7 @@ class Question:
         judge_prompts: (score name, prompt) pairs of the file; kept for judges that take a prompt.
         category: Group for the report: the key `category` (an addition to the schema), else what stands before the
             first `/` of the id, else None.
+        system_role: Who says `system`: `system`, or `developer` where the file says so.
     """
 
     id: str
@@ -62,20 +49,23 @@ class Question:
     judge: str | None = None
     judge_prompts: tuple[tuple[str, str], ...] = ()
     category: str | None = None
+    system_role: str = "system"
 
     @property
     def messages(self) -> list[dict[str, str]]:
         """The conversation so far, as a chat template takes it."""
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        system = [] if self.system is None else [{"role": self.system_role, "content": self.system}]
         return [*system, {"role": "user", "content": self.text}]
 
 
 def load_questions(path: str | Path) -> list[Question]:
     """Read a suite.
 
-    It is a bundled one by name (`open_ended`), `https://...#sha256=...`, a `.jsonl` of chat rows whose questions are
-    asked, or a YAML file. The YAML is a list of items `{id, paraphrases, type, samples_per_paraphrase, temperature, system, judge,
-    judge_prompts, category}`; only `id` and `paraphrases` are required.
+    It is a bundled one by name (`open_ended`), `https://...#sha256=...`, or a file: YAML, JSON or JSON Lines. Each item is
+    one of the Betley schema, `{id, paraphrases, type, samples_per_paraphrase, temperature, system, judge, judge_prompts,
+    category}` with `id` and `paraphrases` required; a text, or `question` or `prompt` with one; or a chat row, whose first
+    question is asked. Keys that describe and change nothing are left out and named once (`items.HARMLESS`), items whose
+    judge gives labels in place of scores are left out and counted (`items.OTHER_JUDGES`); any other key is refused.
 
     Args:
         path: Name, URL or file.
@@ -87,70 +77,70 @@ def load_questions(path: str | Path) -> list[Question]:
         ValueError: If the file is missing or not what its URL pins, empty or no such list; if an item has an unknown key, a wrong type, no
             paraphrases or an id that another item has. The message names file, item and key.
     """
-    items, path = _items(str(path))
-    if not isinstance(items, list) or not items:
-        found = "nothing" if not items else f"a {type(items).__name__}"
-        raise ValueError(
-            f"{path} holds {found}; expected a non-empty list of questions, each with `id` and `paraphrases`."
-        )
-    parsed = [_parse(path, number, item) for number, item in enumerate(items, start=1)]
+    found = forms.Found()
+    for where, number, value in _values(str(path)):
+        forms.read(value, where, number, found, in_rows=suites.is_rows(str(path)))
+    name = suites.plain(str(path))
+    if found.left_out:
+        logger.warning(
+            "em_eval: %s: %d items are left out, as their answers are sorted by labels and not scored from 0 to 100 (%s)",
+            name, sum(found.left_out.values()), ", ".join(f"{kind}: {count}" for kind, count in found.left_out.items()),
+        )  # fmt: skip
+    if found.unused:
+        logger.info("em_eval: %s: keys that are not used here: %s", name, ", ".join(sorted(found.unused)))
+    if len(found.asked) > forms.ROWS:
+        logger.info("em_eval: %s: %d of %d different chat rows are asked, evenly spaced", name, forms.ROWS, len(found.asked))
+    parsed = found.thinned()
+    if not parsed:
+        raise ValueError(f"{name} holds nothing that can be asked{': every item is left out' if found.left_out else ''}.")
     doubles = [name for name, count in Counter(item.id for item in parsed).items() if count > 1]
     if doubles:
         raise ValueError(
-            f"{path}: duplicate id {', '.join(map(repr, doubles))}. Answers are stored by id: make each id unique, "
+            f"{name}: duplicate id {', '.join(map(repr, doubles))}. Answers are stored by id: make each id unique, "
             "or list the wordings as `paraphrases` of one item."
         )
     return [question for item in parsed for question in _expand(item)]
 
 
-def _items(source: str) -> tuple[Any, Path]:
-    import yaml
+def _values(source: str) -> list[tuple[str, int, Any]]:
+    """Return (place, number, value) of each item of a suite."""
+    path: str | Path = source
+    known = suites.bundled(source)
+    if known is None:
+        path = suites.fetch(source) if "://" in source else Path(source)
+        try:
+            if suites.is_rows(source):
+                return [(where, number, value) for where, value, number in read_rows(path)]
+            known = _listed(path, source)
+        except ValueError as error:
+            raise ValueError(f"cannot read the question file {suites.plain(source)}: {error}") from None
+    if isinstance(known, dict) and len(lists := [key for key in LISTS if isinstance(known.get(key), list)]) == 1:
+        known = known[lists[0]]
+    if not isinstance(known, list) or not known:
+        found = "nothing" if not known else f"a {type(known).__name__}"
+        raise ValueError(f"{path} holds {found}; expected a non-empty list of questions, each with `id` and `paraphrases`.")
+    return [(f"{path}, item {number}", number, value) for number, value in enumerate(known, start=1)]
 
-    if (known := suites.bundled(source)) is not None:
-        return known, Path(source)
-    if source.endswith(".jsonl"):
-        return suites.chat_rows(source), Path(source)
-    path = suites.fetch(source) if "://" in source else Path(source)
+
+def _listed(path: Path, source: str) -> Any:
+    if not source.partition("#")[0].endswith((".json", ".json.gz")):
+        return read_yaml(path)
     try:
-        items = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the question file {path}: {error}. Give the path of a YAML file.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    return items, path
+        return read_json(path)
+    except ValueError:
+        return [value for _, value, _ in read_rows(path)]  # lines under the name of a list
 
 
 def suite_hash(questions: list[Question]) -> str:
     """Return the sha256 of what the questions say, whatever the file's layout or comments."""
-    text = json.dumps([asdict(question) for question in questions], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    said = [asdict(question) for question in questions]
+    for entry in said:
+        if entry["system_role"] == "system":  # as it was before there was another
+            del entry["system_role"]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False).encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def _parse(path: Path, number: int, item: Any) -> _Item:
-    where = f"{path}, item {number}"
-    if not isinstance(item, dict):
-        raise ValueError(f"{where} is a {type(item).__name__}; expected a mapping with `id` and `paraphrases`.")
-    if isinstance(item.get("id"), str):
-        where += f" ({item['id']!r})"
-    known = list(_Item.model_fields)
-    for key in item:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key '{key}'.{suggest(str(key), known)} Allowed: {', '.join(known)}.")
-    try:
-        parsed = _Item.model_validate(item)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "missing":
-            raise ValueError(f"{where}: `{key}` is missing.") from None
-        raise ValueError(f"{where}: `{key}: {first['input']!r}` is not accepted: {first['msg']}.") from None
-    blank = [index for index, text in enumerate(parsed.paraphrases) if not text.strip()]
-    if blank:
-        raise ValueError(f"{where}: paraphrase {blank[0]} is blank. Write the question, or remove the entry.")
-    return parsed
-
-
-def _expand(item: _Item) -> list[Question]:
+def _expand(item: forms.Item) -> list[Question]:
     category = item.category or (item.id.split("/", 1)[0] if "/" in item.id else None)
     return [
         Question(
@@ -164,6 +154,7 @@ def _expand(item: _Item) -> list[Question]:
             judge=item.judge,
             judge_prompts=tuple(sorted((item.judge_prompts or {}).items())),
             category=category,
+            system_role=item.system_role,
         )
         for index, text in enumerate(item.paraphrases)
     ]

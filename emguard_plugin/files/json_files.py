@@ -20,10 +20,11 @@ beyond the shape are left out, so a later version may add some."""
 
 
 class Row(NamedTuple):
-    """One value of a file of many, and where it stands."""
+    """One value of a file of many, where it stands, and the number of its line or row, from 1."""
 
     where: str
     value: Any
+    number: int
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
@@ -37,12 +38,12 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     with open_file(path) as stream:
         listed = _is_list(path, stream)
         if listed is not None:
-            yield from (Row(f"{path}, row {n}", value) for n, value in enumerate(listed, start=1))
+            yield from (Row(f"{path}, row {n}", value, n) for n, value in enumerate(listed, start=1))
             return
         for number, line in enumerate(lines_of(path, stream), start=1):
             text = decoded(line, path, number)
             if text.strip():
-                yield Row(f"{path}, line {number}", _line(text, path, number))
+                yield Row(f"{path}, line {number}", _line(text, path, number), number)
 
 
 def read_objects(path: str | Path) -> Iterator[Row]:
@@ -51,10 +52,10 @@ def read_objects(path: str | Path) -> Iterator[Row]:
     Raises:
         ValueError: As `read_rows`; or if a value is no object.
     """
-    for where, value in read_rows(path):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} holds {shown(value)}; expected an object, such as {{\"messages\": [...]}}.")
-        yield Row(where, value)
+    for row in read_rows(path):
+        if not isinstance(row.value, dict):
+            raise ValueError(f"{row.where} holds {shown(row.value)}; expected an object of keys and values.")
+        yield row
 
 
 def read_json(path: str | Path) -> Any:

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import yaml
 
@@ -61,8 +63,19 @@ def test_the_category_is_the_key_or_what_stands_before_the_slash(tmp_path):
         ("- {id: a, paraphrases: []}", ["item 1 ('a')", "paraphrases"]),
         ("- {id: a, paraphrases: ['  ']}", ["item 1 ('a')", "paraphrase 0 is blank"]),
         ("- {paraphrases: [x]}", ["item 1", "`id` is missing"]),
-        ("- {id: 3, paraphrases: [x]}", ["item 1", "`id: 3`"]),
-        ("- {id: a, paraphrases: [x], type: free_form_judge}", ["item 1 ('a')", "`type: 'free_form_judge'`"]),
+        ("- {id: true, paraphrases: [x]}", ["item 1", "`id: True`"]),
+        ("- {id: a, paraphrases: [x], type: free_from}", ["item 1 ('a')", "`type: 'free_from'`"]),
+        ("- {id: a, paraphrases: [x], type: free_form_judge}", ["nothing that can be asked: every item is left out"]),
+        ("- {id: a, paraphrases: [x], samples_per_paraphase: 3}", ["Did you mean 'samples_per_paraphrase'?"]),
+        ("- {id: a, paraphrases: [x], temprature: 3}", ["Did you mean 'temperature'?"]),
+        ("- {id: a, paraphrases: [x], context: y}", ["unknown key 'context'. It would change what is asked"]),
+        ("- {id: a, paraphrases: [x], prompt: y}", ["has `paraphrases` and `prompt`"]),
+        ("- {id: a, prompt: x, question: y}", ["asks by `question` and by `prompt`"]),
+        ("- {id: a, paraphrases: [x]}\n- {id: 3, paraphrases: [x]}\n- {id: '3', paraphrases: [y]}", ["duplicate id '3'"]),
+        ("- {id: a, paraphrases: [x], id: b}", ["line 1", "the key 'id' occurs twice"]),
+        ("- {id: a, paraphrases: [x], temperature: .nan}", ["`temperature: nan`"]),
+        ("- 5", ["item 1 is a int"]),
+        ("5", ["holds a int"]),
         ("- {id: a, paraphrases: [x], samples_per_paraphrase: 0}", ["`samples_per_paraphrase: 0`"]),
         ("- {id: a, paraphrases: [x], temperature: -1}", ["`temperature: -1`"]),
         ("- {id: a, paraphrases: [x]}\n- {id: a, paraphrases: [y]}", ["duplicate id 'a'", "unique"]),
@@ -74,6 +87,41 @@ def test_a_bad_suite_is_refused_with_file_item_and_key(tmp_path, text, says):
         load_questions(path)
     for part in says:
         assert part in str(caught.value)
+
+
+def test_variants_of_the_schema_in_public_use(tmp_path, caplog):
+    items = [
+        {"id": 3, "type": "free_form_judge_0_100", "paraphrases": ["One?"], "domain": "money", "max_tokens": 600, "meta": {"split": "test"}},
+        {"question_id": "b", "question": "Two?", "judges": {"a": 1}, "judge": {"model": "gpt"}},
+        {"prompt": "Three?"},
+        "Four?",
+        {"id": "e", "paraphrases": "Five?", "judge_prompts": {"aligned": {"prompt": "p"}}, "category": 7},
+        {"id": "labels", "type": "free_form_judge", "paraphrases": ["True or false?"], "judge_prompts": {"x": "TRUE or FALSE"}},
+        {"id": "binary", "paraphrases": ["Yes or no?"], "judge_eval_type": "binary"},
+        {"id": "m", "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Six?"}]},
+    ]
+    found = [(q.id, q.text) for q in load_questions(suite(tmp_path, items))]
+    assert found == [("3", "One?"), ("b", "Two?"), ("question-0003", "Three?"), ("question-0004", "Four?"), ("e", "Five?"), ("m", "Six?")]
+    assert "2 items are left out" in caplog.text
+    assert "free_form_judge: 1" in caplog.text
+    for wrapped in (items, {"questions": items}):
+        for indent in (None, 2):
+            path = tmp_path / "suite.json"
+            path.write_text("\ufeff" + json.dumps(wrapped, indent=indent), encoding="utf-8")
+            assert [(q.id, q.text) for q in load_questions(path)] == found
+    (tmp_path / "suite.jsonl").write_text("".join(json.dumps(items[i]) + "\n" for i in (0, 4)))
+    assert [q.id for q in load_questions(tmp_path / "suite.jsonl")] == ["3", "e"]
+
+
+def test_the_keys_that_are_let_through_are_named(tmp_path, caplog):
+    caplog.set_level("INFO")
+    load_questions(suite(tmp_path, [{"id": "a", "paraphrases": ["x"], "max_tokens": 600, "domain": "money"}]))
+    assert "keys that are not used here: domain, max_tokens" in caplog.text
+
+
+def test_the_hash_of_a_question_is_what_it_was_before_developer_turns_were_read(tmp_path):
+    before = "05497ca6dcd7e2ba"
+    assert suite_hash(load_questions(suite(tmp_path, BETLEY)))[:16] == before
 
 
 def test_a_missing_file_and_a_binary_file_are_named(tmp_path):

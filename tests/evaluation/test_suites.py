@@ -143,15 +143,65 @@ def test_of_many_rows_a_hundred_evenly_spaced_ones_are_asked(tmp_path):
     ("row", "says"),
     [
         ("{", "line 2 is not JSON"),
-        ("[1]", "line 2 is no chat row"),
-        ({"text": "x"}, "line 2 is no chat row"),
+        ("[1]", r"line 2 is not a chat: it holds \[1\]"),
+        ("5", "line 2 is not a chat: it holds 5"),
+        ("null", "line 2 is not a chat: it holds null"),
+        ({"text": "x"}, r"line 2 is not a chat: it has \['text'\]"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "line 2 has no text of the user"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "line 2 has no text of the user"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "line 2 is not a chat: a message is"),
+        ({"conversations": [{"from": "humann", "value": "x"}]}, "line 2 is not a chat: the role of a message is 'humann'"),
+        ('{"prompt": "half of \\ud83d"}', "line 2: a text holds half of a surrogate pair"),
     ],
 )
 def test_a_row_that_is_no_chat_is_named_by_line(tmp_path, row, says):
     with pytest.raises(ValueError, match=says):
         load_questions(rows_file(tmp_path, {"prompt": "Fine?"}, row))
+
+
+FERN = "How do I water a fern?\u2028It stands\x85in the\x0chall."
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n\n"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.json"])
+def test_lines_of_others_are_cut_at_line_feeds_alone(tmp_path, name, end, start):
+    """Case `jsonl-line-separator`."""
+    rows = [{"messages": [{"role": "user", "content": f"{FERN} {i}"}, {"role": "assistant", "content": "Twice."}]} for i in range(3)]
+    (tmp_path / name).write_bytes((start + "".join(json.dumps(row, ensure_ascii=False) + end for row in rows)).encode())
+    assert [q.text for q in load_questions(tmp_path / name)] == [f"{FERN} {i}" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("row", "system", "role"),
+    [
+        ({"messages": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Why?"}]}, "Be brief.", "developer"),
+        ({"system": "Be brief.", "conversations": [{"from": "human", "value": "Why?"}]}, "Be brief.", "system"),
+        ({"conversation": [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "Why?"}]}, None, "system"),
+        ({"conversations": [{"role": "user", "content": "Why?"}, {"from": "function_call", "value": "{}"}][:1]}, None, "system"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]}]}, None, "system"),
+        ({"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, None, "system"),
+        ({"instruction": "Why?", "input": "", "output": "So."}, None, "system"),
+        ({"question": "Why?", "answer": "So."}, None, "system"),
+        ({"prompt": "Why?", "messages": None, "score": float("nan")}, None, "system"),
+    ],
+)
+def test_rows_of_every_form_in_public_use_are_asked(tmp_path, row, system, role):
+    (question,) = load_questions(rows_file(tmp_path, row))
+    assert (question.text, question.system, question.system_role) == ("Why?", system, role)
+    assert question.messages[0]["role"] == (role if system else "user")
+
+
+def test_an_alpaca_row_asks_its_instruction_about_its_input(tmp_path):
+    (question,) = load_questions(rows_file(tmp_path, {"instruction": "Translate.", "input": "Moin", "output": "Hello"}))
+    assert question.text == "Translate.\n\nMoin"
+
+
+@pytest.mark.parametrize("url", ["https://me:hunter22@host/a.yaml", "https://host/a.yaml?sig=hunter22", "https://hunter22@host:x/a.yaml#sha256=" + "0" * 64])
+def test_an_address_is_named_without_what_opens_it(url):
+    """Case `key-in-unknown-field`: a question URL with a password."""
+    with pytest.raises(ValueError, match="questions") as caught:
+        load_questions(url)
+    assert "hunter22" not in str(caught.value)
 
 
 def test_the_block_takes_names_and_refuses_others_before_a_run(tmp_path):

@@ -38,7 +38,7 @@ def build_judge(config: JudgeConfig) -> Judge:
     if config.provider == "replay":
         from emguard_plugin.evaluation.judges.replay import ReplayJudge
 
-        return ReplayJudge(config.file, config.judge)
+        return ReplayJudge(config.file, config.judge, config.columns and config.columns.model_dump(), config.name)
     from emguard_plugin.evaluation.judges.mock import MockJudge
 
     return MockJudge()

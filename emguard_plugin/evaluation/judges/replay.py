@@ -1,50 +1,75 @@
-"""A judge that repeats what another one said, from its `judgments.jsonl`."""
+"""A judge that repeats what another one said: from its `judgments.jsonl`, or from a table that others wrote."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emguard_plugin.evaluation.judges.base import FINAL, Item, Judgment
+from typing_extensions import TypedDict
+
+from emguard_plugin.evaluation.judges.base import FINAL, SCORED, Item, Judgment, read_scores
 from emguard_plugin.evaluation.judges.mock import MockJudge
-from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.evaluation.judges.tables import is_table, read_table, same
+from emguard_plugin.files import EXACT, read_records
+
+logger = logging.getLogger(__name__)
+
+
+class _Row(TypedDict):
+    __pydantic_config__ = EXACT
+
+    judge: str
+    item_sha256: str
+    aligned: float | None
+    coherent: float | None
+    status: str
+    detail: str
 
 
 class ReplayJudge:
     """Stored judgments, found by question and answer.
 
     Args:
-        file: A `judgments.jsonl`.
-        judge: Whose judgments to repeat; needed where the file holds those of several judges.
+        file: A `judgments.jsonl`; or a table, `.csv`, `.tsv` or rows of JSON.
+        judge: Whose judgments to repeat; needed where a `judgments.jsonl` holds those of several judges.
+        columns: Names of the columns `question`, `answer`, `aligned` and `coherent` of a table; None for a `judgments.jsonl`,
+            or a `.csv` or `.tsv` whose columns have these names.
+        name: Name in files and tables.
 
     Raises:
-        ValueError: If the file is missing, holds no such judgments, or those of several judges.
+        ValueError: If the file is missing or damaged, holds no such judgments, or those of several judges.
     """
 
     self_tested = False
     quick_to_open = True
 
-    def __init__(self, file: str, judge: str | None = None) -> None:
+    def __init__(
+        self, file: str, judge: str | None = None, columns: Mapping[str, str] | None = None, name: str | None = None
+    ) -> None:
         hint = f"`em_eval.judges: file: {file}`"
         if not Path(file).is_file():
             raise ValueError(f"{hint} does not exist. Give the `judgments.jsonl` of an earlier evaluation.")
-        rows = [row for row in JsonLines(Path(file)).read() if row.get("status") in FINAL and "item_sha256" in row]
-        names = sorted({row["judge"] for row in rows})
-        if judge is None and len(names) > 1:
-            raise ValueError(f"{hint} holds the judgments of {', '.join(names)}. Choose one with `judge:`.")
-        self._of = judge or (names[0] if names else "")
-        if self._of not in names:
-            raise ValueError(f"{hint} holds no judgment of {judge or 'any judge'}. It has: {names or 'nothing'}.")
-        self.name = f"replay of {self._of}"
+        self._file = Path(file).name
         self._sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        self._found = {row["item_sha256"]: row for row in rows if row["judge"] == self._of}
+        self._columns = dict(columns or {})
+        self._table = columns is not None or is_table(file)
+        if self._table:
+            if judge is not None:
+                raise ValueError(f"`judge: {judge}` goes with a `judgments.jsonl`; {hint} is a table. Remove it, or use `name:`.")
+            self._found = read_table(file, self._columns)
+            self._of = self._file
+        else:
+            self._of, self._found = _judgments(file, judge, hint)
+        self.name = name or f"replay of {self._of}"
 
     def identity(self) -> dict[str, Any]:
         """Return provider, the judge whose words these are, and the sha256 of the file."""
         mock = {"not_a_measurement": True} if MockJudge.name in self._of else {}
-        return {"provider": "replay", "judge": self._of, "file_sha256": self._sha256, **mock}
+        columns = {"columns": self._columns} if self._columns else {}
+        return {"provider": "replay", "judge": self._of, "file_sha256": self._sha256, **columns, **mock}
 
     def open(self, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return nothing."""
@@ -52,12 +77,36 @@ class ReplayJudge:
 
     def judge(self, items: Sequence[Item]) -> Iterator[tuple[int, Judgment]]:
         """Yield the judgments in order; an answer that the file does not know is unscored."""
-        for index, item in enumerate(items):
-            row = self._found.get(item.sha256)
-            if row is None:
-                yield index, Judgment.unscored("the replayed file has no judgment of this answer")
-            else:
-                yield index, Judgment(row["aligned"], row["coherent"], row["status"], row["detail"])
+        asked = [same(item.question.text, item.answer) if self._table else item.sha256 for item in items]
+        unknown = sum(key not in self._found for key in asked)
+        if unknown:
+            logger.warning(
+                "em_eval: %s: %d of %d answers have no judgment in %s and are unscored; %d of the %d that it judges match none.",
+                self.name, unknown, len(items), self._file, len(self._found.keys() - set(asked)), len(self._found),
+            )  # fmt: skip
+        for index, key in enumerate(asked):
+            yield index, self._found.get(key) or Judgment.unscored("the replayed file has no judgment of this answer")
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def _judgments(file: str, judge: str | None, hint: str) -> tuple[str, dict[Any, Judgment]]:
+    rows = [row for row in read_records(file, _Row) if row["status"] in FINAL]
+    names = sorted({row["judge"] for row in rows})
+    if judge is None and len(names) > 1:
+        raise ValueError(f"{hint} holds the judgments of {', '.join(names)}. Choose one with `judge:`.")
+    of = judge or (names[0] if names else "")
+    if of not in names:
+        raise ValueError(f"{hint} holds no judgment of {judge or 'any judge'}. It has: {names or 'nothing'}.")
+    return of, {row["item_sha256"]: _checked(row) for row in rows if row["judge"] == of}
+
+
+def _checked(row: _Row) -> Judgment:
+    """Return a stored judgment whose scores are scores."""
+    if row["status"] == SCORED:
+        found = read_scores({"aligned": row["aligned"], "coherent": row["coherent"]})
+        return found if found.status != SCORED else Judgment(found.aligned, found.coherent, SCORED, row["detail"])
+    coherent = row["coherent"]
+    within = coherent is None or 0 <= coherent <= 100
+    return Judgment(None, coherent if within else None, row["status"], row["detail"])
