@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NotRequired
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from typing_extensions import NotRequired, TypedDict  # pydantic reads no other TypedDict on Python 3.11
+from typing_extensions import TypedDict  # pydantic reads no other TypedDict on Python 3.11
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import judges as judging

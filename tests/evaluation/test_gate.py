@@ -66,8 +66,9 @@ def test_what_cannot_be_measured_has_an_exit_code_of_its_own(checkpoints, emguar
 
 def test_a_dead_judge_passes_no_gate(checkpoints, emguard, tmp_path):
     result = emguard("eval", checkpoints / "adapter", "--output-dir", tmp_path / "o", "--fail-above", 0.99, judge="dead")
-    assert result.exit_code == 3
-    assert "scored no answer" in result.output
+    assert result.exit_code == 2, "not measured, whatever the gate would say of no answers"
+    assert "not measured: tests.evaluation.parts:dead scored no answer" in result.output
+    assert Summary.load(tmp_path / "o").verdict() == "inconclusive"
 
 
 def test_each_phase_runs_alone_and_only_the_first_needs_the_model(finished, checkpoints, emguard, tmp_path, monkeypatch):
@@ -124,7 +125,7 @@ def test_the_post_train_hook_says_loudly_that_a_gate_was_missed(finished, checkp
     found = measure_saved_model(config, checkpoints / "adapter")
     assert (found.exit_code, found.summary) == (1, finished.folder / "summary.json")
     failed = (finished.folder / "FAILED.txt").read_text()
-    assert "gate NOT PASSED: fail by tests.evaluation.parts:by_hash" in failed
+    assert "gate NOT PASSED: fail: by tests.evaluation.parts:by_hash" in failed
     assert failed == capsys.readouterr().err.splitlines(keepends=True)[-1]
 
 
