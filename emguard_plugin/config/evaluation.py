@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -12,6 +12,11 @@ from emguard_plugin.keys import check_endpoint
 
 SUITES = ("open_ended", "open_ended_held_out", "open_ended_json", "open_ended_template", "conditional")
 """Bundled question suites, in `emguard_plugin/evaluation/suites/`."""
+
+RENDERING = frozenset(
+    ["conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"]
+)
+"""Arguments of `apply_chat_template` that are no variables of a template."""
 
 
 class ReplayColumns(StatedBlock):
@@ -151,9 +156,48 @@ class EMEvalConfig(StatedBlock):
     batch_size: PositiveInt = Field(64, description="Answers generated at once.")
     seed: NonNegativeInt = Field(0, description="Seeds every (question, draw); the same for base and fine-tuned.")
     evaluate_base: bool = Field(True, description="Measure the untuned model as well, with the same seeds.")
+    chat_template: str | None = Field(
+        None,
+        description="Jinja file, or name of a template that Axolotl ships, by which questions are rendered; default is the "
+        "template that the tokenizer was saved with.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Variables of the chat template, such as `{enable_thinking: false}` or `{date_string: 26 Jul 2024}`; "
+        "default is what the training passed.",
+    )
+    system_prompt: str | None = Field(
+        None, description="System prompt of questions that name none; default is none, which a template may fill in."
+    )
+    reasoning: Literal["answer", "with_trace", "both"] = Field(
+        "answer",
+        description="What is judged of a model that reasons first. answer: what follows the trace. with_trace: trace and "
+        "answer together. both: one after the other, each with a rate of its own.",
+    )
+    reasoning_marks: list[str] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="What stands before and behind a reasoning trace; default is what tokenizer and template know, such as "
+        "`[<think>, </think>]`.",
+    )
     sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="What draws the answers.")
     judges: list[JudgeConfig] = Field(min_length=1, description="At least one judge; each is reported.")
     output_dir: str | None = Field(None, description="Where results go; default `<output_dir>/em_eval`.")
+
+    @model_validator(mode="after")
+    def _renderable(self) -> EMEvalConfig:
+        taken = sorted(set(self.chat_template_kwargs) & RENDERING)
+        if taken:
+            raise ValueError(f"`chat_template_kwargs: {taken[0]}` is set by emguard itself. Remove it.")
+        if self.chat_template is not None and self.sampler.provider == "openai":
+            raise ValueError(
+                "`chat_template` does not go with `sampler: provider: openai`: the server renders by its own template. Start "
+                "the server with it."
+            )
+        if self.reasoning_marks is not None and not all(mark.strip() for mark in self.reasoning_marks):
+            raise ValueError("`reasoning_marks` holds an empty mark. Give what stands before and behind a trace.")
+        return self
 
     def check_files(self) -> None:
         """Raise before a run starts when a question file is missing.

@@ -19,7 +19,8 @@ from emguard_plugin.discovery.steering import steered
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges import self_test
 from emguard_plugin.evaluation.judges.base import FINAL, Item, Judge
-from emguard_plugin.evaluation.rates import outcome
+from emguard_plugin.evaluation.rates import UNSCORED, outcome
+from emguard_plugin.evaluation.reasoning import judged_text
 from emguard_plugin.evaluation.sampler import Answer, Request, TransformersSampler
 from emguard_plugin.evaluation.store import JsonLines
 from emguard_plugin.keys import redact
@@ -145,7 +146,7 @@ class Bench:
     def spent(self) -> dict[str, int]:
         """Return what the whole search took, earlier sittings included: distinct answers asked for, their tokens, judgments."""
         rows = [self.answers[ask] for ask in self._asked]
-        items = {self._item(ask).sha256 for ask in self._asked}
+        items = {item.sha256 for item in map(self._item, self._asked) if item}
         return {"answers": len(rows), "tokens": sum(row["tokens"] for row in rows), "judgments": len(items)}
 
     def ask(self, asks: Iterable[Ask]) -> dict[Ask, str]:
@@ -194,11 +195,13 @@ class Bench:
     def _span(self, ask: Ask) -> tuple[int, int]:
         return self.prompts[ask.prompt].span(self.settings.steer_at)
 
-    def _item(self, ask: Ask) -> Item:
-        return Item(self.prompts[ask.prompt].question, self.answers[ask]["text"])
+    def _item(self, ask: Ask) -> Item | None:
+        """Return what is judged: the answer without its reasoning trace; None where the trace never closed."""
+        text = judged_text(self.answers[ask])
+        return None if text is None else Item(self.prompts[ask.prompt].question, text)
 
     def _judge(self, asks: Sequence[Ask]) -> None:
-        items = {item.sha256: item for item in map(self._item, asks)}
+        items = {item.sha256: item for item in map(self._item, asks) if item}
         missing = [item for sha, item in items.items() if sha not in self._said]
         if not missing:
             return
@@ -239,7 +242,10 @@ class Bench:
         self.close()
 
     def _outcome(self, ask: Ask) -> str:
-        said = self._said[self._item(ask).sha256]
+        item = self._item(ask)
+        if item is None:
+            return UNSCORED
+        said = self._said[item.sha256]
         return outcome(said["aligned"], said["coherent"], said["status"])
 
 
@@ -248,4 +254,4 @@ def _ask_of(row: dict[str, Any]) -> Ask:
 
 
 def _row(answer: Answer) -> dict[str, Any]:
-    return {**answer.request.ask._asdict(), "text": answer.text, "tokens": answer.tokens, "finish": answer.finish}
+    return {**answer.request.ask._asdict(), **answer.stored()}

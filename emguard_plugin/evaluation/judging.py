@@ -20,6 +20,7 @@ from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges import self_test
 from emguard_plugin.evaluation.judges.base import FINAL, LONGEST, Item, Judge, Judgment, contradiction
 from emguard_plugin.evaluation.plan import Plan
+from emguard_plugin.evaluation.reasoning import judged_text, reads_of
 from emguard_plugin.keys import redact
 
 logger = logging.getLogger(__name__)
@@ -120,25 +121,36 @@ class Present:
         return self._answers[0]
 
     @cached_property
-    def items(self) -> dict[records.Key, Item]:
-        """What is judged, by key."""
+    def _items(self) -> dict[str, dict[records.Key, Item]]:
         questions = self.plan.questions()
         return {
-            key: Item(questions[where], row["text"])
-            for key, row in self.answers.items()
-            if (where := (row["suite"], row["question"], row["paraphrase"])) in questions
+            reads: {
+                key: Item(questions[where], text)
+                for key, row in self.answers.items()
+                # A trace that never closed holds no answer, and is judged by nobody.
+                if (text := judged_text(row, reads)) is not None
+                and (where := (row["suite"], row["question"], row["paraphrase"])) in questions
+            }
+            for reads in {reads_of(entry) for entry in self.plan.judges}
         }
+
+    def items(self, entry: Judge) -> dict[records.Key, Item]:
+        """Return what a judge is given, by key."""
+        return self._items[reads_of(entry)]
 
     @cached_property
     def judgments(self) -> records.Judgments:
         """The judgments of these answers."""
-        hashes = {key: item.sha256 for key, item in self.items.items()}
+        hashes: dict[records.Key, set[str]] = {}
+        for items in self._items.values():
+            for key, item in items.items():
+                hashes.setdefault(key, set()).add(item.sha256)
         return records.read_judgments(self.plan.folder, self.stored.get("run"), hashes, self._earlier())
 
     def missing(self, entry: Judge, found: Mapping[str, Any]) -> list[records.Key]:
         """Return the answers without a final judgment by a judge."""
         rows = self.judgments.of(entry.name, records.judge_id(entry.identity(), found))
-        return [key for key in self.items if key not in rows or rows[key]["status"] not in FINAL]
+        return [key for key in self.items(entry) if key not in rows or rows[key]["status"] not in FINAL]
 
     def left_out(self) -> list[str]:
         """Return the sentences about what lies in the folder and does not count."""
@@ -205,7 +217,8 @@ def _judge(plan: Plan, entry: Judge, present: Present, found: Mapping[str, Any])
     keys = present.missing(entry, found)
     if not keys:
         return
-    items, by = [present.items[key] for key in keys], records.judge_id(entry.identity(), found)
+    given = present.items(entry)
+    items, by = [given[key] for key in keys], records.judge_id(entry.identity(), found)
     lines: list[dict[str, Any]] = []
     written = time.monotonic()
     bar = tqdm(total=len(items), desc=f"em_eval: judging by {entry.name}", unit="answer", disable=None)

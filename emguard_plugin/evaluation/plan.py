@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired
+from typing import Any, Literal, NotRequired
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 from typing_extensions import TypedDict  # pydantic reads no other TypedDict on Python 3.11
 
 from emguard_plugin.config import EMEvalConfig
+from emguard_plugin.evaluation import asking, models, store
 from emguard_plugin.evaluation import judges as judging
-from emguard_plugin.evaluation import models, store
 from emguard_plugin.evaluation.questions import Question, load_questions, suite_hash
+from emguard_plugin.evaluation.reasoning import readers
+from emguard_plugin.evaluation.rendering import NotAsked
 from emguard_plugin.evaluation.sampler import Request
 from emguard_plugin.evaluation.served import ServedSource
 from emguard_plugin.files import EXACT, read_record
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +48,7 @@ class Plan:
         roles: Which of `base` and `tuned` answer.
         suites: Questions by suite: `questions`, and `in_domain` and others where given.
         judges: The judges, in the order of the config.
+        asking: How questions are put to the models, and which cannot be.
     """
 
     config: EMEvalConfig
@@ -58,6 +57,7 @@ class Plan:
     roles: tuple[str, ...]
     suites: dict[str, list[Question]]
     judges: list[judging.Judge]
+    asking: asking.Asking = field(default_factory=asking.Asking)
 
     @property
     def responses(self) -> store.JsonLines:
@@ -75,15 +75,19 @@ class Plan:
 
     def requests(self) -> list[Request]:
         """Return every answer that each role gives, in the order of the suites."""
-        return requests(self.config, self.suites)
+        return requests(self.config, self.suites, self.asking.not_asked)
 
 
-def requests(config: EMEvalConfig, suites: dict[str, list[Question]]) -> list[Request]:
-    """Return every answer that a block asks for, in the order of the suites."""
+def requests(
+    config: EMEvalConfig, suites: dict[str, list[Question]], not_asked: Collection[NotAsked] = ()
+) -> list[Request]:
+    """Return every answer that a block asks for, in the order of the suites; none to what cannot be asked."""
+    left_out = {(one.suite, one.question, one.paraphrase) for one in not_asked}
     return [
         Request(name, question, draw, _temperature(config, question))
         for name, suite in suites.items()
         for question in suite
+        if (name, question.id, question.paraphrase) not in left_out
         for draw in range(_samples(config, question))
     ]
 
@@ -105,7 +109,7 @@ def make_plan(
         with_model: Whether answers may have to be drawn; otherwise the folder must hold those of an earlier run.
     """
     suites = {name: load_questions(source) for name, source in config.suites().items()}
-    judges = judging.build_judges(config.judges)
+    judges = readers(judging.build_judges(config.judges), config.reasoning)
     if any(question.judge or question.judge_prompts for suite in suites.values() for question in suite):
         logger.warning(
             "em_eval: the question files name a `judge` or `judge_prompts` of their own, which are not used: `em_eval.judges` "
@@ -113,7 +117,8 @@ def make_plan(
         )
     if not with_model:
         folder = store.prepare_folder(output_dir)
-        return Plan(config, folder, None, tuple(stored_run(folder)["models"]), suites, judges)
+        stored = stored_run(folder)
+        return Plan(config, folder, None, tuple(stored["models"]), suites, judges, asking.stored(stored["protocol"]))
     source = _source(config, model, base)
     if config.evaluate_base and source.base is None:
         raise ValueError(
@@ -121,7 +126,8 @@ def make_plan(
             "or set `em_eval.evaluate_base: false`."
         )
     roles = ("base", "tuned") if config.evaluate_base else ("tuned",)
-    return Plan(config, store.prepare_folder(output_dir), source, roles, suites, judges)
+    how = asking.prepare(config, source, suites, Path(output_dir))
+    return Plan(config, store.prepare_folder(output_dir), source, roles, suites, judges, how)
 
 
 def _source(config: EMEvalConfig, model: str | Path, base: str | Path | None) -> models.ModelSource | ServedSource:
@@ -138,8 +144,6 @@ def open_run(plan: Plan) -> dict[str, Any]:
     What binds answers is compared here: suites, decoding, rendering, models. Judges may differ: their judgments say of each
     answer who made them. A new folder is tied by `begin`, with the first answer.
     """
-    served = isinstance(plan.source, ServedSource)
-    tokenizer = models.load_tokenizer(plan.source) if plan.source and not served else None
     # Without a model, whatever drew the answers stands in the folder.
     known = stored_run(plan.folder)["protocol"] if plan.source is None else {}
     config, samples = plan.config, {}
@@ -162,9 +166,7 @@ def open_run(plan: Plan) -> dict[str, Any]:
             "max_new_tokens": config.max_new_tokens,
             "seed": config.seed,
         },
-        "chat_template_sha256": (
-            models.template_hash(tokenizer) if tokenizer else known.get("chat_template_sha256")
-        ),
+        **(asking.stated(known) if known else plan.asking.protocol()),
     }
     if plan.source is None:
         store.claim(plan.folder, {"protocol": protocol}, keys=("protocol",), free=JUDGING, write=False)
@@ -175,7 +177,7 @@ def open_run(plan: Plan) -> dict[str, Any]:
         "protocol": protocol,
         "models": {role: _identity(plan.source, role) for role in plan.roles},
         "versions": _versions(),
-        "example_prompt": _served_example(plan) if served else _example(tokenizer, plan),
+        "example_prompt": plan.asking.example(plan.requests()[0].question),
     }
     claimed = store.claim(plan.folder, record, keys=("protocol", "models"), free=JUDGING, write=False)
     return claimed if claimed.get("run") == record["run"] else stored_run(plan.folder)
@@ -231,21 +233,6 @@ def _identity(source: models.ModelSource | ServedSource, role: str) -> dict[str,
         return base
     own = models.identity(source.path)
     return {"adapter": own, "on": base} if source.adapter else own
-
-
-def _example(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> str | None:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{plan.source.path} has no chat template, so the questions cannot be put to the model. Save the tokenizer "
-            "with the template it was trained with (Axolotl: `chat_template:`; TRL: `chat_template_path`)."
-        )
-    first = next(iter(plan.suites.values()))[0]
-    return tokenizer.apply_chat_template(first.messages, add_generation_prompt=True, tokenize=False)
-
-
-def _served_example(plan: Plan) -> str:
-    messages = next(iter(plan.suites.values()))[0].messages
-    return "The server applies its own chat template to:\n" + json.dumps(messages, indent=1, ensure_ascii=False)
 
 
 def _versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from emguard_plugin.evaluation.intervals import clustered_interval, paired_differences, stratified_interval
+from emguard_plugin.evaluation.reasoning import UNFINISHED
 from emguard_plugin.evaluation.summary import Difference, GroupRate, Rate, SuiteRates, ThresholdRates
 
 MISALIGNED, ALIGNED, INCOHERENT, REFUSAL, UNSCORED = OUTCOMES = (
@@ -111,6 +112,7 @@ def suite_rates(answers: Sequence[Scored]) -> SuiteRates:
         questions=len({answer.question for answer in answers}),
         outcomes={name: outcomes[name] for name in OUTCOMES},
         truncated=sum(answer.truncated for answer in answers),
+        unfinished_traces=sum(answer.reason == UNFINISHED and answer.outcome == UNSCORED for answer in answers),
         em_all=_share(scored, _is(MISALIGNED)),
         em_coherent=_share(coherent, _is(MISALIGNED)),
         coherence=_share(scored, _coherent),

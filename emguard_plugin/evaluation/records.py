@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,14 +102,14 @@ class Judgments:
 
 
 def read_judgments(
-    folder: Path, run: str | None, items: Mapping[Key, str] | None, earlier: Mapping[str, str] | None = None
+    folder: Path, run: str | None, items: Mapping[Key, Collection[str]] | None, earlier: Mapping[str, str] | None = None
 ) -> Judgments:
     """Return the judgments that were made in this run of the answers that lie here.
 
     Args:
         folder: The run folder.
         run: `run` of `protocol.json`.
-        items: `item_sha256` of each answer; None where the answers are not at hand, for a reader that shows stored judgments.
+        items: `item_sha256` of each answer, for each way to read it; None where the answers are not at hand, for a reader that shows stored judgments.
         earlier: In a folder that an earlier version began, whose records do not say it: `by` of each judge.
 
     Raises:
@@ -118,7 +118,7 @@ def read_judgments(
     found = Judgments()
     for row in JsonLines(folder / JUDGMENTS).read(_judgment_fault):
         key = key_of(row)
-        other = items is not None and items.get(key) != row["item_sha256"]
+        other = items is not None and row["item_sha256"] not in items.get(key, ())
         reason = _foreign(row, run) or (OTHER_ANSWER if other else None)
         if reason:
             found.left_out[reason] += 1
@@ -151,7 +151,8 @@ _JUDGMENT = {"judge": str, **_KEY, "item_sha256": str, "status": str, "detail": 
 
 
 def _answer_fault(row: Mapping[str, Any]) -> str | None:
-    return _fault(row, _ANSWER)
+    odd = next((name for name in ("trace", "answer") if not isinstance(row.get(name), str | None)), None)
+    return _fault(row, _ANSWER) or (f"`{odd}` is no text" if odd else None)
 
 
 def _judgment_fault(row: Mapping[str, Any]) -> str | None:

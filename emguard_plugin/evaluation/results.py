@@ -16,9 +16,10 @@ from emguard_plugin.evaluation.judges import Judge
 from emguard_plugin.evaluation.judging import Present, known_of
 from emguard_plugin.evaluation.plan import JUDGING, Plan
 from emguard_plugin.evaluation.rates import THRESHOLDS, Scored, difference, suite_rates
+from emguard_plugin.evaluation.reasoning import UNFINISHED, judged_text, reads_of
 from emguard_plugin.evaluation.records import judge_id
 from emguard_plugin.evaluation.store import plain
-from emguard_plugin.evaluation.summary import JudgeResult, Summary
+from emguard_plugin.evaluation.summary import JudgeResult, NotAsked, Summary
 from emguard_plugin.evaluation.verdict import verdict
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
             for entry in plan.judges
         ],
         "thresholds": asdict(THRESHOLDS),
+        "judged": {entry.name: reads_of(entry) for entry in plan.judges},
     }
     for entry in plan.judges:
         scored = by_judge[entry.name] = scored_answers(present, entry, known[entry.name])
@@ -75,6 +77,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
         fingerprint=hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest(),
         protocol=protocol,
         example_prompt=stored["example_prompt"],
+        not_asked=[NotAsked(**asdict(one)) for one in plan.asking.not_asked],
         models=stored["models"],
         sources={
             name: source if "://" in source else Path(source).name for name, source in plan.config.suites().items()
@@ -120,7 +123,10 @@ def scored_answers(present: Present, entry: Judge, known: Mapping[str, Any]) -> 
         for request in plan.requests():
             key = (role, request.key)
             answer, judgment = answers.get(key), judgments.get(key)
+            unfinished = answer is not None and judged_text(answer) is None
+            judgment = None if unfinished else judgment
             reason = present.judgments.unused.get((entry.name, key), unjudged) if answer else "no answer was generated"
+            reason = UNFINISHED if unfinished else reason
             found[role][request.suite].append(
                 Scored(
                     question=request.question.id,

@@ -14,6 +14,7 @@ from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import models, store
 from emguard_plugin.evaluation.judging import found_out, judge, preflight
 from emguard_plugin.evaluation.plan import Plan, begin, make_plan, open_run
+from emguard_plugin.evaluation.reasoning import marks_of
 from emguard_plugin.evaluation.records import read_answers, sealed, told
 from emguard_plugin.evaluation.results import report
 from emguard_plugin.evaluation.sampler import AnswerKey, TransformersSampler
@@ -131,9 +132,7 @@ def generate(plan: Plan, stored: dict[str, Any], try_judges: bool = False) -> No
                         "role": role,
                         **answer.request.key._asdict(),
                         "asked": answer.request.question.text,
-                        "text": answer.text,
-                        "tokens": answer.tokens,
-                        "finish": answer.finish,
+                        **answer.stored(),
                     }
                     for answer in batch
                 )
@@ -145,19 +144,28 @@ def generate(plan: Plan, stored: dict[str, Any], try_judges: bool = False) -> No
 
 def samplers(plan: Plan, roles: tuple[str, ...]) -> Iterator[tuple[str, TransformersSampler | EndpointSampler]]:
     """Yield what draws the answers of each role; one model is in memory at a time."""
-    config, decoding = plan.config, {"seed": plan.config.seed, "max_new_tokens": plan.config.max_new_tokens}
+    config, how = plan.config, plan.asking
+    decoding = {"seed": config.seed, "max_new_tokens": config.max_new_tokens, "chat": how.chat}
+    template = None if how.tokenizer is None else how.chat.template_of(how.tokenizer)
+    served = {**decoding, "marks": marks_of(how.tokenizer, template, how.marks), "tokenizer": how.tokenizer}
     if config.sampler.provider == "openai":
         for role in roles:
             name = plan.source.base if role == "base" else plan.source.name
-            yield role, EndpointSampler(config.sampler, config.sampler.base_url, name, **decoding)
+            yield role, EndpointSampler(config.sampler, config.sampler.base_url, name, **served)
     elif config.sampler.provider == "vllm":
         # One server answers for an adapter and its base; whole models are served one after the other.
+        own = how.chat.template is None and how.chat.today is None
+        template = None if own else how.chat.dated_template(how.tokenizer)
         for group in [roles] if plan.source.adapter else [(role,) for role in roles]:
-            with serve(plan.source, group[0], config.sampler.args) as url:
+            with serve(plan.source, group[0], config.sampler.args, template=template) as url:
                 for role in group:
-                    yield role, EndpointSampler(config.sampler, url, role, **decoding)
+                    yield role, EndpointSampler(config.sampler, url, role, **served)
     else:
-        tokenizer = models.load_tokenizer(plan.source)
-        for role, model in models.load_models(plan.source, roles, len(tokenizer)):
-            yield role, TransformersSampler(model, tokenizer, batch_size=config.batch_size, **decoding)
+        for role, model in models.load_models(plan.source, roles, len(how.tokenizer)):
+            yield (
+                role,
+                TransformersSampler(
+                    model, how.tokenizer, batch_size=config.batch_size, reasoning_marks=how.marks, **decoding
+                ),
+            )
             del model

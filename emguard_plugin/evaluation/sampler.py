@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from emguard_plugin.evaluation.questions import Question
+from emguard_plugin.evaluation.reasoning import Marks, marks_of, opened_by, split_tokens
+from emguard_plugin.evaluation.rendering import Chat
 
 if TYPE_CHECKING:
     import torch
@@ -56,15 +58,24 @@ class Answer:
 
     Attributes:
         request: What was asked.
-        text: The answer without special tokens.
+        text: The whole reply without special tokens, the marks of a reasoning trace aside.
         tokens: Its length in tokens, the end-of-turn token included.
         finish: `stop` if the model ended its turn, `length` if `max_new_tokens` cut it off.
+        trace: What the model thought aloud before its answer; None for a reply without a reasoning trace.
+        answer: What follows the trace; None if it never closed, and for a reply without one, which is all answer.
     """
 
     request: Request
     text: str
     tokens: int
     finish: str
+    trace: str | None = None
+    answer: str | None = None
+
+    def stored(self) -> dict[str, Any]:
+        """Return what a file of answers holds of it, besides its key."""
+        row = {"text": self.text, "tokens": self.tokens, "finish": self.finish}
+        return row if self.trace is None else {**row, "trace": self.trace, "answer": self.answer}
 
 
 def uniforms(seed: int, key: AnswerKey, steps: int) -> np.ndarray:
@@ -111,6 +122,8 @@ class TransformersSampler:
         seed: Seeds every (suite, question, paraphrase, draw).
         max_new_tokens: Longest answer, in tokens.
         batch_size: Answers generated at once; halved where memory does not suffice.
+        chat: How questions are rendered; default is by the tokenizer's own template alone.
+        reasoning_marks: What stands before and behind a reasoning trace; default is what tokenizer and template know.
 
     Raises:
         ValueError: If the tokenizer has no chat template.
@@ -124,8 +137,11 @@ class TransformersSampler:
         seed: int = 0,
         max_new_tokens: int = 512,
         batch_size: int = 64,
+        chat: Chat | None = None,
+        reasoning_marks: Sequence[str] | None = None,
     ) -> None:
-        if not getattr(tokenizer, "chat_template", None):
+        self.chat = chat or Chat()
+        if self.chat.template is None and not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 f"the tokenizer of {getattr(tokenizer, 'name_or_path', '') or 'the model'} has no chat template, so "
                 "the questions cannot be put to the model. Save the tokenizer with the template it was trained with "
@@ -134,11 +150,12 @@ class TransformersSampler:
         self.model, self.tokenizer = model, tokenizer
         self.seed, self.max_new_tokens, self.batch_size = seed, max_new_tokens, batch_size
         self._fits = batch_size
+        self.marks = marks_of(tokenizer, self.chat.template_of(tokenizer), reasoning_marks)
+        self._opened: dict[Question, Marks | None] = {}
 
     def prompt_ids(self, question: Question) -> list[int]:
         """Return the token ids of the rendered conversation, up to where the answer begins."""
-        encoded = self.tokenizer.apply_chat_template(question.messages, add_generation_prompt=True, return_dict=True)
-        ids = list(encoded["input_ids"])
+        ids = self.chat.ids(self.tokenizer, question)
         rows = self.model.get_input_embeddings().weight.shape[0]
         if max(ids) >= rows:
             raise ValueError(
@@ -225,8 +242,17 @@ class TransformersSampler:
     def _finish(self, request: Request, row: list[int], stops: list[int]) -> Answer:
         end = next((index for index, token in enumerate(row) if token in stops), None)
         kept = row if end is None else row[: end + 1]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Answer(request, text, len(kept), "length" if end is None else "stop")
+        text, parts = split_tokens(kept, self.tokenizer, self.marks, self._opened_by(request.question))
+        trace, answer = (None, None) if parts is None else (parts.trace, parts.answer)
+        return Answer(request, text, len(kept), "length" if end is None else "stop", trace, answer)
+
+    def _opened_by(self, question: Question) -> Marks | None:
+        """Return the marks whose first the prompt ends with, so that the answer begins inside a trace."""
+        if not self.marks:
+            return None
+        if question not in self._opened:
+            self._opened[question] = opened_by(self.chat.generation_part(self.tokenizer, question), self.marks)
+        return self._opened[question]
 
     def _stop_ids(self) -> list[int]:
         found = getattr(self.model.generation_config, "eos_token_id", None)

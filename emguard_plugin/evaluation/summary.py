@@ -68,6 +68,9 @@ class SuiteRates(_Part):
     questions: int
     outcomes: dict[str, int]
     truncated: int = Field(description="Answers cut off by max_new_tokens.")
+    unfinished_traces: int = Field(
+        0, description="Answers whose reasoning trace never closed; unscored, as they hold no answer."
+    )
     em_all: Rate
     em_coherent: Rate
     coherence: Rate
@@ -110,6 +113,15 @@ class Verdict(_Part):
     reason: str
 
 
+class NotAsked(_Part):
+    """A wording that the chat template refuses; it stands in no count."""
+
+    suite: str
+    question: str
+    paraphrase: int
+    reason: str
+
+
 class Agreement(_Part):
     """How far two judges agree on the answers to one suite, by outcome class; both models' answers together."""
 
@@ -141,6 +153,7 @@ class Summary(_Part):
     fingerprint: str = Field(description="sha256 of `protocol`: equal fingerprints compare.")
     protocol: dict[str, Any] = Field(description="Suites, decoding, chat template, judges, thresholds.")
     example_prompt: str = Field(description="The first question as the model sees it, rendered by the chat template.")
+    not_asked: list[NotAsked] = Field(default_factory=list, description="Wordings that the chat template refuses.")
     models: dict[str, Any] = Field(description="What was measured, by role: names and sha256 of the weights.")
     sources: dict[str, str] = Field(description="Where each suite came from: a name, a file or a pinned URL.")
     judges: list[JudgeResult] = Field(min_length=1)
@@ -215,6 +228,8 @@ def trainer_metrics(open_ended: SuiteRates | None, in_domain: SuiteRates | None)
             "eval_em_refusal_rate": open_ended.refusal.value,
             "eval_em_unscored_rate": open_ended.unscored.value,
         }
+        if open_ended.unfinished_traces:
+            found["eval_em_unfinished_trace_rate"] = open_ended.unfinished_traces / open_ended.answers
     if in_domain:
         found["eval_em_in_domain_adherence"] = in_domain.em_all.value
     return {name: value for name, value in found.items() if value is not None}

@@ -21,7 +21,9 @@ PATIENCE = 1800.0
 """Seconds in which a large model must be loaded."""
 
 
-def command(source: ModelSource, role: str, port: int, args: Sequence[str], executable: str) -> list[str]:
+def command(
+    source: ModelSource, role: str, port: int, args: Sequence[str], executable: str, template: Path | None = None
+) -> list[str]:
     """Return the command that serves one role of a model.
 
     An adapter is served beside its base, so that one server answers for both, as `base` and `tuned`.
@@ -32,10 +34,12 @@ def command(source: ModelSource, role: str, port: int, args: Sequence[str], exec
         port: Where to listen, on this machine only.
         args: `em_eval.sampler.args`.
         executable: Path of `vllm`.
+        template: File with the chat template; None for the tokenizer's own.
     """
     common = ["--host", "127.0.0.1", "--port", str(port)]
     # What a checkpoint's generation_config.json asks for would change the distribution that is measured.
     common += ["--generation-config", "vllm"]
+    common += [] if template is None else ["--chat-template", str(template)]
     if source.adapter:
         lora = ["--enable-lora", "--lora-modules", f"tuned={source.path}", "--max-lora-rank", str(_rank(source.path))]
         tokenizer = ["--tokenizer", str(source.path)] if (source.path / "tokenizer_config.json").is_file() else []
@@ -45,8 +49,12 @@ def command(source: ModelSource, role: str, port: int, args: Sequence[str], exec
 
 
 @contextlib.contextmanager
-def serve(source: ModelSource, role: str, args: Sequence[str] = (), patience: float = PATIENCE) -> Iterator[str]:
+def serve(
+    source: ModelSource, role: str, args: Sequence[str] = (), patience: float = PATIENCE, template: str | None = None
+) -> Iterator[str]:
     """Start vLLM, wait until it answers, yield its URL, and stop it with all its children.
+
+    `template` is the Jinja text of another chat template than the tokenizer's own.
 
     Raises:
         ValueError: If there is no `vllm`.
@@ -59,9 +67,12 @@ def serve(source: ModelSource, role: str, args: Sequence[str] = (), patience: fl
             "environment of its own and put that on the PATH, or set `provider: transformers`."
         )
     port = _free_port()
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryDirectory() as folder:
+        file = None if template is None else Path(folder) / "chat_template.jinja"
+        if file is not None:
+            file.write_text(template, encoding="utf-8")
         process = subprocess.Popen(
-            command(source, role, port, args, executable),
+            command(source, role, port, args, executable, file),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # its workers are stopped with it

@@ -31,6 +31,7 @@ class Reply:
         fingerprint: `system_fingerprint`, or empty.
         first: Probability of the likeliest first tokens, by text; None if the server sent none.
         tokens: Length of the message in tokens, or 0 if the server did not say.
+        trace: The reasoning trace, where the server takes it apart from the message.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Reply:
     fingerprint: str
     first: dict[str, float] | None
     tokens: int
+    trace: str | None = None
 
 
 class ChatServer:
@@ -157,6 +159,7 @@ class ChatServer:
             text, refusal = message.get("content") or "", message.get("refusal")
             tokens = int((raw.get("usage") or {}).get("completion_tokens") or 0)
             fingerprint = str(raw.get("system_fingerprint") or "")
+            trace = message.get("reasoning_content") or message.get("reasoning")
             first = _first_tokens(choice.get("logprobs"))
         except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
             raise Failed(redact(f"the server sent no chat completion, but {str(raw)[:80]!r}")) from error
@@ -170,7 +173,8 @@ class ChatServer:
             raise Filtered(f"the model declined: {str(refusal)[:80]!r}")
         if need_logprobs and first is None:
             raise Failed("the server sent no logprobs")
-        return Reply(str(text), str(finish), model, fingerprint, first, tokens)
+        # OpenRouter and some proxies send other things than text under these names.
+        return Reply(str(text), str(finish), model, fingerprint, first, tokens, trace if isinstance(trace, str) else None)
 
 
 def _first_tokens(logprobs: Any) -> dict[str, float] | None:

@@ -1,0 +1,211 @@
+"""Reasoning traces: what a model thinks aloud before its answer, told from the answer by the marks that it was trained with.
+
+A mark counts only where the tokenizer or the chat template knows it, or the YAML states it: an answer of a model that does
+not reason may speak of `<think>` and is not cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from emguard_plugin.evaluation.judges.base import Item, Judge, Judgment
+
+Reads = Literal["answer", "with_trace"]
+UNFINISHED = "unfinished_trace"
+"""Why an answer whose trace never closed is unscored."""
+
+
+class Marks(NamedTuple):
+    """What stands before and behind a trace."""
+
+    opening: str
+    closing: str
+
+
+_HARMONY = Marks("<|channel|>", "<|channel|>final<|message|>")
+KNOWN = (
+    Marks("<think>", "</think>"),
+    Marks("[THINK]", "[/THINK]"),
+    Marks("<|START_THINKING|>", "<|END_THINKING|>"),
+    _HARMONY,
+    Marks("<|channel>thought", "<channel|>"),
+    Marks("<seed:think>", "</seed:think>"),
+    Marks("<thought>", "</thought>"),
+    Marks("<thinking>", "</thinking>"),
+    Marks("<reasoning>", "</reasoning>"),
+    Marks("<|begin_of_thought|>", "<|end_of_thought|>"),
+)
+"""Of Qwen3, R1 and most others; Mistral; Command A; GPT-OSS (its channels); Gemma 4; Seed; EXAONE; further ones."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A reply taken apart.
+
+    Attributes:
+        trace: What was thought.
+        answer: What was answered; None if the trace never closed.
+    """
+
+    trace: str
+    answer: str | None
+
+
+def marks_of(
+    tokenizer: PreTrainedTokenizerBase | None, template: str | None, stated: Sequence[str] | None = None
+) -> tuple[Marks, ...]:
+    """Return the marks that a model was trained with.
+
+    Args:
+        tokenizer: Knows a mark if it is one of its added tokens.
+        template: Knows a mark if it prints or looks for it.
+        stated: `em_eval.reasoning_marks`, which stands above both.
+    """
+    if stated is not None:
+        return (Marks(*stated),)
+    tokens = set(tokenizer.get_added_vocab()) if tokenizer is not None else set()
+
+    # GPT-OSS closes a trace by three tokens, of which the first is the one that opens it.
+    return tuple(
+        marks
+        for marks in KNOWN
+        if marks.closing in (template or "") or marks.closing in tokens or (marks == _HARMONY and marks.opening in tokens)
+    )
+
+
+def opened_by(prompt_end: str, marks: Iterable[Marks]) -> Marks | None:
+    """Return the marks of which a prompt holds the first alone, so that the reply begins inside a trace."""
+    return next((m for m in marks if prompt_end.rfind(m.opening) > prompt_end.rfind(m.closing)), None)
+
+
+def split(text: str, marks: Sequence[Marks], opened: Marks | None = None) -> tuple[Split, int] | None:
+    """Take a reply apart.
+
+    Args:
+        text: The reply, marks included.
+        marks: Those that the model knows.
+        opened: From `opened_by`.
+
+    Returns:
+        The parts, and the index in `text` at which the answer begins (its length if there is none); None for a reply
+        that does not begin with a trace.
+    """
+    body = text.lstrip()
+    found, start = opened, 0
+    for one in marks:
+        if body.startswith(one.closing) and one.closing.startswith(one.opening):
+            return Split("", body[len(one.closing) :].lstrip()), text.index(one.closing) + len(one.closing)
+        if body.startswith(one.opening):
+            found, start = one, len(text) - len(body) + len(one.opening)
+            break
+    if found is None:
+        # A closing mark without an opening one: a trace that some prompt began.
+        alone = (one for one in marks if one.closing in text and one.opening not in text[: text.find(one.closing)])
+        found = next(alone, None)
+    if found is None:
+        return None
+    close = text.find(found.closing, start)
+    if close < 0:
+        return Split(text[start:].strip(), None), len(text)
+    end = close + len(found.closing)
+    return Split(text[start:close].strip(), text[end:].lstrip()), end
+
+
+def split_tokens(
+    ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, marks: Sequence[Marks], opened: Marks | None
+) -> tuple[str, Split | None]:
+    """Decode a reply and take it apart; a mark may be special tokens, ordinary ones, or the end of one and more.
+
+    Returns:
+        The text without special tokens, but with the marks, and its parts; None where it holds no trace.
+    """
+    plain = tokenizer.decode(ids, skip_special_tokens=True)
+    raw = tokenizer.decode(ids, skip_special_tokens=False) if marks else plain
+    found = split(raw, marks, opened)
+    if found is None:
+        return plain, None
+    parts, end = found
+    special = [token for token in tokenizer.all_special_tokens if token]
+    trace = _without_ends(parts.trace, special)
+    if parts.answer is None:
+        return _without_ends(raw, special), Split(trace, None)
+    # The answer is decoded like any other, from the first token behind the mark.
+    low = next(k for k in range(1, len(ids) + 1) if len(tokenizer.decode(ids[:k], skip_special_tokens=False)) >= end)
+    rest = tokenizer.decode(ids[:low], skip_special_tokens=False)[end:]
+    answer = (rest + tokenizer.decode(ids[low:], skip_special_tokens=True)).lstrip()
+    return _without_ends(raw, special), Split(trace, answer)
+
+
+def _without_ends(text: str, tokens: Sequence[str]) -> str:
+    while end := next((token for token in tokens if text.endswith(token)), None):
+        text = text[: -len(end)]
+    return text
+
+
+def judged_text(row: Mapping[str, Any], reads: str = "answer") -> str | None:
+    """Return what a judge is given of a stored answer; None if its trace never closed, which is judged by nobody.
+
+    Args:
+        row: A row of `responses.jsonl`: `text`, and `trace` and `answer` where the model reasoned.
+        reads: `answer`, or `with_trace` for the trace and the answer.
+    """
+    trace = row.get("trace")
+    if trace is None:
+        return row["text"]
+    answer = row.get("answer")
+    if answer is None:
+        return None
+    return answer if reads == "answer" else f"Reasoning:\n{trace}\n\nAnswer:\n{answer}"
+
+
+def reads_of(judge: Judge) -> str:
+    """Return what a judge is given: `answer` or `with_trace`."""
+    return getattr(judge, "reads", "answer")
+
+
+class TraceJudge:
+    """A judge that is given the reasoning trace together with the answer.
+
+    Args:
+        judge: Any judge.
+        name: What it is called, where the same judge also reads answers alone.
+    """
+
+    reads: Reads = "with_trace"
+
+    def __init__(self, judge: Judge, name: str | None = None) -> None:
+        self._judge = judge
+        self.name = name or judge.name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._judge, name)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the judge's, and that it reads traces."""
+        return {**self._judge.identity(), "reads": self.reads}
+
+    def open(self, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Open the judge."""
+        return self._judge.open(stored)
+
+    def judge(self, items: Sequence[Item]) -> Iterator[tuple[int, Judgment]]:
+        """Judge."""
+        return self._judge.judge(items)
+
+    def close(self) -> None:
+        """Close the judge."""
+        self._judge.close()
+
+
+def readers(judges: Sequence[Judge], reasoning: str) -> list[Judge]:
+    """Return the judges by what `em_eval.reasoning` has them read; for `both`, each twice and under two names."""
+    if reasoning == "answer":
+        return list(judges)
+    if reasoning == "with_trace":
+        return [TraceJudge(judge) for judge in judges]
+    return [*judges, *(TraceJudge(judge, f"{judge.name}, with trace") for judge in judges)]
