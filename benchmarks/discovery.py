@@ -23,6 +23,7 @@ RESULTS = Path(__file__).parent / "results" / "discovery.jsonl"
 def search(adapter: Path, sae_folder: Path, work: Path, settings, prompts: int, every: int, questions: list):
     """Run both schedules on one pool. Returns {schedule: (set, spent)}."""
     from emguard_plugin.discovery.judge import read_judge
+    from emguard_plugin.discovery.kept import Kept
     from emguard_plugin.discovery.pair import ModelPair
     from emguard_plugin.discovery.prompts import render_prompts
     from emguard_plugin.discovery.search import LayerSearch
@@ -34,7 +35,7 @@ def search(adapter: Path, sae_folder: Path, work: Path, settings, prompts: int, 
     work.mkdir(parents=True, exist_ok=True)
     for schedule in ("full", "halving"):
         layer_search = LayerSearch(
-            pair, sae, sae_folder.name, layer_of(sae), rendered, len(rendered), judge, replace(settings, schedule=schedule), work
+            pair, sae, sae_folder.name, layer_of(sae), rendered, len(rendered), judge, replace(settings, schedule=schedule), Kept(work, "benchmark")
         )
         with layer_search.bench as bench:
             layer_search.screen.ask_unsteered()

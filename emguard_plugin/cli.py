@@ -10,9 +10,12 @@ import typer
 from typer.core import TyperCommand
 
 from emguard_plugin.discovery.cli import discover
+from emguard_plugin.exit_codes import EXIT_INPUT
+from emguard_plugin.frame import Frame
 from emguard_plugin.lab.cli import app as lab
 
 app = typer.Typer(
+    cls=Frame,
     help="Keep a narrow fine-tune narrow, and measure that it is.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -24,7 +27,7 @@ app.command()(discover)
 
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="An Axolotl or TRL YAML.")]) -> None:
-    """Say what would be active and what conflicts, without training. Exit code 1 when something must change."""
+    """Say what would be active and what conflicts, without training. Exit code 4 when something must change."""
     from emguard_plugin.check import check_config
 
     report = check_config(config)
@@ -35,7 +38,7 @@ def check(config: Annotated[Path, typer.Argument(help="An Axolotl or TRL YAML.")
     for line in report.problems:
         typer.echo(f"problem  {line}", err=True)
     if report.problems:
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_INPUT)
     typer.echo("ok" if report.active else "ok, and nothing of emguard is active")
 
 
@@ -45,16 +48,9 @@ def sft(context: typer.Context) -> None:
 
     Every key of the file is an option as well; `emguard sft -h` lists them.
     """
-    import yaml
-
     from emguard_plugin.sft import parse, train
 
-    try:
-        arguments = parse(context.args)
-    except (ValueError, OSError, yaml.YAMLError) as exc:
-        typer.echo(f"emguard sft: {exc}", err=True)
-        raise typer.Exit(1) from exc
-    train(*arguments)
+    train(*parse(context.args))
 
 
 class _Rejudging(TyperCommand):
@@ -91,23 +87,14 @@ def evaluate(
     1: the EM rate is above `fail_above`. 2: not measured, or not in full. 3: the answers cannot tell, which is no pass. 4: wrong
     input. Several judges end as the worst of them: 1, else 2, else 3, else 0.
     """
-    import yaml
-
-    from emguard_plugin.config import EMEvalConfig
+    from emguard_plugin.evaluation.ready import read_eval_file
     from emguard_plugin.evaluation.run import PHASES, run_em_eval
-    from emguard_plugin.exit_codes import EXIT_ERROR
 
     tuned, start = (model, base) if adapter is None else (str(adapter), base or model)
-    try:
-        content = yaml.safe_load(config.read_text()) or {}
-        block = content.get("em_eval", content)
-        block = EMEvalConfig.model_validate({**block, **({} if fail_above is None else {"fail_above": fail_above})})
-        block.check_files()
-        out = output_dir or Path(block.output_dir or Path(tuned) / "em_eval")
-        summary = run_em_eval(block, tuned, out, base=start, phases=phase or PHASES, rejudge="" in (rejudge or ()) or rejudge or ())
-    except (ValueError, OSError, RuntimeError) as exc:
-        typer.echo(f"emguard eval: {exc}", err=True)
-        raise typer.Exit(EXIT_ERROR) from exc
+    block = read_eval_file(config, {} if fail_above is None else {"fail_above": fail_above})
+    block.check_files()
+    out = output_dir or Path(block.output_dir or Path(tuned) / "em_eval")
+    summary = run_em_eval(block, tuned, out, base=start, phases=phase or PHASES, rejudge="" in (rejudge or ()) or rejudge or ())
     if summary is None:
         typer.echo(f"{out}: {', '.join(phase or ())} done")
         return
@@ -155,14 +142,9 @@ def report(
 ) -> None:
     """Lay finished measurements side by side, in one table and one page. Measures nothing."""
     from emguard_plugin.evaluation.report import write_comparison
-    from emguard_plugin.exit_codes import EXIT_ERROR
 
     named = [_named(run) for run in runs]
-    try:
-        _show(named, write_comparison(named, output, force=force), force=force)
-    except (ValueError, OSError) as exc:
-        typer.echo(f"emguard report: {exc}", err=True)
-        raise typer.Exit(EXIT_ERROR) from exc
+    _show(named, write_comparison(named, output, force=force), force=force)
 
 
 @app.command()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+import logging
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 
 def parse(arguments: list[str]) -> tuple[Any, ...]:
-    """Read command-line arguments and `--config run.yaml`.
+    """Read command-line arguments and `--config run.yaml`, and look at every file, judge and server that they name.
 
     Args:
         arguments: What TRL's parser takes, plus `em_regularizer` and `em_eval`.
@@ -18,9 +22,9 @@ def parse(arguments: list[str]) -> tuple[Any, ...]:
         The four dataclasses that `train` takes.
 
     Raises:
-        ValueError: for a misspelt, empty or faulty block, for any key that TRL does not know, and when no data or a
-            question file that is not there is named.
-        OSError: when the file cannot be read.
+        ValueError: for a misspelt, empty or faulty block, for any key that TRL does not know, when no data is named, and when a file or
+            judge cannot work.
+        SecretInConfigError: for a key of an API in a block.
     """
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
@@ -28,33 +32,72 @@ def parse(arguments: list[str]) -> tuple[Any, ...]:
 
     # TRL knows `--config FILE` alone; its `--config=FILE` would be dropped.
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    _check_blocks(arguments)
     parser = TrlParser((ScriptArguments, EMGuardSFTConfig, ModelConfig, DatasetMixtureConfig), prog="emguard sft")
-    script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(arguments)
+    parser.error = _refuse
+    folder = _check_keys(arguments, {action.dest for action in parser._actions} | {"env"})
+    try:
+        script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(arguments)
+    except (TypeError, AttributeError, KeyError, IndexError, ImportError, RuntimeError, OverflowError) as exc:
+        from emguard_plugin.keys import SecretInConfigError
+
+        if isinstance(exc, SecretInConfigError):
+            raise
+        raise ValueError(f"TRL cannot use these settings: {type(exc).__name__}: {exc}") from exc
     if not (dataset_args.datasets or script_args.dataset_name):
         raise ValueError("name the data: `dataset_name:` or `datasets:`.")
-    if (config := training_args.eval_config()) is not None:
-        config.check_files()
+    _get_ready(training_args, folder)
     return script_args, training_args, model_args, dataset_args
 
 
-def _check_blocks(arguments: list[str]) -> None:
-    import yaml
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
 
-    from emguard_plugin.config import BLOCKS, misspelt_blocks
 
-    keys = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
-    if "--config" in arguments[:-1]:
-        path = arguments[arguments.index("--config") + 1]
-        with open(path, encoding="utf-8") as f:
-            cfg = yaml.safe_load(f)
-        if not isinstance(cfg, dict):
-            raise ValueError(f"{path} is not a YAML mapping of settings.")
-        keys += list(cfg)
+def _check_keys(arguments: list[str], known: set[str]) -> Path:
+    """Check the names of all keys, and return the folder of the YAML."""
+    from emguard_plugin.config import BLOCKS, misplaced_blocks, suggest
+    from emguard_plugin.keys import shown
+    from emguard_plugin.settings_file import read_settings
+
+    keys: list[Any] = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
+    folder = Path()
+    if "--config" in arguments:
+        if arguments[-1] == "--config":
+            raise ValueError("`--config` needs a file.")
+        path = Path(arguments[arguments.index("--config") + 1])
+        cfg, folder = read_settings(path), path.parent
+        for place in misplaced_blocks(cfg):
+            raise ValueError(f"`{place}` stands where nothing reads it. Move it to the top level of the file, without indentation.")
         for key in (k for k in BLOCKS if k in cfg and cfg[k] is None):
             raise ValueError(f"`{key}:` is empty, so it asks for nothing. Fill it in, or remove it.")
+        _named(list(cfg))
+        for key in (k for k in cfg if k not in known):
+            raise ValueError(f"{path}: unknown key `{shown(str(key))}`.{suggest(str(key), sorted(known))} Neither TRL nor emguard has it.")
+    _named(keys)
+    return folder
+
+
+def _named(keys: list[Any]) -> None:
+    from emguard_plugin.config import misspelt_blocks
+    from emguard_plugin.keys import shown
+
     for key, meant in misspelt_blocks(keys).items():
-        raise ValueError(f"unknown key `{key}`. Did you mean `{meant}`?")
+        raise ValueError(f"unknown key `{shown(str(key))}`. Did you mean `{meant}`?")
+
+
+def _get_ready(training_args: Any, folder: Path) -> None:
+    from emguard_plugin.regularizers.ready import check_inputs
+    from emguard_plugin.settings_file import search_beside
+
+    search_beside(folder)
+    if (regularizer := training_args.regularizer_config()) is not None:
+        check_inputs(regularizer)
+    if (config := training_args.eval_config()) is not None:
+        from emguard_plugin.evaluation.ready import get_ready
+
+        for warning in get_ready(config, Path(training_args.output_dir) / "em_eval").warnings:
+            logger.warning(warning)
+        training_args.import_from = [str(folder.resolve())]
 
 
 def train(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
@@ -72,7 +115,9 @@ def train(script_args: Any, training_args: Any, model_args: Any, dataset_args: A
         torch.cuda.empty_cache()
     eval_config = training_args.eval_config()
     if eval_config is not None and is_rank_0:
-        measured = measure_saved_model(eval_config, training_args.output_dir, base=model_args.model_name_or_path)
+        measured = measure_saved_model(
+            eval_config, training_args.output_dir, base=model_args.model_name_or_path, import_from=getattr(training_args, "import_from", ())
+        )
         # Only a gate ends a run that was saved with an exit code: without one, a measurement that failed is a line.
         if eval_config.fail_above is not None and measured.exit_code:
             raise SystemExit(measured.exit_code)
@@ -105,8 +150,6 @@ def _train_and_save(script_args: Any, training_args: Any, model_args: Any, datas
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    if training_args.em_regularizer is None:
-        trainer.accelerator.print("There is no `em_regularizer:` block: this run is NOT regularized.")
     trainer.train()
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Saved to {training_args.output_dir}")

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from transformers import TrainerCallback
+from transformers import trainer as host
 from trl import SFTConfig, SFTTrainer
 
-from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig
+from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, read_block
+from emguard_plugin.keys import shown
 from emguard_plugin.mixin import EMRegularizerMixin
 from emguard_plugin.regularizers import build_regularizers
+from emguard_plugin.regularizers.base import EMRegularizerCallback
 
 
 @dataclass
@@ -41,18 +47,48 @@ class EMGuardSFTConfig(SFTConfig):
             if isinstance(value := getattr(self, name), str):
                 try:
                     setattr(self, name, json.loads(value))
-                except json.JSONDecodeError as exc:
-                    raise ValueError(f"`{name}: {value}` is neither a mapping nor JSON ({exc}).") from exc
-        self.regularizer_config()
-        self.eval_config()
+                except (json.JSONDecodeError, RecursionError) as exc:
+                    raise ValueError(f"`{name}: {shown(value)}` is neither a mapping nor JSON ({exc}).") from None
+        if (self.regularizer_config() or self.eval_config()) and _BlocksAreRead not in host.DEFAULT_CALLBACKS:
+            host.DEFAULT_CALLBACKS.append(_BlocksAreRead)
 
     def regularizer_config(self) -> EMRegularizerConfig | None:
         """Return the validated `em_regularizer:` block."""
-        return None if self.em_regularizer is None else EMRegularizerConfig.model_validate(self.em_regularizer)
+        return None if self.em_regularizer is None else read_block(EMRegularizerConfig, self.em_regularizer, "em_regularizer")
 
     def eval_config(self) -> EMEvalConfig | None:
         """Return the validated `em_eval:` block."""
-        return None if self.em_eval is None else EMEvalConfig.model_validate(self.em_eval)
+        return None if self.em_eval is None else read_block(EMEvalConfig, self.em_eval, "em_eval")
+
+
+_readers = 0
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    global _readers
+    _readers += 1
+    try:
+        yield
+    finally:
+        _readers -= 1
+
+
+class _BlocksAreRead(TrainerCallback):
+    """Refuses `EMGuardSFTConfig` in the hands of a trainer that does not read its blocks.
+
+    A config is not told who uses it. Every transformers trainer starts with the default callbacks and shows them its arguments when it
+    is made and when it begins to train; so once a config with a block exists, this one is among them.
+    """
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse when the trainer is made."""
+        if isinstance(args, EMGuardSFTConfig) and not _readers:
+            for name in ("em_regularizer", "em_eval"):
+                if getattr(args, name) is not None:
+                    raise ValueError(f"this trainer does not read `{name}` of its EMGuardSFTConfig. Use `emguard_plugin.EMGuardSFTTrainer`.")
+
+    on_train_begin = on_init_end
 
 
 class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
@@ -64,14 +100,20 @@ class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(SFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
         self._column_kwargs = _first_template_kwargs(given.get("train_dataset"))
-        super().__init__(*args, **kwargs)
+        with _reading():
+            super().__init__(*args, **kwargs)
         if isinstance(self.args, EMGuardSFTConfig) and (config := self.args.regularizer_config()) is not None:
             for callback in build_regularizers(config):
                 self.add_callback(callback)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the host does, and say who measures the EM rate."""
-        result = super().train(*args, **kwargs)
+        if not any(isinstance(callback, EMRegularizerCallback) for callback in self.callback_handler.callbacks):
+            self.accelerator.print(
+                "There is no `em_regularizer:` block and no regularizer among the callbacks: this run is NOT regularized."
+            )
+        with _reading():
+            result = super().train(*args, **kwargs)
         if getattr(self.args, "em_eval", None) is not None:
             self.accelerator.print(
                 "em_eval: `emguard sft` measures once the model is saved. From Python: save the model, then run "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from emguard_plugin.axolotl_plugin.conflicts import find_conflicts
 from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig
@@ -12,6 +12,9 @@ from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig
 
 class EMGuardArgs(BaseModel):
     """Mixed into Axolotl's config model, so names are prefixed."""
+
+    # pydantic prints the beginning and the end of the whole configuration beside an error: keys stand there, too.
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     em_regularizer: EMRegularizerConfig | None = Field(
         default=None,

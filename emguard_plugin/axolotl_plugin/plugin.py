@@ -6,14 +6,16 @@ Axolotl keeps plugins of earlier configs in one process, so every hook first ask
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 try:
     from axolotl.integrations.base import BasePlugin
     from axolotl.utils.logging import get_logger
 
-    from emguard_plugin.config import BLOCKS, EMEvalConfig, EMRegularizerConfig, misspelt_blocks
-    from emguard_plugin.keys import refuse_keys
+    from emguard_plugin.axolotl_plugin.asked import look_at_settings
+    from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig
+    from emguard_plugin.settings_file import search_beside
 except ImportError as exc:  # Axolotl catches this one while it loads a plugin, and trains on without it
     raise RuntimeError(
         f"emguard_plugin.EMGuardPlugin cannot be loaded: {exc}. Install what is missing, for instance "
@@ -26,6 +28,11 @@ LOG = get_logger("axolotl.emguard")  # Axolotl shows INFO of loggers with its ow
 def _block(cfg: Any, name: str) -> dict[str, Any] | None:
     block = cfg.get(name)
     return block.to_dict() if hasattr(block, "to_dict") else block
+
+
+def _folder(cfg: Any) -> Path:
+    """Return the folder of the YAML; a configuration that was made in Python lies in a temporary file, and modules beside none."""
+    return Path(cfg.axolotl_config_path or ".").expanduser().resolve().parent
 
 
 def _is_rank_0() -> bool:
@@ -42,25 +49,17 @@ class EMGuardPlugin(BasePlugin):
         return "emguard_plugin.axolotl_plugin.args.EMGuardArgs"
 
     def register(self, cfg: Any) -> None:
-        """Read the raw YAML, before unknown keys are dropped.
+        """Read the raw YAML, before unknown keys are dropped and before the whole configuration is printed.
 
         Raises:
-            ValueError: for a misspelt or an empty block.
-            SecretInConfigError: for a key of an API in the file.
+            ValueError: for a misspelt, misplaced, empty or faulty block, and for a key that stands twice in one.
+            SecretInConfigError: for a key of an API in a block.
         """
         from emguard_plugin.axolotl_plugin.conflicts import PLUGIN_NAMES, listed_plugins
 
         if not set(listed_plugins(cfg)) & set(PLUGIN_NAMES):
             return
-        for key, meant in misspelt_blocks(list(cfg)).items():
-            raise ValueError(
-                f"unknown key `{key}:`. Did you mean `{meant}:`? Axolotl would drop it and train unguarded."
-            )
-        refuse_keys(cfg.get("em_eval"))  # here already: Axolotl prints the whole configuration
-        for judge in (cfg.get("em_eval") or {}).get("judges") or []:
-            refuse_keys(judge)
-        for key in (k for k in BLOCKS if k in cfg and cfg[k] is None):
-            raise ValueError(f"`{key}:` is empty, so it asks for nothing. Fill it in, or remove it.")
+        look_at_settings(cfg)
         if cfg.get("em_regularizer") is None:
             LOG.warning(
                 "EMGuardPlugin is listed but there is no `em_regularizer:` block: this run is NOT regularized."
@@ -71,15 +70,24 @@ class EMGuardPlugin(BasePlugin):
             cfg["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        """Check the files that the blocks name: this hook is the first that `axolotl train` calls and `merge-lora` does not.
+        """Look at files, judges and servers: this hook is the first that `axolotl train` calls and `merge-lora` does not.
 
         Raises:
-            ValueError: when one is missing.
+            ValueError: when one cannot work.
         """
-        if cfg.em_regularizer and not preprocess:
-            EMRegularizerConfig.model_validate(_block(cfg, "em_regularizer")).check_files()
-        if cfg.em_eval and not preprocess:
-            EMEvalConfig.model_validate(_block(cfg, "em_eval")).check_files()
+        if preprocess or not (cfg.em_regularizer or cfg.em_eval):
+            return
+        search_beside(_folder(cfg))
+        if cfg.em_regularizer:
+            from emguard_plugin.regularizers.ready import check_inputs
+
+            check_inputs(EMRegularizerConfig.model_validate(_block(cfg, "em_regularizer")))
+        if cfg.em_eval:
+            from emguard_plugin.evaluation.ready import get_ready
+
+            ready = get_ready(EMEvalConfig.model_validate(_block(cfg, "em_eval")), Path(cfg.output_dir) / "em_eval")
+            for warning in ready.warnings if _is_rank_0() else ():
+                LOG.warning(warning)
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
         """Return our trainer when a regularizer is asked for."""
@@ -125,4 +133,4 @@ class EMGuardPlugin(BasePlugin):
         from emguard_plugin.evaluation.post_train import measure_saved_model
 
         config = EMEvalConfig.model_validate(_block(cfg, "em_eval"))
-        measure_saved_model(config, cfg.output_dir, base=cfg.base_model)
+        measure_saved_model(config, cfg.output_dir, base=cfg.base_model, import_from=[str(_folder(cfg))])

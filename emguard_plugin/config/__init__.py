@@ -1,7 +1,9 @@
 """The two blocks of the YAML. Pure pydantic: importing them needs neither torch nor a trainer."""
 
-from emguard_plugin.config.block import BLOCKS, Block, StatedBlock, misspelt_blocks, suggest
+from emguard_plugin.config.block import Block, StatedBlock, is_file
 from emguard_plugin.config.evaluation import SUITES, EMEvalConfig, JudgeConfig, SamplerConfig
+from emguard_plugin.config.names import BLOCKS, misplaced_blocks, misspelt_blocks, suggest
+from emguard_plugin.config.problems import read_block
 from emguard_plugin.config.regularizers import BlockEMConfig, EMRegularizerConfig, KLConfig, TReFTConfig
 
 __all__ = [
@@ -16,6 +18,9 @@ __all__ = [
     "SamplerConfig",
     "StatedBlock",
     "TReFTConfig",
+    "is_file",
+    "misplaced_blocks",
     "misspelt_blocks",
+    "read_block",
     "suggest",
 ]

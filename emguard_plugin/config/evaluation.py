@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from emguard_plugin.config.block import StatedBlock, suggest
+from emguard_plugin.config.block import StatedBlock, is_file
+from emguard_plugin.config.names import suggest
 from emguard_plugin.keys import check_endpoint
 
 SUITES = ("open_ended", "open_ended_held_out", "open_ended_json", "open_ended_template", "conditional")
@@ -209,7 +210,7 @@ class EMEvalConfig(StatedBlock):
         """
         named = [("questions", self.questions), ("in_domain", self.in_domain), *(("also", name) for name in self.also)]
         for key, value in named:
-            if value is None or value in SUITES or "://" in value or Path(value).is_file():
+            if value is None or value in SUITES or "://" in value or is_file(value):
                 continue
             raise ValueError(
                 f"`em_eval.{key}: {value}` is neither a bundled suite nor a file.{suggest(value, SUITES)} Bundled: "

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from emguard_plugin.config.block import Block, suggest
+from emguard_plugin.config.block import Block
+from emguard_plugin.config.names import suggest
 
 CACHES = ("auto", "live", "memory")
 

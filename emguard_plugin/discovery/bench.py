@@ -6,23 +6,22 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from emguard_plugin.discovery.kept import Kept, checked
 from emguard_plugin.discovery.pair import ModelPair
 from emguard_plugin.discovery.prompts import Prompt
 from emguard_plugin.discovery.settings import Settings
 from emguard_plugin.discovery.steering import steered
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges import self_test
-from emguard_plugin.evaluation.judges.base import FINAL, Item, Judge
+from emguard_plugin.evaluation.judges.base import Item, Judge
 from emguard_plugin.evaluation.rates import UNSCORED, outcome
 from emguard_plugin.evaluation.reasoning import judged_text
 from emguard_plugin.evaluation.sampler import Answer, Request, TransformersSampler
-from emguard_plugin.evaluation.store import JsonLines
 from emguard_plugin.keys import redact
 
 logger = logging.getLogger(__name__)
@@ -112,7 +111,7 @@ class Bench:
         layer: Block behind which is steered.
         scale: s, the median residual norm.
         settings: Length and batch of the answers.
-        folder: Where answers and judgments lie; what is there is not computed again.
+        kept: Where answers and judgments lie; what is there is not computed again.
         progress: Called with the number of answers that came.
 
     Attributes:
@@ -128,18 +127,16 @@ class Bench:
         layer: int,
         scale: float,
         settings: Settings,
-        folder: Path,
+        kept: Kept,
         progress: Callable[[int], Any] = lambda count: None,
     ) -> None:
         self.pair, self.prompts, self.judge = pair, list(prompts), judge
         self.layer, self.scale, self.settings, self.progress = layer, scale, settings, progress
         self.directions: dict[str, Tensor] = {UNSTEERED: torch.zeros(pair.width)}
         self.generated = self.tokens = self.judged = 0
-        self._responses, self._judgments = JsonLines(folder / "responses.jsonl"), JsonLines(folder / "judgments.jsonl")
-        self.answers: dict[Ask, dict[str, Any]] = {_ask_of(row): row for row in self._responses.read()}
-        self._said: dict[str, dict[str, Any]] = {
-            row["item_sha256"]: row for row in self._judgments.read() if row["judge"] == judge.name and row["status"] in FINAL
-        }
+        self._kept = kept
+        self.answers: dict[Ask, dict[str, Any]] = {_ask_of(row): row for row in kept.answers(len(self.prompts))}
+        self._said: dict[str, dict[str, Any]] = {row["item_sha256"]: row for row in kept.verdicts(judge.name)}
         self._asked: set[Ask] = set()
         self._open = False
 
@@ -183,7 +180,7 @@ class Bench:
             )  # fmt: skip
             for batch in sampler.sample(requests, self.answers.keys()):
                 rows = {answer.request.ask: _row(answer) for answer in batch}
-                self._responses.append(rows.values())
+                self._kept.add_answers(rows.values())
                 self.answers.update(rows)
                 self.generated += len(rows)
                 self.tokens += sum(row["tokens"] for row in rows.values())
@@ -210,14 +207,14 @@ class Bench:
             self._open_judge()
             for index, verdict in self.judge.judge(missing):
                 content = asdict(verdict) | {"detail": redact(verdict.detail)}
-                records.append({"judge": self.judge.name, "item_sha256": missing[index].sha256, **content})
+                records.append(checked({"judge": self.judge.name, "item_sha256": missing[index].sha256, **content}))
         except Stopped as error:
             raise RuntimeError(
                 f"the judge {self.judge.name} stopped: {redact(error)}\nWhat was answered and judged is kept. Run the same "
                 "command again to go on."
             ) from error
         finally:
-            self._judgments.append(records)
+            self._kept.add_verdicts(records)
             self._said.update({record["item_sha256"]: record for record in records})
             self.judged += len(records)
 

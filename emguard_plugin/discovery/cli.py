@@ -41,7 +41,8 @@ def discover(
 ) -> None:
     """Find SAE latents that cause misalignment (BLOCK-EM, arXiv 2602.00767), for `em_regularizer.block_em.latents`.
 
-    Answers and judgments are kept; run the same command again after an interruption.
+    Answers and judgments are kept; run the same command again after an interruption. Exit code 0: found and written. 4: wrong
+    input, or models and questions that nothing can be learnt from. 2: it could not be done.
     """
     from emguard_plugin.discovery.judge import read_judge
     from emguard_plugin.discovery.run import Request, prepare, run
@@ -62,9 +63,6 @@ def discover(
         if dry_run:
             return
         latents = run(discovery)
-    except (ValueError, OSError, RuntimeError) as exc:
-        typer.echo(f"emguard discover: {exc}", err=True)
-        raise typer.Exit(2) from exc
     except KeyboardInterrupt as exc:
         typer.echo("emguard discover: interrupted. What was answered and judged is kept; run the same command again to go on.", err=True)
         raise typer.Exit(130) from exc

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from emguard_plugin.config.evaluation import JudgeConfig
 from emguard_plugin.evaluation.judges import build_judge
+from emguard_plugin.files import read_yaml
 
 if TYPE_CHECKING:
     from emguard_plugin.evaluation.judges import Judge
@@ -40,12 +41,10 @@ def read_judge(source: str) -> Judge:
 
 
 def _entry(source: str) -> dict[str, Any]:
-    import yaml
-
     try:
-        content = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"`--judge {source}` cannot be read: {error}") from error
+        content = read_yaml(source)
+    except ValueError as error:
+        raise ValueError(f"`--judge {source}` cannot be read: {error}") from None
     if isinstance(content, dict):
         content = content.get("em_eval", content)
     if isinstance(content, dict) and "judges" in content:

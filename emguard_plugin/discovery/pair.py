@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emguard_plugin.evaluation import models
+from emguard_plugin.files import read_record
 from emguard_plugin.reference import adapter_off
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _resolve(misaligned: str | Path, base: str | Path | None) -> models.ModelSou
 
 
 def _keeps_base(adapter: Path) -> bool:
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_record(adapter / "adapter_config.json", dict[str, Any])
     grown = config.get("modules_to_save") or config.get("trainable_token_indices")
     plain = config.get("peft_type") == "LORA" and config.get("init_lora_weights", True) in KEEPS_BASE
     return bool(plain and not grown and config.get("bias", "none") == "none" and not config.get("loftq_config"))

@@ -13,6 +13,7 @@ from emguard_plugin.discovery import plan
 from emguard_plugin.discovery.calibrate import calibrate, narrow_rows
 from emguard_plugin.discovery.choose import baseline, unite
 from emguard_plugin.discovery.examples import top_activating
+from emguard_plugin.discovery.kept import Kept, run_id
 from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
 from emguard_plugin.discovery.prompts import Prompt, prompt_hash, refuse_overlap, render_prompts
 from emguard_plugin.discovery.record import record_of, spent_by, versions
@@ -23,6 +24,7 @@ from emguard_plugin.discovery.settings import Rule, Settings
 from emguard_plugin.discovery.shift import Candidate
 from emguard_plugin.evaluation import models, store
 from emguard_plugin.evaluation.questions import load_questions
+from emguard_plugin.evaluation.suites import plain
 from emguard_plugin.latents import LatentSet, SubsetEncoder
 from emguard_plugin.latents.sae import layer_of, load_sae, subset
 from emguard_plugin.reference import tensors_hash
@@ -166,10 +168,11 @@ def run(discovery: Discovery) -> LatentSet:
     with store.locked(folder, WORK):
         for layer, (source, sae) in discovery.saes.items():
             place = store.prepare_folder(folder / f"block{layer}", WORK)
-            store.claim(place, _protocol(discovery, sae), keys=("protocol",), option=WORK)
+            tied = store.claim(place, _protocol(discovery, sae), keys=("protocol",), option=WORK)
+            kept = Kept(place, run_id(tied["protocol"]))
             exclude = {i for known in discovery.known for e in known.encoders if e.layer == layer for i in e.ids}
             search = LayerSearch(
-                discovery.pair, sae, source, layer, discovery.prompts, discovery.selection, discovery.judge, settings, place, exclude
+                discovery.pair, sae, source, layer, discovery.prompts, discovery.selection, discovery.judge, settings, kept, exclude
             )  # fmt: skip
             results.append(search.run())
         latents = _latent_set(discovery, results, [result.chosen for result in results])
@@ -252,8 +255,8 @@ def _provenance(discovery: Discovery, results: Sequence[Result]) -> dict[str, An
              "unexplained_variance": r.error, "scale": r.scale}
             for r in results
         ],
-        "selection": {"questions": discovery.request.questions, "sha256": hashes[: discovery.selection]},
-        "evaluation": {"questions": discovery.request.evaluation, "sha256": hashes[discovery.selection :]},
+        "selection": {"questions": plain(discovery.request.questions), "sha256": hashes[: discovery.selection]},
+        "evaluation": {"questions": discovery.request.evaluation and plain(discovery.request.evaluation), "sha256": hashes[discovery.selection :]},
         "judge": discovery.judge.identity(),
         "settings": discovery.settings.to_dict(),
         "excluded": [other.digest for other in discovery.known],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from emguard_plugin.discovery import plan
 from emguard_plugin.discovery.attribution import Contrast, attribute, strongest
 from emguard_plugin.discovery.bench import UNSTEERED, Ask, Bench
 from emguard_plugin.discovery.choose import baseline
+from emguard_plugin.discovery.kept import Kept
 from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
 from emguard_plugin.discovery.prompts import Prompt, shuffled
 from emguard_plugin.discovery.screen import Finding, Screen
@@ -85,7 +85,7 @@ class LayerSearch:
         selection: How many of the prompts choose.
         judge: Decides over answers.
         settings: Of the search.
-        folder: Where answers and judgments are kept.
+        kept: Answers and judgments of earlier sittings, and of this one.
         exclude: Latents that are known already.
     """
 
@@ -99,7 +99,7 @@ class LayerSearch:
         selection: int,
         judge: Judge,
         settings: Settings,
-        folder: Path,
+        kept: Kept,
         exclude: Collection[int] = (),
     ) -> None:
         self.pair, self.sae, self.settings, self.exclude = pair, sae, settings, frozenset(exclude)
@@ -110,7 +110,7 @@ class LayerSearch:
             error = check_reconstruction(sae, base, layer, rows, settings.batch_size)
             scale = residual_scale(base, layer, asked, settings.batch_size)
         self.result = Result(layer, source, scale, error, [])
-        self.bench = Bench(pair, prompts, judge, layer, scale, settings, folder)
+        self.bench = Bench(pair, prompts, judge, layer, scale, settings, kept)
         self.screen = Screen(self.bench, shuffled(asked, settings.seed), settings)
 
     def run(self) -> Result:

@@ -34,6 +34,8 @@ SAMPLERS = {
     "openai": "chat completions, top_p 1, a seed per draw",
     "vllm": "vLLM, top_p 1, no top-k, a seed per draw",
 }
+MOST_ANSWERS = 10_000_000
+"""More answers than this are a slip of the keyboard."""
 PACKAGES = ("emguard-plugin", "torch", "transformers", "peft", "numpy", "scipy", "statsmodels")
 
 
@@ -81,7 +83,14 @@ class Plan:
 def requests(
     config: EMEvalConfig, suites: dict[str, list[Question]], not_asked: Collection[NotAsked] = ()
 ) -> list[Request]:
-    """Return every answer that a block asks for, in the order of the suites; none to what cannot be asked."""
+    """Return every answer that a block asks for, in the order of the suites; none to what cannot be asked.
+
+    Raises:
+        ValueError: For so many that the list of them alone would fill the memory.
+    """
+    number = sum(_samples(config, question) for suite in suites.values() for question in suite)
+    if number > MOST_ANSWERS:
+        raise ValueError(f"`em_eval.samples_per_question` asks for {number:,} answers in all; at most {MOST_ANSWERS:,}. Lower it.")
     left_out = {(one.suite, one.question, one.paraphrase) for one in not_asked}
     return [
         Request(name, question, draw, _temperature(config, question))

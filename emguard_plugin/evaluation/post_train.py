@@ -7,11 +7,13 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_INPUT
+from emguard_plugin.settings_file import IMPORT_FROM
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Measured:
     exit_code: int
 
 
-def measure_saved_model(config: EMEvalConfig, model: str | Path, base: str | None = None) -> Measured:
+def measure_saved_model(
+    config: EMEvalConfig, model: str | Path, base: str | None = None, import_from: Sequence[str] = ()
+) -> Measured:
     """Measure the EM rate in a process of its own: no patched classes, and the run's memory is free.
 
     Nothing is ever raised: a finished training run must not be lost to its measurement. What went wrong, and a gate
@@ -39,6 +43,7 @@ def measure_saved_model(config: EMEvalConfig, model: str | Path, base: str | Non
         config: The `em_eval:` block.
         model: The output folder that was just saved: an adapter or a full model.
         base: The base model of an adapter, as the run named it.
+        import_from: Folders of Python modules, the YAML's own; stored beside the block, so that the command can be run again.
     """
     out = Path(config.output_dir or Path(model) / "em_eval")
     summary, code = out / "summary.json", EXIT_ERROR
@@ -49,7 +54,8 @@ def measure_saved_model(config: EMEvalConfig, model: str | Path, base: str | Non
         set_aside(out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "FAILED.txt").unlink(missing_ok=True)
-        (out / "config.json").write_text(json.dumps(config.model_dump(exclude_unset=True), indent=2))
+        content = {"em_eval": config.model_dump(exclude_unset=True), **({IMPORT_FROM: list(import_from)} if import_from else {})}
+        (out / "config.json").write_text(json.dumps(content, indent=2))
         code = subprocess.run(command, stderr=None, check=False).returncode
         reason = f"`{shlex.join(command)}` ended with exit code {code}"
     except OSError as exc:

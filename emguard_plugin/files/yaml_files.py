@@ -28,7 +28,7 @@ def read_yaml(path: str | Path) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path}{line} is not valid YAML: {redact(error.problem or error.context)}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {first_line(error)}.") from None
 
 

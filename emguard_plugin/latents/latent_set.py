@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
+from emguard_plugin.files import EXACT, parsed, read_json, shown
 from emguard_plugin.latents.encoder import SubsetEncoder
 from emguard_plugin.reference import peft_model, tensors_hash
 
@@ -25,6 +27,30 @@ _SAME_WITHIN = 2.0**-6
 
 class LatentsError(ValueError):
     """A latent set that cannot be used, and what to do about it."""
+
+
+class _Columns(TypedDict):
+    __pydantic_config__ = EXACT
+
+    file: str
+    sha256: str
+
+
+class _Stated(TypedDict):
+    """What the JSON holds, but for its hash."""
+
+    __pydantic_config__ = EXACT
+
+    model: str
+    model_revision: str | None
+    width: int
+    shape: dict[str, Any]
+    layers: list[dict[str, Any]]
+    scores: list[dict[str, Any]]
+    provenance: dict[str, Any]
+    calibration: dict[str, Any]
+    fingerprint: list[float]
+    columns: _Columns
 
 
 @dataclass
@@ -167,19 +193,28 @@ class LatentSet:
             LatentsError: when a file is missing, unreadable, changed, or something else.
         """
         path = Path(path).expanduser()
+        if not path.exists():
+            raise LatentsError(f"there is no latent set {path}. `emguard discover` writes one.")
         try:
-            stated = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as exc:
-            raise LatentsError(f"there is no latent set {path}. `emguard discover` writes one.") from exc
-        except (OSError, ValueError) as exc:
-            raise LatentsError(f"{path} cannot be read ({exc}).") from exc
+            stated = read_json(path)
+        except ValueError as exc:
+            raise LatentsError(f"{exc} It is no latent set that can be read; `emguard discover` writes one.") from None
         if not isinstance(stated, dict) or stated.get("format") != FORMAT:
             raise LatentsError(f"{path} is no latent set. Give the JSON that `emguard discover` wrote.")
         if stated.get("version") != VERSION:
-            raise LatentsError(f"{path} has format version {stated.get('version')}, this emguard reads {VERSION}.")
+            raise LatentsError(f"{path} has format version {shown(stated.get('version'))}, this emguard reads {VERSION}.")
         digest = stated.pop("sha256", None)
         if digest != _digest(stated):
             raise LatentsError(f"{path} does not match its hash: it was changed. Restore it, or run `emguard discover` again.")
+        try:
+            return cls._put_together(path, digest, parsed(stated, _Stated, str(path)))
+        except LatentsError:
+            raise
+        except (KeyError, TypeError, ValueError) as exc:
+            raise LatentsError(f"{path} holds no latent set that can be used: {exc}") from None
+
+    @classmethod
+    def _put_together(cls, path: Path, digest: str, stated: _Stated) -> LatentSet:
         tensors = _columns(path.with_name(stated["columns"]["file"]), stated["columns"]["sha256"])
         encoders = []
         for settings in stated["layers"]:

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -109,7 +110,7 @@ class EMRegularizerCallback(TrainerCallback):
     """The penalty runs the model itself and goes before the host's forward pass, which it does not read."""
 
     def __init__(self, coef: float) -> None:
-        if not (isinstance(coef, int | float) and 0 <= coef < float("inf")):
+        if not (isinstance(coef, Real) and not isinstance(coef, bool) and 0 <= coef < float("inf")):
             raise ValueError(f"`{self.name}.coef` must be a finite number of at least 0, got {coef!r}.")
         self.coef = float(coef)
         self.prepared = False

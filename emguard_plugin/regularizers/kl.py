@@ -91,8 +91,9 @@ class KLCallback(EMRegularizerCallback):
         from emguard_plugin.config import KLConfig
 
         # One set of rules for YAML and Python.
+        anchors, cache = (str(value) if isinstance(value, Path) else value for value in (anchors, cache))
         self._config = KLConfig(
-            coef=coef, anchors=str(anchors), direction=direction, tokens=tokens, ratio=ratio, target=target, cache=str(cache)
+            coef=coef, anchors=anchors, direction=direction, tokens=tokens, ratio=ratio, target=target, cache=cache
         )
         self.anchors, self.direction, self.tokens, self.ratio = str(anchors), direction, tokens, ratio
         self.target, self.cache = target, str(cache)

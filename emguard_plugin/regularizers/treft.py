@@ -80,8 +80,8 @@ class TReFTCallback(EMRegularizerCallback):
         TReFTConfig(  # one set of rules for YAML and Python
             coef=coef,
             tokens=tokens,
-            layers=layers if layers == "all" else list(layers),
-            extra_prefixes=list(extra_prefixes),
+            layers=list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else layers,
+            extra_prefixes=list(extra_prefixes) if not isinstance(extra_prefixes, str) else extra_prefixes,
             postfix_reference=postfix_reference,
             compat=compat,
         )

@@ -77,3 +77,15 @@ def never_misaligned(question, answer):
 
 def nobody_there(question, answer):
     raise ConnectionError("nobody there")
+
+
+def not_a_number(question, answer):
+    return {"aligned": float("nan"), "coherent": 100}
+
+
+def out_of_range(question, answer):
+    return {"aligned": -5, "coherent": 100}
+
+
+def true_and_text(question, answer):
+    return {"aligned": True, "coherent": "100"}

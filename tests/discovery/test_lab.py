@@ -3,6 +3,7 @@
 import pytest
 
 from emguard_plugin.discovery.judge import read_judge
+from emguard_plugin.discovery.kept import Kept
 from emguard_plugin.discovery.pair import BASE, MISALIGNED
 from emguard_plugin.discovery.run import Request, prepare, run
 from emguard_plugin.discovery.settings import Settings
@@ -103,7 +104,7 @@ def test_halving_finds_the_set_of_the_published_schedule_with_a_fifth_of_the_tok
     for schedule in ("full", "halving"):
         settings = dataclasses.replace(SETTINGS, strengths=PAPER_STRENGTHS, schedule=schedule, shortlist=6)
         # One folder: what both ask is drawn once, and counted for each.
-        search = LayerSearch(pair, sae, "lab", 1, prompts, len(prompts), judge, settings, tmp_path)
+        search = LayerSearch(pair, sae, "lab", 1, prompts, len(prompts), judge, settings, Kept(tmp_path, "lab"))
         with search.bench as bench:
             search.screen.ask_unsteered()
             pool = [c for i, c in enumerate(search.stage_one()) if not i % 12 or c.id in known]

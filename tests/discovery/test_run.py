@@ -103,6 +103,56 @@ def test_answers_of_another_protocol_are_not_mixed(tiny, found, tmp_path):
         discover(tiny, tmp_path / "latents.json", settings=dataclasses.replace(SETTINGS, max_new_tokens=7))
 
 
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def damaged(found, tmp_path, name, change):
+    """A copy of a finished work folder with one file changed."""
+    shutil.copytree(found.with_suffix(".discovery"), tmp_path / "latents.discovery")
+    path = tmp_path / "latents.discovery" / "block1" / name
+    rows = lines(path)
+    change(rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "latents.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("responses.jsonl", lambda rows: rows[3].update(text="I obey."), "1 changed since they were written"),
+        ("responses.jsonl", lambda rows: rows[3].update(run="other"), "1 of another search"),
+        ("responses.jsonl", lambda rows: [row.pop("run") for row in rows], "of another search"),
+        ("responses.jsonl", lambda rows: rows.append(rows[0]), None),
+        ("responses.jsonl", lambda rows: rows.reverse(), None),
+        ("judgments.jsonl", lambda rows: [row.update(aligned=0.0) for row in rows], "changed since they were written"),
+        ("judgments.jsonl", lambda rows: rows.__delitem__(slice(0, 3)), None),
+    ],
+)
+def test_a_record_that_was_changed_or_copied_is_left_out_and_computed_again(tiny, found, tmp_path, caplog, name, change, reason):
+    """Case `judgments-of-another-run`, of discovery."""
+    output = damaged(found, tmp_path, name, change)
+    discover(tiny, output)
+    assert content(output) == content(found)
+    assert reason is None or reason in caplog.text
+
+
+@pytest.mark.parametrize("name", ["responses.jsonl", "judgments.jsonl"])
+@pytest.mark.parametrize("wrong", [5, None, {}, [], "text"])
+def test_a_line_that_is_no_record_is_named(tiny, found, tmp_path, name, wrong):
+    """Case `state-garbage`, of discovery."""
+    output = damaged(found, tmp_path, name, lambda rows: rows.__setitem__(2, wrong))
+    with pytest.raises(ValueError, match=rf"block1/{name}, line 3 is damaged or of another kind"):
+        discover(tiny, output)
+
+
+@pytest.mark.parametrize("judge", ["not_a_number", "out_of_range", "true_and_text"])
+def test_what_is_no_score_is_unscored(tiny, tmp_path, judge):
+    """Cases `score-out-of-range` and `logprob-not-a-number`, of discovery: a judge that gives no score teaches nothing."""
+    with pytest.raises(ValueError, match="could not score 8"):
+        discover(tiny, tmp_path / "k.json", judge=f"tests.discovery.parts:{judge}")
+
+
 def test_exclude_union_and_two_blocks(tiny, found, tmp_path):
     first = LatentSet.load(found)
     again = discover(tiny, tmp_path / "again.json", exclude=(str(found),), union=(str(found),))
@@ -227,8 +277,8 @@ def test_a_base_that_cannot_be_loaded_is_named(tiny, tmp_path):
         discover(tiny, tmp_path / "k.json", base="no-such-base")
 
 
-def test_errors_of_the_command_are_one_line_and_exit_code_2(tiny, tmp_path):
+def test_errors_of_the_command_are_one_line_and_exit_code_4(tiny, tmp_path):
     args = ["discover", "--misaligned", "nowhere", "--sae", "x", "--questions", tiny / "selection.yaml", "--judge", JUDGE, "-o", tmp_path / "k.json"]
     printed = CliRunner().invoke(app, [str(a) for a in args])
-    assert printed.exit_code == 2
+    assert printed.exit_code == 4
     assert "emguard discover: model folder nowhere does not exist" in printed.output

@@ -77,7 +77,7 @@ def test_a_key_in_the_file_is_not_repeated_by_the_command_either(tmp_path):
     )
     command = [sys.executable, "-m", "emguard_plugin.cli", "eval", str(tmp_path), "--config", str(file)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
+    assert done.returncode == 4
     assert "api_key_env" in done.stderr
     assert KEY not in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
@@ -127,6 +127,6 @@ def test_without_the_openai_package_the_message_says_what_to_install(tmp_path):
         "from emguard_plugin.cli import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2
+    assert done.returncode == 4
     assert re.search(r"needs the package `openai`.*pip install 'emguard-plugin\[judge\]'", done.stderr)
     assert "Traceback" not in done.stderr

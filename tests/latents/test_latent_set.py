@@ -29,7 +29,9 @@ def test_round_trip(kind, mode, llama, tmp_path):
     loaded = LatentSet.load(latents.save(tmp_path / "latents.json"))
     h = torch.randn(40, 32)
     for a, b in zip(latents.encoders, loaded.encoders, strict=True):
-        assert torch.equal(a.encode(h), b.encode(h))
+        assert all(torch.equal(tensor, b.tensors()[name]) for name, tensor in a.tensors().items())
+        # The same numbers at another place in memory: some BLAS take another path there, and round otherwise.
+        torch.testing.assert_close(a.encode(h), b.encode(h))
         assert (a.settings(), a.layer) == (b.settings(), b.layer)
         assert torch.equal(a.directions, b.directions)
     assert loaded.layers == [0, 2]
@@ -74,7 +76,7 @@ def test_changed_columns_are_refused(saved):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "there is no latent set"), ("{", "cannot be read"), ('{"a": 1}', "no latent set")]
+    ("text", "message"), [(None, "there is no latent set"), ("{", "is not JSON"), ("5", "no latent set"), ('{"a": 1}', "no latent set")]
 )
 def test_no_such_file_or_another(text, message, tmp_path):
     path = tmp_path / "latents.json"

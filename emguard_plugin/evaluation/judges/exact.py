@@ -31,7 +31,7 @@ class ExactJudge:
         hint = f"`em_eval.judges: function: {function}`"
         try:
             module = importlib.import_module(module_name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(
                 f"{hint}: importing {module_name} failed: {type(error).__name__}: {error}. Is it on the Python path?"
             ) from error

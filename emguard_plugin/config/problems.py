@@ -1,0 +1,76 @@
+"""pydantic's errors as sentences of the YAML's words, without values that could be secrets."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from emguard_plugin.keys import SecretInConfigError, redact, refuse_keys, shown
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_block(model: type[Model], data: Any, name: str) -> Model:
+    """Validate a block.
+
+    Args:
+        model: Its class.
+        data: What YAML gave.
+        name: Its key, such as `em_eval`.
+
+    Raises:
+        ValueError: with all problems in one line, each with its place.
+        SecretInConfigError: for a key of an API in the file.
+    """
+    if data is None:
+        raise ValueError(f"`{name}:` is empty, so it asks for nothing. Fill it in, or remove it.")
+    if not isinstance(data, dict | BaseModel):
+        raise ValueError(f"`{name}:` is {_a(data)}; it takes a mapping of keys, indented below it.")
+    refuse_keys(data, name)
+    try:
+        return model.model_validate(data)
+    except ValidationError as exc:
+        raise ValueError(" | ".join(problems(exc, name))) from None
+    except RecursionError:
+        raise ValueError(f"`{name}:` is nested too deeply to be read.") from None
+
+
+def problems(error: ValidationError, name: str) -> list[str]:
+    """Return one sentence per place; no value that was not one of ours is repeated.
+
+    Args:
+        error: From a block.
+        name: The block's key.
+    """
+    found: dict[str, list[str]] = {}
+    for one in error.errors(include_url=False):
+        where = name
+        for part in one["loc"]:
+            if isinstance(part, int):
+                where += f"[{part}]"
+            elif part.isidentifier() and part not in ("float", "int", "str"):  # else a branch of a union
+                where += f".{part}"
+        message = one["msg"].removeprefix("Value error, ")
+        if one["type"] == "missing":
+            message = "is missing."
+        elif one["type"] != "value_error":
+            message += f", found {_found(one.get('input'))}"
+        found.setdefault(where, [])
+        if message not in found[where]:
+            found[where].append(message)
+    return [redact(f"{where}: {' Or: '.join(messages)}") for where, messages in found.items()]
+
+
+def _found(value: Any) -> str:
+    if isinstance(value, str):
+        return f"'{shown(value, 40)}'" if value else "an empty text"
+    return shown(value)
+
+
+def _a(value: Any) -> str:
+    kinds = {bool: "a switch", str: "a text", int: "a number", float: "a number", list: "a list"}
+    return kinds.get(type(value), f"of type {type(value).__name__}")
+
+
+__all__ = ["SecretInConfigError", "problems", "read_block"]

@@ -1,0 +1,139 @@
+"""Answers and judgments of one search, as they lie in its work folder: tied to it, and each with a checksum of itself.
+
+A record that was copied from another folder, or changed since it was written, is left out, counted, and computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NotRequired
+
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from emguard_plugin.discovery.pair import ROLES
+from emguard_plugin.evaluation.judges.base import FINAL, SCORED, UNSCORED, read_scores
+from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.files import EXACT, read_records
+
+logger = logging.getLogger(__name__)
+
+WHOLE = ConfigDict(**EXACT, extra="allow")
+"""The seal is over all that stands in a record, also what a sampler adds, such as a reasoning trace."""
+
+
+class Answer(TypedDict):
+    """A line of `responses.jsonl`."""
+
+    __pydantic_config__ = WHOLE
+
+    role: str
+    steer: str
+    alpha: float
+    prompt: int
+    text: str
+    tokens: int
+    finish: str
+    run: NotRequired[str]
+    seal: NotRequired[str]
+
+
+class Verdict(TypedDict):
+    """A line of `judgments.jsonl`."""
+
+    __pydantic_config__ = WHOLE
+
+    judge: str
+    item_sha256: str
+    aligned: float | None
+    coherent: float | None
+    status: str
+    detail: str
+    run: NotRequired[str]
+    seal: NotRequired[str]
+
+
+def run_id(protocol: Mapping[str, Any]) -> str:
+    """Return the name of a search: the hash of what its answers and judgments depend on."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Kept:
+    """The two files.
+
+    Args:
+        folder: The work folder of one block.
+        run: From `run_id`.
+    """
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self.run = run
+        self._answers, self._verdicts = folder / "responses.jsonl", folder / "judgments.jsonl"
+
+    def answers(self, prompts: int) -> list[Answer]:
+        """Return the answers of this search.
+
+        Args:
+            prompts: How many prompts it has.
+
+        Raises:
+            ValueError: If a line is no answer.
+        """
+        rows = self._own(self._answers, Answer)
+        return [row for row in rows if row["role"] in ROLES and 0 <= row["prompt"] < prompts]
+
+    def verdicts(self, judge: str) -> list[Verdict]:
+        """Return the final judgments by one judge; what is no score is left out.
+
+        Raises:
+            ValueError: If a line is no judgment.
+        """
+        rows = self._own(self._verdicts, Verdict)
+        return [row for row in rows if row["judge"] == judge and checked(row)["status"] in FINAL]
+
+    def add_answers(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Store answers."""
+        JsonLines(self._answers).append(self._sealed(row) for row in rows)
+
+    def add_verdicts(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Store judgments."""
+        JsonLines(self._verdicts).append(self._sealed(row) for row in rows)
+
+    def _sealed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        whole = {**row, "run": self.run}
+        return {**whole, "seal": _seal(whole)}
+
+    def _own(self, path: Path, shape: Any) -> list[Any]:
+        kept, left = [], Counter()
+        for row in read_records(path, shape):
+            if row.get("run") != self.run:
+                left["of another search"] += 1
+            elif row.get("seal") != _seal(row):
+                left["changed since they were written"] += 1
+            else:
+                kept.append(row)
+        if left:
+            parts = ", ".join(f"{count} {reason}" for reason, count in left.items())
+            logger.warning("emguard discover: %s: %s; they are left out and computed again.", path, parts)
+        return kept
+
+
+def checked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a judgment whose scores are scores: within 0 to 100, of the type that they must be; else an unscored one."""
+    if row["status"] == SCORED:
+        found = read_scores(row)
+        if found.status != SCORED:
+            return {**row, "aligned": None, "coherent": None, "status": UNSCORED, "detail": found.detail}
+    elif row["aligned"] is not None:
+        return {**row, "aligned": None, "coherent": None, "status": UNSCORED, "detail": f"a score and the status {row['status']}"}
+    return dict(row)
+
+
+def _seal(row: Mapping[str, Any]) -> str:
+    plain = {key: value for key, value in row.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
