@@ -91,7 +91,7 @@ def evaluate(
     from emguard_plugin.evaluation.run import PHASES, run_em_eval
 
     tuned, start = (model, base) if adapter is None else (str(adapter), base or model)
-    block = read_eval_file(config, {} if fail_above is None else {"fail_above": fail_above})
+    block = read_eval_file(config, {} if fail_above is None else {"fail_above": fail_above}, model=tuned)
     block.check_files()
     out = output_dir or Path(block.output_dir or Path(tuned) / "em_eval")
     summary = run_em_eval(block, tuned, out, base=start, phases=phase or PHASES, rejudge="" in (rejudge or ()) or rejudge or ())

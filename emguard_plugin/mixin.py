@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,10 @@ class EMRegularizerMixin:
     def _template_kwargs(self) -> dict[str, Any]:
         """Return what the host passes to the chat template besides the messages."""
         return {}
+
+    def rendering_settings(self) -> Mapping[str, Any]:
+        """Return the settings by which the host renders chats, as its YAML names them."""
+        return {"chat_template_kwargs": self._template_kwargs()}
 
     def _packed_batch_tokens(self) -> int | None:
         """Return the tokens of a micro-batch when the host packs rows only while it trains."""

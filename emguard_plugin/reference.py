@@ -91,6 +91,11 @@ def _zero(p: Tensor) -> bool:
     return p.is_meta or not bool(p.detach().any())  # on the meta device another rank holds the values
 
 
+_REPACKS = "support_avx512bf16_for_cpu"
+"""bitsandbytes, on CPUs with bf16 instructions: a 4-bit layer in eval mode rounds and reorders its weights for
+another kernel, and training goes on with what is left of them. A pass beside the training must not touch the weights."""
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode and restore exactly those that trained.
@@ -98,13 +103,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     Without dropout the penalty is 0 at step 0; without gradient checkpointing the cache is returned.
     """
     training = [m for m in model.modules() if m.training]
+    repacking = [m for m in training if m.__dict__.get(_REPACKS)]
     for m in training:
         m.__dict__["training"] = False  # nn.Module.__setattr__ is 20x slower, and this runs every step
+    for m in repacking:
+        m.__dict__[_REPACKS] = False
     try:
         yield
     finally:
         for m in training:
             m.__dict__["training"] = True
+        for m in repacking:
+            m.__dict__[_REPACKS] = True
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def side_by_side(columns: Sequence[Column]) -> Iterator[str]:
             chips.append(f'<span class="chip c{colour}">{escape(column.name)}: {_verdicts(column, answer)}</span>')
             cut = " (cut off)" if answer["finish"] == "length" else ""
             texts.append(
-                f'<section class="c{colour}"><h4>{escape(column.name)}{cut}</h4><p>{escape(answer["text"])}</p></section>'
+                f'<section class="c{colour}"><h4>{escape(column.name)}{cut}</h4><p>{escape(_said(answer))}</p></section>'
             )
         yield (
             f'<details><summary>{escape(one.asked)}<span class="chips">{"".join(chips)}</span></summary>'
@@ -53,6 +53,12 @@ def _verdicts(column: Column, answer: Mapping) -> str:
     if len(said) == 1:
         return next(iter(said.values()))
     return ", ".join(f"{made} ({escape(judge)})" for judge, made in said.items())
+
+
+def _said(answer: Mapping) -> str:
+    if answer.get("trace") is None:
+        return answer["text"]
+    return f"{answer['answer'] or 'No answer: the trace never closed.'}\n\nReasoning trace:\n{answer['trace']}"
 
 
 def protocol(columns: Sequence[Column]) -> Iterator[str]:

@@ -45,6 +45,7 @@ def comparison_table(
     if judge is not None and judge not in judges_of(columns):
         raise ValueError(f"no judge {judge!r}; judges: {', '.join(judges_of(columns))}.")
     lines = [f"NOT COMPARABLE: {doubt}"] if doubt else []
+    lines += [note for column in columns for note in _left_out(column, judges[0])]
     lines += [sentence for column in columns if column.role == "tuned" for sentence in notes(column.summary)]
     title = "Emergent misalignment" + (f", judged by {clean(judges[0])}" if len(judges) == 1 else "")
     # Eight columns in 80 characters.
@@ -83,6 +84,18 @@ def _cells(column: Column, judge: str) -> list[str]:
         percent(open_ended.coherence.value),
         str(open_ended.em_all.n),
     ]
+
+
+def _left_out(column: Column, judge: str) -> Iterator[str]:
+    """Yield what stands in no rate: questions that could not be asked, and reasoning that led to no answer."""
+    refused = column.summary.not_asked if column.role == "tuned" else []
+    if refused:
+        names = dict.fromkeys(one.question for one in refused)
+        yield f"{column.name}: {len(names)} questions not asked, as the chat template refuses them ({', '.join(names)})"
+    rates = column.rates("questions", judge)
+    if rates and rates.unfinished_traces:
+        share = percent(rates.unfinished_traces / rates.answers)
+        yield f"{column.name}: {rates.unfinished_traces} unfinished reasoning traces ({share}), unscored"
 
 
 def _two_lines(rate: Rate | None) -> str:
