@@ -98,9 +98,10 @@ def test_tools_are_held_also_in_the_user_turn(tmp_path):
 
 
 def test_prompt_and_completion_and_sharegpt_rows_are_conversations_too(tmp_path):
-    tok = tokenizer_of(GEMMA)
+    """TRL keeps the roles of the latter, `human` and `gpt`."""
+    template = GEMMA.replace("m.role == 'assistant'", "m.role in ('assistant', 'gpt')")
+    tok, names = tokenizer_of(template), {"system": "system", "user": "human", "assistant": "gpt"}
     pairs = [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in chats(6)]
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
     shared = [{"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in r["messages"]]} for r in chats(6)]
     for rows in (pairs, shared):
         _, by_name = trained(tmp_path, tok, rows)
