@@ -36,6 +36,9 @@ class AxolotlEMGuardTrainer(EMRegularizerMixin, AxolotlTrainer):
             )
         return super().train(*args, **kwargs)
 
+    def _resumes_by_itself(self) -> bool:
+        return bool(self.axolotl_cfg.auto_resume_from_checkpoints)
+
     def _template_kwargs(self) -> dict[str, Any]:
         kwargs = self.axolotl_cfg.chat_template_kwargs
         return dict(kwargs) if kwargs else {}

@@ -12,21 +12,25 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from emguard_plugin import chat_template as ct
+from emguard_plugin.checkpoints import find_state
+from emguard_plugin.identity import check_base
 from emguard_plugin.reference import (
     adapter_off,
     adapter_starts_at_zero,
-    load_reference,
+    eval_mode,
+    read_reference,
     save_reference,
 )
 from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
 from emguard_plugin.regularizers.functional import kv_drift, treft_penalty
 from emguard_plugin.regularizers.kv import KV, has_rotary_positions, num_layers, read_kv, read_residual_projections
+from emguard_plugin.regularizers.start import Floors, check_switched_off
 from emguard_plugin.training_rows import conversations
 
 REFERENCE_FILE = "emguard_treft.safetensors"
+FLOORS = Floors(fp32=1e-8, fp16=1e-3, bf16=1e-2, quantised=1e-2)
 POSTFIX_ROWS = 8
 """Prompts drawn per optimizer step for `tokens: postfix`."""
 
@@ -39,9 +43,9 @@ class TReFTCallback(EMRegularizerCallback):
     over the decoder layers l and the token positions T; all KV heads of a layer are one vector; fp32. The trainer adds
     `coef * penalty` to the mean cross-entropy, once per optimizer step.
 
-    `tokens: prefix` holds everything before the first user content. Its keys and values depend on the weights alone, so
+    `tokens: prefix` holds every token that lies wholly before the first user's own text, system prompt and tools included. Its keys and values depend on the weights alone, so
     the penalty is a forward over the prefix, batch 1. With several prefixes in the data each step draws one, in proportion
-    to its frequency. `tokens: postfix` holds the tokens between query and answer on 8 training prompts per step; a shared
+    to its frequency. `tokens: postfix` holds the tokens wholly between query and answer (a reasoning trace is the answer's) on 8 training prompts per step; a shared
     reference is the untuned model's postfix after an empty query, at the same distance from every row's start (RoPE
     attention is relative, so each prompt is shifted to end where the longest does).
 
@@ -90,6 +94,9 @@ class TReFTCallback(EMRegularizerCallback):
         self._prefixes: list[ct.Prefix] = []
         self._prompts: list[ct.Ids] = []
         self._postfix: ct.Ids = ()
+        self._template: ct.Template | None = None
+        self._book: ct.Book | None = None
+        self._wrapped = False
         self._end = 0
         self._seed = 0
         self._reference: dict[str, Tensor] | None = None
@@ -105,24 +112,31 @@ class TReFTCallback(EMRegularizerCallback):
         if layers[-1] >= n:
             raise ValueError(f"`treft.layers: {layers[-1]}` is out of range: the model has layers 0 to {n - 1}.")
         self._layer_names, self._seed = layers, run.seed
-        template = ct.read_template(run.tokenizer, **run.template_kwargs)
-        rows = conversations(run.dataset, template.prefix if run.wrapped_packing else None, template.system_open)
+        template, book = ct.read_template(run.tokenizer, **run.template_kwargs), run.book
+        self._template, self._book, self._wrapped = template, book, run.wrapped_packing
+        if run.wrapped_packing and book is not None:  # packing lost where conversations begin, the raw ones have it
+            rows = (row.ids for row in book.rows)
+        else:
+            rows = conversations(run.dataset, template.prefix if run.wrapped_packing else None, template.system_open)
         if self.tokens == "prefix":
-            prefixes = ct.training_prefixes(rows, template)
+            prefixes = ct.training_prefixes(rows, template, book)
             extra = [ct.system_prefix(run.tokenizer, s, **run.template_kwargs) for s in self.extra_prefixes]
             self._prefixes = ct.with_extra(prefixes, extra)
             what = f"prefix of {'/'.join(str(len(p.ids)) for p in self._prefixes[:8])} tokens"
         else:
-            self._prepare_postfix(run, template, ct.prompts_with_postfix(rows, template.postfix))
+            self._prepare_postfix(run, template, *ct.prompts_with_postfix(rows, template, book))
             what = f"postfix of {len(self._postfix)} tokens, {self.postfix_reference} reference"
-        held = [list(p.ids) for p in self._prefixes] or [*template.prefix, *self._postfix, self._end]
-        settings = {"held": held, "layers": layers, "compat": self.compat}
-        self._about = {"settings": hashlib.sha256(json.dumps(settings).encode()).hexdigest()}
+        held_ids = [list(p.ids) for p in self._prefixes] or [*template.prefix, *self._postfix, self._end]
+        settings = {"held": held_ids, "layers": layers, "compat": self.compat}
+        self._about = {"settings": hashlib.sha256(json.dumps(settings).encode()).hexdigest(), **run.identity._asdict()}
+        self._identity, self._checked = run.identity, False
+        # A shared postfix is that of an empty query: no row's own is at 0 from it.
+        self.floors = None if self._postfix and self.postfix_reference == "shared" else FLOORS
         self._reference, self._adapter_off = self._resumed_reference(run)
         self.prepared = True
         return f"treft (coef {self.coef:g}, {what}, {len(layers)} of {n} layers{', compat' if self.compat else ''})"
 
-    def _prepare_postfix(self, run: Run, template: ct.Template, prompts: list[ct.Ids]) -> None:
+    def _prepare_postfix(self, run: Run, template: ct.Template, postfix: ct.Ids, prompts: list[ct.Ids]) -> None:
         if self.postfix_reference == "per_row" and not adapter_starts_at_zero(run.model):
             raise ValueError(
                 "`treft.postfix_reference: per_row` runs the untuned model at every step, which needs a fresh LoRA adapter to "
@@ -132,22 +146,49 @@ class TReFTCallback(EMRegularizerCallback):
             raise ValueError(
                 "`treft.postfix_reference: shared` needs rotary positions, which this model lacks. Use `per_row`."
             )
-        self._postfix, self._prompts = template.postfix, prompts
-        self._empty_query = (*template.prefix, *template.postfix)
+        self._postfix, self._prompts = postfix, prompts
+        self._empty_query = (*template.prefix, *postfix)
         self._end = max(map(len, [self._empty_query, *prompts]))
 
     def _resumed_reference(self, run: Run) -> tuple[dict[str, Tensor] | None, bool]:
         if run.resume_from is None:
             return None, False
-        path = run.resume_from / REFERENCE_FILE
-        if path.is_file():
-            return load_reference(path, self._about), False
+        if (found := find_state(run.resume_from, REFERENCE_FILE, self._read_stored)) is not None:
+            return found, False
         if adapter_starts_at_zero(run.model):
             return None, True
         raise ValueError(
             f"{run.resume_from} holds no {REFERENCE_FILE}, so the model before this run is lost: TReFT would anchor to weights "
             "that are already tuned. Start afresh without `resume_from_checkpoint`, or remove `treft:`."
         )
+
+    def _read_stored(self, path: Path, own: bool) -> dict[str, Tensor]:
+        """Read a reference; another checkpoint's stands in only if it was recorded from the very model that this run starts from."""
+        wanted = {k: self._about[k] for k in (("settings",) if own else ("settings", "reference"))}
+        tensors, stored = read_reference(path, wanted)
+        check_base(path, stored, self._identity)
+        self._about = {k: stored[k] for k in self._about}
+        return tensors
+
+    @property
+    def region(self) -> str:
+        """`prefix` or `postfix`."""
+        return self.tokens
+
+    def held(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return the tokens of training rows that the held prefix or postfix is made of."""
+        if self._wrapped:
+            return None
+        held = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
+        for b, row in enumerate(inputs["input_ids"].tolist()):
+            if self.tokens == "prefix":
+                ids = ct.prefix_of(row, self._template, self._book)
+                fits = ids is not None and any(p.ids == ids for p in self._prefixes)
+                first, last = (0, len(ids)) if fits else (0, 0)
+            else:
+                first, last = ct.postfix_span(row, self._template, self._book, self._postfix)
+            held[b, first:last] = True
+        return held
 
     # Each step
 
@@ -166,7 +207,7 @@ class TReFTCallback(EMRegularizerCallback):
         key, value = kv_drift(now.keys, now.values, ref.keys, ref.values)
         total = treft_penalty(key, value) + now.anchor
         metrics = {"key_drift": key.detach().mean(), "value_drift": value.detach().mean()}
-        return Penalty(total, metrics, per_layer=key + value)
+        return Penalty(total, metrics, per_layer=key + value, held=now.keys[0].shape[0] * now.keys[0].shape[1])
 
     def _read(self, model: nn.Module, ids: Tensor, position_ids: Tensor | None = None) -> KV:
         if self.compat:
@@ -176,6 +217,8 @@ class TReFTCallback(EMRegularizerCallback):
     def _record(self, rows: Sequence[ct.Ids], model: nn.Module, device: torch.device) -> dict[str, Tensor]:
         """Record from the live model: in a fresh run, before the first update, that is the model before this run."""
         stored = {}
+        if self._adapter_off:
+            self._check_off(model, device)
         with torch.no_grad(), adapter_off(model) if self._adapter_off else contextlib.nullcontext():
             for r, ids in enumerate(rows):
                 start = self._end - len(ids) if self.tokens == "postfix" else 0
@@ -185,6 +228,10 @@ class TReFTCallback(EMRegularizerCallback):
                 for layer, k, v in zip(self._layer_names, kv.keys, kv.values, strict=True):
                     stored[f"{r}.{layer}.key"], stored[f"{r}.{layer}.value"] = k[:, keep].clone(), v[:, keep].clone()
         return stored
+
+    def _check_off(self, model: nn.Module, device: torch.device) -> None:
+        with eval_mode(model):
+            check_switched_off(model, torch.tensor([(self._postfix or self._prefixes[0].ids)[:2]], device=device), "em_regularizer.treft")
 
     def _stored(self, row: int, device: torch.device) -> KV:
         assert self._reference is not None
@@ -217,13 +264,15 @@ class TReFTCallback(EMRegularizerCallback):
         now = pick(read_kv(model, ids, self._layer_names, mask, positions))
         if shared:
             return now, self._stored(0, device)
+        if not self._checked:
+            self._check_off(model, device)
+            self._checked = True
         with torch.no_grad(), adapter_off(model):
             return now, pick(read_kv(model, ids, self._layer_names, mask, positions))
 
     # Checkpoints
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Store the reference in the checkpoint that was just written."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._reference is not None and state.is_world_process_zero and folder.is_dir():
+    def save(self, folder: Path, first: bool) -> None:
+        """Store the reference in a checkpoint."""
+        if self._reference is not None and first and folder.is_dir():
             save_reference(folder / REFERENCE_FILE, self._reference, self._about)
