@@ -19,11 +19,8 @@ from emguard_plugin.config import Block, BlockEMConfig, EMEvalConfig, JudgeConfi
 from emguard_plugin.config.block import _kinds
 from emguard_plugin.lab.export import export
 
-NAMES = (
-    "em_evaluation em_evaluator eval_em em_judge em_gate em_metrics em_treft em_penalty emRegularizer EM_REGULARIZER Em_Eval em-eval em.eval emreg "
-    "em_regularizers emguard EMGuard emguard_eval treft_em em_kl em_block block_em_regularizer emEval evalEM em_rate em_config regularizer"
-).split()
-SECRET_KEYS = "api_key apiKey openai_api_key access_token api-key token secret password Authorization auth_token x-api-key hf_token client_secret".split()
+NAMES = ["em_evaluation", "em_evaluator", "eval_em", "em_judge", "em_gate", "em_metrics", "em_treft", "em_penalty", "emRegularizer", "EM_REGULARIZER", "Em_Eval", "em-eval", "em.eval", "emreg", "em_regularizers", "emguard", "EMGuard", "emguard_eval", "treft_em", "em_kl", "em_block", "block_em_regularizer", "emEval", "evalEM", "em_rate", "em_config", "regularizer"]
+SECRET_KEYS = ["api_key", "apiKey", "openai_api_key", "access_token", "api-key", "token", "secret", "password", "Authorization", "auth_token", "x-api-key", "hf_token", "client_secret"]
 
 
 @dataclass
@@ -362,7 +359,7 @@ def _text(rng, folder, blocks):
 def _raw(rng, folder, blocks):
     options = {
         "empty": b"", "list": b"- 1\n", "words": b"just words\n", "number": b"5\n", "null": b"~\n", "latin": "em_eval:\n  questions: caf\xe9\n".encode("latin-1"),
-        "utf-16": "em_eval: {}\n".encode("utf-16"), "zeros": b"\0" * 50, "binary": bytes(range(256)), "deep": b"[" * 3000,
+        "utf-16": "em_eval: {}\n".encode("utf-16"), "zeros": b"\0" * 50, "binary": bytes(range(256)), "deep": b"[" * 700,
         "laughs": b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n".encode() for i in range(8)),
         "self": b"&a [*a]\n",
     }  # fmt: skip

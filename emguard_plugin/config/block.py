@@ -16,6 +16,8 @@ from emguard_plugin.keys import refuse_keys, shown
 
 # A number to YAML 1.2 and to people, a text to YAML 1.1, which PyYAML reads: `1e5`, `2.5e-3` without a sign or a dot.
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_PROSE = frozenset({"system_prompt", "extra_prefixes", "chat_template"})
+"""Fields whose texts are no names: they may be long."""
 MOST, MOST_SEED = 1e12, 2**53
 """Larger numbers are slips, and overflow counters, timers and generators of random numbers further down."""
 _NUMERIC = re.compile(r"[-+]?[\d_]*\.?[\d_]+([eE][-+]?\d+)?%?")
@@ -76,6 +78,14 @@ def is_file(path: str | Path) -> bool:
     try:
         return Path(path).expanduser().is_file()
     except (OSError, ValueError, RuntimeError):  # too long; a NUL; `~nobody`
+        return False
+
+
+def exists(path: str | Path) -> bool:
+    """Return whether a file or folder is there; also for a text that no file system takes for a name."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
         return False
 
 
@@ -145,6 +155,8 @@ def _read(key: str, value: Any, kinds: list[Any]) -> Any:
             raise ValueError(f"`{key}:` is blank. Fill it in, or remove it.")
         if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
             raise ValueError(f"`{key}:` holds characters that are no text (NUL, or half of a character).")
+        if text and key not in _PROSE and (len(value) > 4000 or any(len(part.encode()) > 255 for part in value.split("/"))):
+            raise ValueError(f"`{key}: {shown(value, 40)}` is too long for a name or a path.")
         if switch and not text:
             raise ValueError(f"`{key}: {shown(value)}` is a text, and {key} is a switch. Write true or false, without quotes.")
         if number and value not in words and str not in kinds:
