@@ -26,7 +26,7 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # and not this folder, whose names are others' too
 METHODS = {
     "treft": ("treft",),
     "kl": ("kl",),
