@@ -44,6 +44,7 @@ TRL_CASES = [
 AXOLOTL_CASES = [
     ("treft", "full", "auto", None), ("kl", "full", "folder", None), ("block_em", "full", "auto", None), ("all", "lora", "auto", None),
 ]  # fmt: skip
+SLICE = [TRL_CASES[5], TRL_CASES[13], TRL_CASES[2]]
 STEPS, SAVED_EVERY = 8, 2
 LONGEST_S = 120
 
@@ -315,6 +316,7 @@ def main() -> int:
     parser.add_argument("--axolotl", type=int, default=12)
     parser.add_argument("--seed", type=int, default=20261126)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kill_training.json")
+    parser.add_argument("--cases", type=int, default=None, help="draw from so many cases alone")
     parser.add_argument("--work", type=Path, default=None)
     given = parser.parse_args()
     work = given.work or Path(tempfile.mkdtemp(prefix="emguard_kill_"))
@@ -322,7 +324,7 @@ def main() -> int:
     # Axolotl patches transformers when it is imported: TRL's share goes first.
     for host, cases, points in (("trl", TRL_CASES, given.trl), ("axolotl", AXOLOTL_CASES, given.axolotl)):
         if points:
-            found += measure(host, cases, points, given.seed, work, lambda row: print(json.dumps(row), flush=True))
+            found += measure(host, SLICE[: given.cases] if given.cases else cases, points, given.seed, work, lambda row: print(json.dumps(row), flush=True))
     from importlib.metadata import version
 
     lost = [row for row in found if row["lost"] is not None]
