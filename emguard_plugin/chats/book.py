@@ -74,7 +74,9 @@ class Book:
     _starts: list[Ids] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        self._whole = {row.ids: row for row in self.rows}
+        for row in self.rows:  # of two conversations that read the same, the one whose user says more
+            if row.ids not in self._whole or row.prefix < self._whole[row.ids].prefix:
+                self._whole[row.ids] = row
         held = {row.ids[: row.prefix] for row in self.rows if row.prefix}
         doubtful = {
             long

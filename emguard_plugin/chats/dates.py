@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from emguard_plugin.chats.rendering import WORD, Message, render
+from emguard_plugin.chats.rendering import WORD, Message, render, whose
 
 _DAYS = ("03 Feb 1999", "17 Nov 2031")
 _PINNED = "26 Jul 2024"
@@ -24,7 +24,7 @@ def before_date(tokenizer: Any, messages: Sequence[Message], **kwargs: Any) -> s
     template = tokenizer.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools"))
     if "strftime_now" not in template:
         return None
-    first = next((i for i, m in enumerate(messages) if m.get("role") == "user"), None)
+    first = next((i for i, m in enumerate(messages) if whose(m) == "user"), None)
     asked = [{**m, "content": WORD} if i == first else m for i, m in enumerate(messages)]
     texts = []
     for day in _DAYS:

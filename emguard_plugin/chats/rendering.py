@@ -17,6 +17,10 @@ ANSWER_FIELDS = ("content", "reasoning_content", "reasoning", "thinking")
 _THINKING = re.compile(r"<\|?/?[\w:]*(?:think|thought|reasoning)[\w:]*\|?>|\[/?THINK\]", re.IGNORECASE)
 """What opens a reasoning trace, in the generation prompt or in the answer."""
 
+_SYSTEM = ("system", "developer")
+_ANSWER = ("assistant", "gpt", "model", "bot", "chatbot", "ai")
+_TOOL = ("tool", "function", "ipython", "observation")
+
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 
@@ -67,6 +71,12 @@ def render(tokenizer: Any, messages: Sequence[Message], **kwargs: Any) -> str:
     return tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
 
 
+def whose(message: Message) -> str:
+    """Return `system`, `answer`, `tool` or `user`. A role of another name, as data sets have them, speaks for a user."""
+    role = message.get("role")
+    return next((n for n, roles in {"system": _SYSTEM, "answer": _ANSWER, "tool": _TOOL}.items() if role in roles), "user")
+
+
 def shared(a: str, b: str) -> int:
     """Return the number of characters with which both begin."""
     low, high = 0, min(len(a), len(b))
@@ -93,15 +103,15 @@ def locate(tokenizer: Any, messages: Sequence[Message], *, turns: bool = True, *
     look = _Look(tokenizer, list(messages), text, kwargs)
     own: dict[int, Span] = {}
     for i, message in enumerate(messages):
-        if message.get("role") in ("user", "assistant", "tool") and (span := look.own_text(i)) is not None:
+        if whose(message) != "system" and (span := look.own_text(i)) is not None:
             own[i] = span
             if not turns:
                 break
-    has_user = bool(own) and any(m.get("role") == "user" for m in (messages if not turns else [messages[i] for i in own]))
+    has_user = bool(own) and any(whose(m) == "user" for m in (messages if not turns else [messages[i] for i in own]))
     prefix = min((start for start, _ in own.values()), default=0)
     if not turns:
         return Rendered(text, prefix, has_user=has_user)
-    users = tuple(own[i] for i in own if messages[i]["role"] != "assistant")
+    users = tuple(own[i] for i in own if whose(messages[i]) != "answer")
     headers, answers, closed = look.answers(own)
     return Rendered(text, prefix, users, headers, answers, closed, has_user)
 
@@ -115,7 +125,7 @@ class _Look:
 
     def own_text(self, i: int) -> Span | None:
         """Return where message i's own text stands, None where it has none or the template prints it nowhere."""
-        fields = ANSWER_FIELDS if self.messages[i]["role"] == "assistant" else ("content",)
+        fields = ANSWER_FIELDS if whose(self.messages[i]) == "answer" else ("content",)
         spans = [s for name in fields if self.messages[i].get(name) and (s := self._span(i, name)) is not None]
         return (min(s for s, _ in spans), max(e for _, e in spans)) if spans else None
 
@@ -166,9 +176,9 @@ class _Look:
         """Return the headers, the answers, and where they are closed."""
         headers, answers, closed = [], [], []
         for i, message in enumerate(self.messages):
-            if message.get("role") != "assistant":
+            if whose(message) != "answer":
                 continue
-            asked = self.messages[i - 1].get("role") in ("user", "tool") if i else False
+            asked = whose(self.messages[i - 1]) in ("user", "tool") if i else False
             begin = max((e for j, (_, e) in own.items() if j < i), default=0)
             first = own.get(i, (None, None))[0]
             end = self._model_begins(i, begin, first)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from emguard_plugin.chat_template import Book, Chat, read_book
+from emguard_plugin.chat_template import Book, Chat, Template, read_book, read_template
 from emguard_plugin.identity import Identity, identify
 from emguard_plugin.regularizers.processes import over_processes
 from emguard_plugin.regularizers.start import Floors, Start, precision_of, state_of_weights
@@ -120,6 +120,22 @@ class Run:
             return None
         book = read_book(self.tokenizer, self.chats())
         return book if book.rows else None
+
+    @cached_property
+    def rendering(self) -> dict[str, Any]:
+        """What the host passes to the template: its variables, and a template that it uses in the place of the tokenizer's."""
+        first = None if self.chats is None else next(iter(self.chats()), None)
+        own = {} if first is None else {k: v for k, v in first.kwargs.items() if k == "chat_template"}
+        return {**self.template_kwargs, **own}
+
+    @cached_property
+    def template(self) -> Template:
+        """The chat template taken apart, once for all methods.
+
+        Raises:
+            ValueError: as `read_template` does.
+        """
+        return read_template(self.tokenizer, **self.rendering)
 
 
 class EMRegularizerCallback(TrainerCallback):

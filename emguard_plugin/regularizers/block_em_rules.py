@@ -150,7 +150,7 @@ def template_of(run: Run, tokens: TokenKind) -> ct.Template:
     Raises:
         ValueError: when the template has none, the rows lack them, or packing lost where conversations begin.
     """
-    template, book = ct.read_template(run.tokenizer, **run.template_kwargs), run.book
+    template, book = run.template, run.book
     rows = conversations(run.dataset)
     if tokens == "header":
         ct.prompts_with_postfix(rows, template, book)
@@ -160,10 +160,10 @@ def template_of(run: Run, tokens: TokenKind) -> ct.Template:
             "`em_regularizer.block_em.tokens: prefix`: `packing_strategy: wrapped` loses where conversations begin, so their prefixes "
             "cannot be found. Use `packing_strategy: bfd`, or `tokens: prompt`."
         )
-    found = [(row, ct.prefix_span(row, template, book)[1]) for row in rows]
+    found = [(row, len(ct.prefix_of(row, template, book) or ())) for row in rows]
     if not found:
         raise ValueError("the training data is empty: there is no prefix to hold.")
-    lacking = [row for row, end in found if not end]
+    lacking = [row for row, end in found if end < (1 if any(n > 1 for _, n in found) else 2)]
     if len(lacking) > (1 - ct.MIN_SHARE_FOUND) * len(found):
         raise ValueError(
             f"`em_regularizer.block_em.tokens: prefix`: {len(lacking)} of {len(found)} training rows show nothing of the chat template "

@@ -152,7 +152,7 @@ class KLCallback(EMRegularizerCallback):
                 self._prompts = an.prompts_of(an.load_chats(rest or "bundled"), run.tokenizer, run.template_kwargs)
             return
         if self.anchors == "train":
-            prefix = ct.read_template(run.tokenizer, **run.template_kwargs).prefix if run.wrapped_packing else None
+            prefix = run.template.prefix if run.wrapped_packing else None
             self._anchors = an.training_anchors(run.dataset, self.tokens, prefix)
             return
         chats = an.load_chats(self.anchors)

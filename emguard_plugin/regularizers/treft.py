@@ -112,7 +112,7 @@ class TReFTCallback(EMRegularizerCallback):
         if layers[-1] >= n:
             raise ValueError(f"`treft.layers: {layers[-1]}` is out of range: the model has layers 0 to {n - 1}.")
         self._layer_names, self._seed = layers, run.seed
-        template, book = ct.read_template(run.tokenizer, **run.template_kwargs), run.book
+        template, book = run.template, run.book
         self._template, self._book, self._wrapped = template, book, run.wrapped_packing
         if run.wrapped_packing and book is not None:  # packing lost where conversations begin, the raw ones have it
             rows = (row.ids for row in book.rows)
@@ -120,7 +120,7 @@ class TReFTCallback(EMRegularizerCallback):
             rows = conversations(run.dataset, template.prefix if run.wrapped_packing else None, template.system_open)
         if self.tokens == "prefix":
             prefixes = ct.training_prefixes(rows, template, book)
-            extra = [ct.system_prefix(run.tokenizer, s, **run.template_kwargs) for s in self.extra_prefixes]
+            extra = [ct.system_prefix(run.tokenizer, s, **run.rendering) for s in self.extra_prefixes]
             self._prefixes = ct.with_extra(prefixes, extra)
             what = f"prefix of {'/'.join(str(len(p.ids)) for p in self._prefixes[:8])} tokens"
         else:
