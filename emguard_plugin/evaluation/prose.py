@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from emguard_plugin.evaluation.columns import Column, percent
+from emguard_plugin.evaluation.summary import Summary
 from emguard_plugin.evaluation.text import escape
 
 MISSING = 0.05
@@ -71,6 +72,22 @@ def warnings(columns: Sequence[Column], judge: str) -> Iterator[str]:
                     f"{where}: {rates.truncated} of {rates.answers} answers were cut off by "
                     "<code>em_eval.max_new_tokens</code>."
                 )
+
+
+def agreements(summary: Summary) -> Iterator[str]:
+    """Yield how far each pair of judges agrees on the open-ended questions, as plain text."""
+    for pair in summary.agreement:
+        if pair.suite == "questions":
+            kappa = "" if pair.kappa is None else f", kappa {pair.kappa:.2f}"
+            yield f"{pair.judges[0]} and {pair.judges[1]} agree on {percent(pair.same)} of {pair.answers} answers{kappa}"
+
+
+def set_aside(summary: Summary) -> str:
+    """Return what lies in the folder by judges that are not reported, as plain text; empty if nothing does."""
+    if not summary.set_aside:
+        return ""
+    found = ", ".join(f"{count} by {name}" for name, count in summary.set_aside.items())
+    return f"further judgments of these answers are kept and not reported: {found}. List a judge in `em_eval.judges` to report it."
 
 
 def _refused(column: Column) -> Iterator[tuple[str, list[str]]]:
