@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emguard_plugin.chat_template import Chat
 from emguard_plugin.checkpoints import step_of, whole_checkpoint
 from emguard_plugin.em_rate import EMRateCallback
 from emguard_plugin.host_checks import check_trainer
 from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
+from emguard_plugin.regularizers.held_guard import check_held
+from emguard_plugin.regularizers.held_watch import HeldWatch
 
 
 class EMRegularizerMixin:
@@ -71,10 +74,13 @@ class EMRegularizerMixin:
             rank=self.accelerator.process_index,
             optimizer_built=self.optimizer is not None,
             steps_early=self.is_deepspeed_enabled,
+            chats=self._chats(),
         )
         active = [c.prepare(run) for c in self._regularizers]
+        check_held(self._regularizers, run)
         for callback in self._regularizers:
             callback.started(run)
+        self._watch = HeldWatch(self._regularizers, self.accelerator)
         self._sums: dict[str, Tensor] = {}
         self._steps_measured = self._micro_batch = 0
         self.accelerator.print(f"em_regularizer active: {'; '.join(active)}")
@@ -118,6 +124,10 @@ class EMRegularizerMixin:
     def _template_kwargs(self) -> dict[str, Any]:
         """Return what the host passes to the chat template besides the messages."""
         return {}
+
+    def _chats(self) -> Callable[[], Iterable[Chat]] | None:
+        """Return what gives the training conversations before they were tokenised, or None where they are gone."""
+        return None
 
     def rendering_settings(self) -> Mapping[str, Any]:
         """Return the settings by which the host renders chats, as its YAML names them."""
@@ -173,6 +183,9 @@ class EMRegularizerMixin:
                 scale = (accumulated if host_divides else 1) if per_step else (1 if host_divides else 1 / accumulated)
                 loss = loss + scale * regularizer.coef * penalty.value.to(loss.device)
             self._record(regularizer, penalty, 1 if per_step else 1 / accumulated)
+            self._watch.count(regularizer, penalty)
+        if last:
+            self._watch.step_ends()
         self._steps_measured += int(last)
         self._micro_batch = 0 if last else self._micro_batch + 1
         return (loss, *rest) if return_outputs else loss
