@@ -26,6 +26,7 @@ class Reply:
         first: Probability of the likeliest first tokens, by text; None if the server sent none.
         tokens: Length of the message in tokens, or 0 if the server did not say.
         refusal: The model's own refusal, or empty.
+        trace: The reasoning trace, where the server takes it apart from the message.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Reply:
     first: dict[str, float] | None
     tokens: int
     refusal: str = ""
+    trace: str | None = None
 
 
 def read_reply(raw: Any, need_logprobs: bool) -> Reply:
@@ -65,6 +67,7 @@ def read_reply(raw: Any, need_logprobs: bool) -> Reply:
         first=first,
         tokens=_count(body.get("usage")),
         refusal=refusal if isinstance(refusal, str) else "it declined" if refusal else "",
+        trace=_text(message, "reasoning_content") or _text(message, "reasoning") or None,
     )
 
 
