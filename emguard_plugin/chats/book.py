@@ -31,7 +31,8 @@ class Known(NamedTuple):
     """A tokenised conversation with the half-open token ranges of its parts.
 
     `prefix` tokens lie wholly before the first own text of a user or an assistant, `headers` wholly between a query and what the
-    model writes in answer; `users` and `answers` are every token that has a character of theirs.
+    model writes in answer; `users` and `answers` are every token that has a character of theirs, and `replies` are answers with
+    what closes them.
     """
 
     ids: Ids
@@ -40,6 +41,7 @@ class Known(NamedTuple):
     users: tuple[Range, ...] = ()
     answers: tuple[Range, ...] = ()
     has_user: bool = True
+    replies: tuple[Range, ...] = ()
 
 
 def known_row(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> Known:
@@ -53,7 +55,11 @@ def known_row(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **kwargs: A
     encoded = encode(tokenizer, text.text)
     headers = [r for span in text.headers if (r := inside(encoded, *span))[1] > r[0]]
     own = [tuple(touching(encoded, *span) for span in spans if span[1] > span[0]) for spans in (text.users, text.answers)]
-    return Known(encoded.ids, inside(encoded, 0, text.prefix)[1], tuple(headers), *own, text.has_user)
+    replies = []
+    for (start, end), closed in zip(text.answers, text.closed, strict=True):
+        first, last = touching(encoded, start, end)
+        replies.append((first, max(last, inside(encoded, end, closed)[1])))
+    return Known(encoded.ids, inside(encoded, 0, text.prefix)[1], tuple(headers), *own, text.has_user, tuple(replies))
 
 
 @dataclass

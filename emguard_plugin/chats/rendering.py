@@ -188,7 +188,7 @@ class _Look:
                 start = min(own[i][0], max(end or 0, begin)) if end is not None else own[i][0]
                 answers.append((start, own[i][1]))
                 closed.append(self._closed(i, own[i][1]))
-            elif end is not None and (stop := self._closed(i, end)) > end:  # tool calls alone
+            elif not message.get("content") and end is not None and (stop := self._closed(i, end)) > end:  # tool calls alone
                 answers.append((end, stop))
                 closed.append(stop)
         return tuple(headers), tuple(answers), tuple(closed)
