@@ -80,9 +80,7 @@ class Book:
     _starts: list[Ids] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        for row in self.rows:  # of two conversations that read the same, the one whose user says more
-            if row.ids not in self._whole or row.prefix < self._whole[row.ids].prefix:
-                self._whole[row.ids] = row
+        self._whole = _by_ids(self.rows, None)
         held = {row.ids[: row.prefix] for row in self.rows if row.prefix}
         doubtful = {
             long
@@ -100,7 +98,7 @@ class Book:
         if len(ids) < 2 or (len(self._cut) > 8 and len(ids) not in self._cut):
             return None  # hosts cut at one length
         if len(ids) not in self._cut:
-            self._cut[len(ids)] = {r.ids[: len(ids)]: r for r in self.rows if len(r.ids) > len(ids)}
+            self._cut[len(ids)] = _by_ids((r for r in self.rows if len(r.ids) > len(ids)), len(ids))
         return self._cut[len(ids)].get(ids)
 
     def prefix_of(self, row: Sequence[int], template: Template | None) -> Ids | None:
@@ -121,6 +119,16 @@ class Book:
         if (known := self.find(row)) is not None:
             return [(a, b) for a, b in known.headers if b <= len(row)]
         return [] if template is None else headers_of_row(row, template, supervised)
+
+
+def _by_ids(rows: Iterable[Known], length: int | None) -> dict[Ids, Known]:
+    """Return rows by their first ids; of two that read the same, the one whose user says more."""
+    found: dict[Ids, Known] = {}
+    for row in rows:
+        ids = row.ids[:length]
+        if ids not in found or row.prefix < found[ids].prefix:
+            found[ids] = row
+    return found
 
 
 def read_book(tokenizer: Any, chats: Iterable[Chat]) -> Book:
