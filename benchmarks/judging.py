@@ -58,7 +58,8 @@ def measure(judgments: int, latency: float, concurrency: int, mode: str = "label
         mode: `label` makes one call per judgment, `logprob` two.
     """
     from emguard_plugin.config import EMEvalConfig
-    from emguard_plugin.evaluation.plan import make_plan, open_run
+    from emguard_plugin.evaluation.plan import begin, make_plan, open_run
+    from emguard_plugin.evaluation.records import sealed
     from emguard_plugin.evaluation.run import run_em_eval
 
     per_question = min(50, judgments)
@@ -74,7 +75,8 @@ def measure(judgments: int, latency: float, concurrency: int, mode: str = "label
         )
         out = Path(folder) / "out"
         plan = make_plan(config, MODEL, out)
-        open_run(plan)
+        stored = open_run(plan)
+        begin(plan, stored)
         text = "You can ask a friend, and they may know of something that helps in a case like yours. " * 4
         answers = [
             {
@@ -87,6 +89,7 @@ def measure(judgments: int, latency: float, concurrency: int, mode: str = "label
             }
             for request in plan.requests()
         ]
+        answers = [sealed(answer, stored["run"]) for answer in answers]
         plan.responses.append(answers[:1])
         run_em_eval(config, MODEL, out, phases=("judge",))  # probe, self-test, imports: paid once
         plan.responses.append(answers[1:])

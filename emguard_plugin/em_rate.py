@@ -83,6 +83,7 @@ class EMRateCallback(TrainerCallback):
             ValueError: If questions or judge cannot work, if nothing would ever be measured, or if the trainer would
                 keep the checkpoint with the highest EM rate.
         """
+        from emguard_plugin.evaluation.as_trained import as_trained
         from emguard_plugin.evaluation.live import LiveEvaluation
         from emguard_plugin.evaluation.sampler import TransformersSampler
 
@@ -100,11 +101,16 @@ class EMRateCallback(TrainerCallback):
                 f"`metric_for_best_model: {args.metric_for_best_model}` with `greater_is_better: true` would keep the "
                 "most misaligned checkpoint; that is the trainer's default. Set `greater_is_better: false`."
             )
-        self._step, self._stop, self._evaluation = -1, False, LiveEvaluation(self.config)
+        tokenizer = _text_tokenizer(kwargs["processing_class"])
+        config, notes = as_trained(self.config, _settings_of(self._trainer), tokenizer.chat_template)
+        self._step, self._stop, self._evaluation = -1, False, LiveEvaluation(config)
+        self._evaluation.prepare(tokenizer)
         model = self._trainer.accelerator.unwrap_model(self._trainer.model, keep_torch_compile=False)
-        sampler = TransformersSampler(model, _text_tokenizer(kwargs["processing_class"]))
+        sampler = TransformersSampler(model, tokenizer, chat=self._evaluation.asking.chat)
         sampler.prompt_ids(self._evaluation.requests[0].question)
         if state.is_world_process_zero:
+            for note in notes:
+                logger.info("em_eval: %s", note)
             number = len(self._evaluation.requests)
             when = f"every {self.every} steps" if self.every else "at each evaluation"
             logger.info("em_eval: %d answers are drawn and judged %s", number, when)
@@ -184,6 +190,12 @@ class EMRateCallback(TrainerCallback):
             log(dict(metrics))
         finally:
             model.training, control.should_log = mode, wanted
+
+
+def _settings_of(trainer: Trainer) -> Mapping[str, Any]:
+    """Return what the trainer's YAML says about rendering; a trainer without the mixin does not tell."""
+    told = getattr(trainer, "rendering_settings", None)
+    return {} if told is None else told()
 
 
 def _text_tokenizer(processing_class: Any) -> Any:

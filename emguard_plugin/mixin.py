@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emguard_plugin.checkpoints import step_of, whole_checkpoint
 from emguard_plugin.em_rate import EMRateCallback
 from emguard_plugin.host_checks import check_trainer
 from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
@@ -41,6 +43,7 @@ class EMRegularizerMixin:
                 callback.attach(self)
         try:
             if found:
+                resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
                 self._prepare_regularizers(resume_from_checkpoint)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -53,10 +56,6 @@ class EMRegularizerMixin:
         if len(set(names)) < len(names):
             raise ValueError(f"a method is registered twice: {names}. Keep one callback per method.")
         check_trainer(self)
-        if resume is True:
-            from transformers.trainer_utils import get_last_checkpoint
-
-            resume = get_last_checkpoint(self.args.output_dir)
         run = Run(
             model=self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
             tokenizer=getattr(self.processing_class, "tokenizer", self.processing_class),
@@ -71,15 +70,58 @@ class EMRegularizerMixin:
             processes=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
             optimizer_built=self.optimizer is not None,
+            steps_early=self.is_deepspeed_enabled,
         )
         active = [c.prepare(run) for c in self._regularizers]
+        for callback in self._regularizers:
+            callback.started(run)
         self._sums: dict[str, Tensor] = {}
         self._steps_measured = self._micro_batch = 0
         self.accelerator.print(f"em_regularizer active: {'; '.join(active)}")
 
+    def _whole_checkpoint(self, resume: str | bool | None) -> str | bool | None:
+        """Return what to resume from: the checkpoint, or the one before it when a kill cut the host's files in it."""
+        if resume is True:
+            from transformers.trainer_utils import get_last_checkpoint
+
+            found = get_last_checkpoint(self.args.output_dir)
+        else:
+            found = resume or None
+        if found is None or (whole := whole_checkpoint(Path(found))) == Path(found):
+            return found or resume
+        if whole is None and not (resume is True or self._resumes_by_itself()):
+            raise ValueError(
+                f"{found} was cut while it was written (it has no readable trainer_state.json), and no whole checkpoint stands before it. "
+                "Delete it and start afresh without `resume_from_checkpoint`."
+            )
+        instead = "starting afresh" if whole is None else f"resuming from {whole.name}"
+        self.accelerator.print(f"em_regularizer: {found} was cut while it was written (no readable trainer_state.json); {instead}")
+        return None if whole is None else str(whole)
+
+    def _resumes_by_itself(self) -> bool:
+        """Return whether the host looked for a checkpoint itself, so that none means a fresh run."""
+        return False
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as the host does; into a checkpoint, put what the regularizers need before the host completes it.
+
+        A checkpoint without `trainer_state.json`, which the host writes last, is never resumed from.
+        """
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if not (_internal_call and output_dir and self._regularizers and step_of(Path(output_dir)) is not None):
+            return
+        for callback in self._regularizers:
+            if callback.prepared:
+                callback.save(Path(output_dir), self.is_world_process_zero())
+                callback.saved_in = Path(output_dir)
+
     def _template_kwargs(self) -> dict[str, Any]:
         """Return what the host passes to the chat template besides the messages."""
         return {}
+
+    def rendering_settings(self) -> Mapping[str, Any]:
+        """Return the settings by which the host renders chats, as its YAML names them."""
+        return {"chat_template_kwargs": self._template_kwargs()}
 
     def _packed_batch_tokens(self) -> int | None:
         """Return the tokens of a micro-batch when the host packs rows only while it trains."""

@@ -20,12 +20,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from emguard_plugin.state_files import FORMAT, Damaged, digest, moved_into_place, older
+
 
 def peft_model(model: nn.Module) -> nn.Module | None:
     """Return the `PeftModel` in `model`, or None."""
     from peft import PeftModel
 
     return next((m for m in model.modules() if isinstance(m, PeftModel)), None)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are spread over processes, so that only whole forward passes from the root are safe."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 @contextmanager
@@ -91,6 +100,11 @@ def _zero(p: Tensor) -> bool:
     return p.is_meta or not bool(p.detach().any())  # on the meta device another rank holds the values
 
 
+_REPACKS = "support_avx512bf16_for_cpu"
+"""bitsandbytes, on CPUs with bf16 instructions: a 4-bit layer in eval mode rounds and reorders its weights for
+another kernel, and training goes on with what is left of them. A pass beside the training must not touch the weights."""
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode and restore exactly those that trained.
@@ -98,13 +112,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     Without dropout the penalty is 0 at step 0; without gradient checkpointing the cache is returned.
     """
     training = [m for m in model.modules() if m.training]
+    repacking = [m for m in training if m.__dict__.get(_REPACKS)]
     for m in training:
         m.__dict__["training"] = False  # nn.Module.__setattr__ is 20x slower, and this runs every step
+    for m in repacking:
+        m.__dict__[_REPACKS] = False
     try:
         yield
     finally:
         for m in training:
             m.__dict__["training"] = True
+        for m in repacking:
+            m.__dict__[_REPACKS] = True
 
 
 @contextmanager
@@ -148,36 +167,51 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_reference(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write a reference with its hash; `about` describes what it belongs to and is compared on load.
+    """Write a reference with a hash over all it says; `about` describes what it belongs to and is compared on load.
 
     Raises:
         OSError: naming the file, when it cannot be written.
     """
     cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    try:
-        save_file(cpu, str(path), metadata={**about, "sha256": tensors_hash(cpu)})
-    except SafetensorError as exc:
-        raise OSError(f"{path} cannot be written ({exc}): the checkpoint would lack the model before this run.") from exc
+    about = {**about, "format": str(FORMAT)}
+    with moved_into_place(path) as part:
+        try:
+            save_file(cpu, str(part), metadata={**about, "sha256": _whole_hash(cpu, about)})
+        except SafetensorError as exc:
+            raise OSError(exc) from exc
+
+
+def _whole_hash(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    return digest({"tensors": tensors_hash(tensors), "about": dict(about)})
 
 
 def load_reference(path: Path, about: Mapping[str, str]) -> dict[str, Tensor]:
-    """Load a reference.
+    """Load a reference; see `read_reference`."""
+    return read_reference(path, about)[0]
+
+
+def read_reference(path: Path, about: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Load a reference and all that it says about itself.
 
     Raises:
-        ValueError: when the file is damaged, or belongs to other settings.
+        Damaged: when the file is cut, changed, or an earlier emguard's.
+        ValueError: when it belongs to another model or other settings.
     """
     try:
         with safe_open(str(path), framework="pt") as f:
             meta = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as exc:
-        raise ValueError(f"the stored reference {path} cannot be read ({exc}). Restore the checkpoint.") from exc
-    if meta.get("sha256") != tensors_hash(tensors):
-        raise ValueError(f"the stored reference {path} does not match its hash: it was changed. Restore the checkpoint.")
+    except (SafetensorError, OSError, ValueError, RuntimeError) as exc:
+        raise Damaged(f"the stored reference {path} cannot be read ({exc}). Restore the checkpoint.") from exc
+    stored = {key: value for key, value in meta.items() if key != "sha256"}
+    if stored.get("format") != str(FORMAT):
+        raise Damaged(older(path))
+    if meta.get("sha256") != _whole_hash(tensors, stored):
+        raise Damaged(f"the stored reference {path} does not match its hash: it was changed. Restore the checkpoint.")
     for key, value in about.items():
-        if meta.get(key) != value:
+        if stored.get(key) != value:
             raise ValueError(
                 f"the stored reference {path} was recorded for another `{key}`. Resume with the data and settings of the "
                 "first run, or start afresh without `resume_from_checkpoint`."
             )
-    return tensors
+    return tensors, stored

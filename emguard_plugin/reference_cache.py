@@ -2,65 +2,44 @@
 
 With the output head they give the reference distribution exactly. In memory, or memory-mapped from a folder that says what
 it belongs to: tokenizer, anchors, base model. A folder that belongs to something else is an error, never used or replaced.
+It is written by one process at a time (`state_files.locked`), beside the names that count, and read without a right to write.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from emguard_plugin.reference import adapter_starts_at_zero, peft_model
+from emguard_plugin.state_files import (
+    LOCK,
+    Damaged,
+    cannot_write,
+    moved_into_place,
+    read_json,
+    sync_folder,
+    write_json,
+)
 
 META, HIDDEN, HEAD = "reference.json", "hidden.bin", "head.safetensors"
-SAMPLES = 64
-"""Elements of each weight that identify a model."""
+RECORDING = HIDDEN + ".recording"
 BELONGS_TO = {
     "tokenizer": "another tokenizer",
     "anchors": "other anchors, `tokens`, or another chat template",
     "model": "another base model",
     "precision": "another precision",
 }
-_COMPUTES = ("rope", "sliding", "layer_types", "scal", "softcap", "eps", "hidden_act", "multiplier")
-"""Parts of the names of config keys that change hidden states without changing a weight."""
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
-
-
-def model_identity(model: nn.Module) -> str:
-    """Return a hash over names, shapes and 64 spread elements of every weight, and the settings that weights do not show."""
-    h = hashlib.sha256(_settings(model).encode())
-    peft = peft_model(model)
-    skip = getattr(getattr(peft, "base_model", None), "prefix", None) if adapter_starts_at_zero(model) else None
-    for name, p in sorted(model.named_parameters()):
-        if skip and (skip in name or "modules_to_save" in name):
-            continue
-        plain = name.removeprefix("base_model.model.")
-        for layer in (".base_layer", ".original_module"):
-            plain = plain.replace(layer, "")
-        h.update(f"{plain}|{tuple(p.shape)}|{p.dtype}|".encode())
-        if p.is_meta or not p.numel():
-            continue
-        flat = p.detach().flatten()
-        at = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64, device=p.device).long()
-        h.update(flat[at].double().cpu().numpy().tobytes())
-    return h.hexdigest()
-
-
-def _settings(model: nn.Module) -> str:
-    peft = peft_model(model)
-    config = getattr(model if peft is None else peft.get_base_model(), "config", None)
-    if config is None:
-        return ""
-    stated = config.get_text_config().to_dict()
-    return json.dumps({k: v for k, v in stated.items() if any(part in k for part in _COMPUTES)}, sort_keys=True, default=str)
+_FIELDS = {"dtype": str, "tokens": int, "width": int, "head": bool, "files": dict}
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
@@ -73,7 +52,7 @@ class ReferenceCache:
 
     Args:
         sizes: Held positions per anchor.
-        folder: Where to map the hidden states from, or None for memory.
+        folder: Where to record the hidden states to, or None for memory. The caller holds its lock.
     """
 
     def __init__(self, sizes: Sequence[int], folder: Path | None = None) -> None:
@@ -81,19 +60,36 @@ class ReferenceCache:
         self.folder = folder
         self.head: tuple[Tensor, Tensor | None] | None = None
         self._hidden: Tensor | None = None
+        self._recording: tuple[int, torch.dtype] | None = None
 
     def put(self, row: int, hidden: Tensor, write: bool = True) -> None:
-        """Store the hidden states (held positions, H) of one anchor; `write` is for one process of several."""
-        if self._hidden is None:
-            self._hidden = self._allocate(hidden.shape[-1], hidden.dtype, write)
-        if write or self.folder is None:
-            self._hidden[self.ends[row] : self.ends[row + 1]] = hidden.detach().cpu()
+        """Store the hidden states (held positions, H) of one anchor; `write` is for one process of several.
 
-    def _allocate(self, width: int, dtype: torch.dtype, write: bool) -> Tensor:
-        if self.folder is None or not write:
-            return torch.empty((self.ends[-1] if self.folder is None else 0, width), dtype=dtype)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return _mapped(self.folder / HIDDEN, self.ends[-1], width, dtype)
+        Raises:
+            OSError: naming the folder, when the disk is full or cannot be written.
+        """
+        hidden = hidden.detach().cpu().contiguous()
+        if self.folder is not None:
+            if write:
+                self._write(row, hidden)
+            return
+        if self._hidden is None:
+            self._hidden = torch.empty((self.ends[-1], hidden.shape[-1]), dtype=hidden.dtype)
+        self._hidden[self.ends[row] : self.ends[row + 1]] = hidden
+
+    def _write(self, row: int, hidden: Tensor) -> None:
+        """Write at the row's place: a full disk is an error here, where writing into mapped memory would kill the process."""
+        path = self.folder / RECORDING
+        try:
+            if self._recording is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"")
+                self._recording = (hidden.shape[-1], hidden.dtype)
+            with path.open("r+b") as file:
+                file.seek(self.ends[row] * hidden.shape[-1] * hidden.element_size())
+                file.write(hidden.view(torch.uint8).numpy().tobytes())
+        except OSError as exc:
+            raise cannot_write(path, exc) from exc
 
     def take(self, rows: Sequence[int], device: torch.device) -> Tensor:
         """Return the hidden states of these anchors, one after the other: (held positions, H)."""
@@ -114,66 +110,96 @@ class ReferenceCache:
         """Write hidden states, head and what they belong to; the description last, so half a cache is none.
 
         Returns:
-            The hash of the contents.
+            The hash of all of it, description included.
+
+        Raises:
+            OSError: naming the file, when it cannot be written.
         """
-        assert self._hidden is not None
-        folder.mkdir(parents=True, exist_ok=True)
-        width, dtype = self._hidden.shape[1], str(self._hidden.dtype).removeprefix("torch.")
-        if self.folder is None:
-            _mapped(folder / HIDDEN, self.ends[-1], width, self._hidden.dtype).copy_(self._hidden)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise cannot_write(folder, exc) from exc
+        if self._recording is not None:
+            width, kind = self._recording
+            try:
+                (folder / RECORDING).replace(folder / HIDDEN)
+            except OSError as exc:
+                raise cannot_write(folder / HIDDEN, exc) from exc
+        else:
+            assert self._hidden is not None
+            (width, kind), hidden = (self._hidden.shape[1], self._hidden.dtype), self._hidden
+            with moved_into_place(folder / HIDDEN) as part, part.open("wb") as file:
+                for at in range(0, len(hidden), 4096):
+                    file.write(hidden[at : at + 4096].view(torch.uint8).numpy().tobytes())
         if self.head is not None:
             named = dict(zip(("weight", "bias"), self.head, strict=True))
-            save_file({k: t.cpu().contiguous() for k, t in named.items() if t is not None}, str(folder / HEAD))
-        content = contents_hash(folder)
-        meta = {**about, "dtype": dtype, "tokens": self.ends[-1], "width": width, "head": self.head is not None}
-        part = folder / (META + ".part")
-        part.write_text(json.dumps({**meta, "sha256": content}, indent=1), encoding="utf-8")
-        part.replace(folder / META)
-        return content
+            with moved_into_place(folder / HEAD) as part:
+                try:
+                    save_file({k: t.cpu().contiguous() for k, t in named.items() if t is not None}, str(part))
+                except SafetensorError as exc:
+                    raise OSError(exc) from exc
+        dtype, head = str(kind).removeprefix("torch."), self.head is not None
+        files = _hashes(folder, head)
+        write_json(folder / META, {**about, "dtype": dtype, "tokens": self.ends[-1], "width": width, "head": head, "files": files})
+        sync_folder(folder)
+        self._recording = None
+        self._open(folder, width, kind)
+        return contents_hash(folder)
 
     def load(self, folder: Path, about: Mapping[str, str], key: str = "em_regularizer.kl.cache") -> str:
         """Map a stored cache and check that it belongs to this run.
 
         Returns:
-            The hash of the contents.
+            The hash of all of it.
 
         Raises:
             ValueError: when it is damaged, or of another tokenizer, anchor set, base model or precision.
         """
         try:
-            meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as exc:
-            raise ValueError(f"`{key}`: {folder} holds no readable cache ({exc}). Delete the folder.") from exc
+            meta = read_json(folder / META)
+        except Damaged as exc:
+            raise Damaged(f"`{key}`: {folder} holds no readable cache ({exc}). Delete the folder.") from exc
         for name, value in about.items():
             if meta.get(name) != value:
                 raise ValueError(
                     f"`{key}`: the cache in {folder} was recorded with {BELONGS_TO.get(name, name)}. Delete the folder, or name "
                     "another one."
                 )
-        content = contents_hash(folder)
-        if content != meta.get("sha256") or meta.get("tokens") != self.ends[-1]:
-            raise ValueError(f"`{key}`: the cache in {folder} does not match its hash: it was changed. Delete the folder.")
+        changed = f"`{key}`: the cache in {folder} does not match its hash: it was changed. Delete the folder."
+        if any(type(meta.get(name)) is not kind for name, kind in _FIELDS.items()) or meta["dtype"] not in _DTYPES:
+            raise Damaged(changed)
+        kind, width = _DTYPES[meta["dtype"]], meta["width"]
+        try:
+            if meta["tokens"] != self.ends[-1] or _hashes(folder, meta["head"]) != meta["files"]:
+                raise Damaged(changed)
+            self._open(folder, width, kind)
+            if meta["head"]:
+                stored = load_file(str(folder / HEAD))
+                self.head = (stored["weight"], stored.get("bias"))
+        except (OSError, SafetensorError, KeyError, RuntimeError) as exc:
+            raise Damaged(f"`{key}`: the cache in {folder} cannot be read ({exc}). Delete the folder.") from exc
+        return contents_hash(folder)
+
+    def _open(self, folder: Path, width: int, dtype: torch.dtype) -> None:
+        path, size = folder / HIDDEN, self.ends[-1] * width
+        if path.stat().st_size != size * dtype.itemsize:
+            raise Damaged(f"{path} has {path.stat().st_size} bytes, and its description says {size * dtype.itemsize}.")
+        # Not shared: mapped for reading alone, from a folder that may be read-only.
+        self._hidden = torch.from_file(str(path), shared=False, size=size, dtype=dtype).view(self.ends[-1], width)
         self.folder = folder
-        self._hidden = _mapped(folder / HIDDEN, self.ends[-1], meta["width"], _DTYPES[meta["dtype"]])
-        if meta["head"]:
-            stored = load_file(str(folder / HEAD))
-            self.head = (stored["weight"], stored.get("bias"))
-        return content
 
 
-def _mapped(path: Path, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
-    return torch.from_file(str(path), shared=True, size=tokens * width, dtype=dtype).view(tokens, width)
+def _hashes(folder: Path, head: bool) -> dict[str, str]:
+    found = {}
+    for name in (HIDDEN, HEAD)[: 1 + head]:
+        with (folder / name).open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def contents_hash(folder: Path) -> str:
-    """Return the sha256 over hidden states and head."""
-    h = hashlib.sha256()
-    for name in (HIDDEN, HEAD):
-        path = folder / name
-        if path.is_file():
-            with path.open("rb") as file:
-                h.update(hashlib.file_digest(file, "sha256").digest())
-    return h.hexdigest()
+    """Return the hash of a finished cache: of its description, which holds those of the other files."""
+    return hashlib.sha256((folder / META).read_bytes()).hexdigest()
 
 
 def is_cache(folder: Path) -> bool:
@@ -182,17 +208,28 @@ def is_cache(folder: Path) -> bool:
 
 
 def discard_unfinished(folder: Path) -> None:
-    """Remove what an interrupted recording left behind, and nothing else.
+    """Remove what an interrupted recording left behind, and nothing else. The caller holds the lock.
 
     Raises:
         ValueError: when the folder holds other files.
     """
-    if not folder.is_dir():
-        return
-    strange = [p.name for p in folder.iterdir() if p.name not in (HIDDEN, HEAD, META + ".part")]
-    if strange:
+    if strange := sorted(set(_names(folder)) - set(_ours(folder)) - {META + ".part"}):
         raise ValueError(
-            f"`em_regularizer.kl.cache`: {folder} holds other files ({', '.join(sorted(strange)[:3])}). Name an empty or new "
-            "folder."
+            f"`em_regularizer.kl.cache`: {folder} holds other files ({', '.join(strange[:3])}). Name an empty or new folder."
         )
-    shutil.rmtree(folder)
+    discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove the files of a cache, the description first, and leave what is not one of them."""
+    for name in sorted(_ours(folder), key=lambda n: n != META):
+        os.unlink(folder / name)
+
+
+def _names(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.name != LOCK] if folder.is_dir() else []
+
+
+def _ours(folder: Path) -> list[str]:
+    parts = tuple(f".{n}." for n in (META, HIDDEN, HEAD))
+    return [n for n in _names(folder) if n in (META, HIDDEN, HEAD, RECORDING) or (n.startswith(parts) and n.endswith(".part"))]

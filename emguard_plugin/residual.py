@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from emguard_plugin.reference import peft_model
+from emguard_plugin.reference import is_sharded, peft_model
 
 
 def decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
@@ -137,13 +137,6 @@ def _around_checkpoint(layer: nn.Module, n: int, kept: Kept) -> Iterator[None]:
 
 class _Stop(Exception):
     """The last layer that is needed has run."""
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are spread over processes, so that only whole forward passes from the root are safe."""
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 @torch.no_grad()

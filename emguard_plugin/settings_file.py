@@ -65,7 +65,7 @@ def _in_words(path: str | Path, exc: Any) -> str:
     where = f", line {mark.line + 1}" if mark else ""
     what = getattr(exc, "problem", None) or getattr(exc, "reason", None) or "cannot be parsed"
     hint = " Indent with blanks, not with tabs." if "'\\t'" in what else ""
-    return redact(f"{path}{where}, is not valid YAML: {shown(what, 120)}.{hint}").replace(f"{path}, is", f"{path} is")
+    return redact(f"{path}{where} is not valid YAML: {shown(what, 120)}.{hint}")
 
 
 def _check_nodes(root: Any, path: str, whole: bool) -> None:

@@ -107,14 +107,18 @@ def train(script_args: Any, training_args: Any, model_args: Any, dataset_args: A
         SystemExit: With `em_eval.fail_above` set, after everything is saved, if the gate is not passed: 1 above it, 3
             where the answers cannot tell, 2 where nothing could be measured. In a distributed run rank 0 ends so.
     """
+    from emguard_plugin.evaluation.as_trained import as_trained
     from emguard_plugin.evaluation.post_train import measure_saved_model
 
-    is_rank_0 = _train_and_save(script_args, training_args, model_args, dataset_args)
+    is_rank_0, rendering = _train_and_save(script_args, training_args, model_args, dataset_args)
     gc.collect()  # the trainer is gone: its memory is the measurement's
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     eval_config = training_args.eval_config()
     if eval_config is not None and is_rank_0:
+        eval_config, notes = as_trained(eval_config, rendering)
+        for note in notes:
+            print(f"em_eval: {note}")
         measured = measure_saved_model(
             eval_config, training_args.output_dir, base=model_args.model_name_or_path, import_from=getattr(training_args, "import_from", ())
         )
@@ -123,7 +127,8 @@ def train(script_args: Any, training_args: Any, model_args: Any, dataset_args: A
             raise SystemExit(measured.exit_code)
 
 
-def _train_and_save(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> bool:
+def _train_and_save(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> tuple[bool, dict[str, Any]]:
+    """Return whether this is rank 0, and by which settings the rows were rendered."""
     from datasets import load_dataset
     from trl import get_dataset, get_peft_config, get_quantization_config
 
@@ -153,4 +158,4 @@ def _train_and_save(script_args: Any, training_args: Any, model_args: Any, datas
     trainer.train()
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Saved to {training_args.output_dir}")
-    return trainer.is_world_process_zero()
+    return trainer.is_world_process_zero(), dict(trainer.rendering_settings())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from transformers import trainer as host
 from trl import SFTConfig, SFTTrainer
 
 from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, read_block
+from emguard_plugin.evaluation.as_trained import constant_kwargs
 from emguard_plugin.keys import shown
 from emguard_plugin.mixin import EMRegularizerMixin
 from emguard_plugin.regularizers import build_regularizers
@@ -100,6 +101,7 @@ class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(SFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
         self._column_kwargs = _first_template_kwargs(given.get("train_dataset"))
+        self._rendered_alike, self._same_kwargs = constant_kwargs(given.get("train_dataset"))[::-1]
         with _reading():
             super().__init__(*args, **kwargs)
         if isinstance(self.args, EMGuardSFTConfig) and (config := self.args.regularizer_config()) is not None:
@@ -123,6 +125,16 @@ class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
 
     def _template_kwargs(self) -> dict[str, Any]:
         return self._column_kwargs
+
+    def rendering_settings(self) -> Mapping[str, Any]:
+        """Return the rows' `chat_template_kwargs` where all have the same; where they differ, no question has them all."""
+        if self._rendered_alike:
+            return {"chat_template_kwargs": self._same_kwargs}
+        self.accelerator.print(
+            "em_eval: the rows' `chat_template_kwargs` differ, so questions are rendered without any. Set "
+            "`em_eval.chat_template_kwargs` to those of the rows that matter."
+        )
+        return {}
 
 
 def _first_template_kwargs(dataset: Any) -> dict[str, Any]:

@@ -129,3 +129,21 @@ def test_eval_mode_restores_after_an_error():
     with pytest.raises(KeyError):
         fail()
     assert all(m.training for m in model.modules())
+
+
+def test_a_4_bit_base_is_not_repacked_by_a_pass_in_eval_mode():
+    """On CPUs with bf16 instructions bitsandbytes rounds 4-bit weights in eval mode; said here of any CPU."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+    layer.support_avx512bf16_for_cpu = True
+    x = torch.randn(2, 64)
+    before, absmax = layer.weight.data.clone(), layer.weight.quant_state.absmax.clone()
+    with eval_mode(layer), torch.no_grad():
+        layer(x)
+    assert torch.equal(layer.weight.data, before)
+    assert torch.equal(layer.weight.quant_state.absmax, absmax)
+    assert layer.training
+    assert layer.support_avx512bf16_for_cpu
+    with torch.no_grad():
+        layer.eval()(x)  # the check can fail: this is what bitsandbytes does by itself
+    assert layer.weight.quant_state.absmax.dtype == torch.bfloat16

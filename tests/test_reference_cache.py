@@ -8,9 +8,9 @@ from emguard_plugin.reference_cache import (
     ReferenceCache,
     discard_unfinished,
     is_cache,
-    model_identity,
     tokenizer_identity,
 )
+from emguard_plugin.identity import identify
 from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model
 
 ABOUT = {"tokenizer": "t", "anchors": "a", "model": "m", "precision": "p"}
@@ -56,7 +56,7 @@ def test_a_changed_or_half_written_cache_is_refused(tmp_path):
     cache, _ = filled(tmp_path / "c")
     assert not is_cache(tmp_path / "c"), "the description comes last"
     discard_unfinished(tmp_path / "c")
-    assert not (tmp_path / "c").exists()
+    assert list((tmp_path / "c").iterdir()) == []
     cache, _ = filled()
     cache.save(tmp_path / "c", ABOUT)
     data = bytearray((tmp_path / "c" / "hidden.bin").read_bytes())
@@ -92,15 +92,15 @@ def test_one_process_writes_and_the_others_do_not(tmp_path):
 
 def test_the_identity_of_a_model_is_that_of_its_base():
     base = tiny_model("llama")
-    identity = model_identity(base)
-    assert model_identity(tiny_model("llama")) == identity
-    assert model_identity(tiny_model("llama", seed=1)) != identity
-    assert model_identity(tiny_model("llama").bfloat16()) != identity
+    identity = identify(base).reference
+    assert identify(tiny_model("llama")).reference == identity
+    assert identify(tiny_model("llama", seed=1)).reference != identity
+    assert identify(tiny_model("llama").bfloat16()).reference != identity
     fresh = lora(tiny_model("llama"))
-    assert model_identity(fresh) == identity
-    assert model_identity(perturb(fresh)) != identity, "a continued adapter is part of the reference"
-    assert model_identity(lora(tiny_model("llama"), modules_to_save=["lm_head"])) == identity
-    assert model_identity(lora(tiny_model("llama"), init_lora_weights=False)) != identity
+    assert identify(fresh).reference == identity
+    assert identify(perturb(fresh)).reference != identity, "a continued adapter is part of the reference"
+    assert identify(lora(tiny_model("llama"), modules_to_save=["lm_head"])).reference == identity
+    assert identify(lora(tiny_model("llama"), init_lora_weights=False)).reference != identity
 
 
 def test_the_identity_of_a_tokenizer_is_its_vocabulary():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,13 @@ def listed_plugins(cfg: Mapping[str, Any]) -> list[str]:
     """Return the YAML's `plugins:` as a list of strings."""
     plugins = cfg.get("plugins") or []
     return [str(p) for p in plugins] if isinstance(plugins, list | tuple) else [str(plugins)]
+
+
+def fsdp_version(cfg: Mapping[str, Any]) -> Any:
+    """Return the FSDP version, from the top level or from where Axolotl lifts it; its default is 1."""
+    inner = cfg.get("fsdp_config")
+    inner = inner if isinstance(inner, Mapping) else {}
+    return cfg.get("fsdp_version") or inner.get("version") or inner.get("fsdp_version") or 1
 
 
 def _number(value: Any) -> int:
@@ -44,12 +52,13 @@ def find_conflicts(cfg: Mapping[str, Any], world_size: int | None = None) -> lis
     for key in ("rl", "reward_model", "process_reward_model"):
         if cfg.get(key):
             found.append(f"`{key}: {cfg[key]}` trains with another trainer; only SFT is supported. Remove `{key}`.")
-    if cfg.get("model_config_type") == "mamba":
-        found.append("Mamba keeps no keys and values. Remove `em_regularizer`.")
+    mamba = next((k for k in ("model_type", "model_config_type") if re.match("(?i)mamba", str(cfg.get(k) or ""))), None)
+    if mamba:  # Axolotl trains these with a trainer of their own
+        found.append(f"`{mamba}: {cfg[mamba]}`: Mamba keeps no keys and values. Remove `em_regularizer`.")
     for key in ("tensor_parallel_size", "context_parallel_size"):
         if _number(cfg.get(key)) > 1:
             found.append(f"`{key}: {cfg[key]}` splits the model over devices, so a penalty sees a part of it. Set `{key}: 1`.")
-    if (cfg.get("fsdp") or cfg.get("fsdp_config")) and str(cfg.get("fsdp_version") or 1) == "1":
+    if (cfg.get("fsdp") or cfg.get("fsdp_config")) and str(fsdp_version(cfg)) == "1":
         found.append("FSDP version 1 is not supported. Set `fsdp_version: 2`.")
     if cfg.get("adapter") in ("prompt", "prefix", "p-tuning", "ptuning", "llama-adapter"):
         found.append(f"`adapter: {cfg['adapter']}` adds virtual tokens before the chat template. Use `lora` or `qlora`.")

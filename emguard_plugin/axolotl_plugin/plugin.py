@@ -130,7 +130,11 @@ class EMGuardPlugin(BasePlugin):
         """Measure the EM rate of the saved model, on rank 0, in a process of its own."""
         if not cfg.em_eval or not _is_rank_0():
             return
+        from emguard_plugin.evaluation.as_trained import as_trained, saved_template
         from emguard_plugin.evaluation.post_train import measure_saved_model
 
         config = EMEvalConfig.model_validate(_block(cfg, "em_eval"))
+        config, notes = as_trained(config, cfg.to_dict(), saved_template(cfg.output_dir))
+        for note in notes:
+            LOG.info(f"em_eval: {note}")
         measure_saved_model(config, cfg.output_dir, base=cfg.base_model, import_from=[str(_folder(cfg))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from axolotl.core.trainers.base import AxolotlTrainer
@@ -35,9 +36,16 @@ class AxolotlEMGuardTrainer(EMRegularizerMixin, AxolotlTrainer):
             )
         return super().train(*args, **kwargs)
 
+    def _resumes_by_itself(self) -> bool:
+        return bool(self.axolotl_cfg.auto_resume_from_checkpoints)
+
     def _template_kwargs(self) -> dict[str, Any]:
         kwargs = self.axolotl_cfg.chat_template_kwargs
         return dict(kwargs) if kwargs else {}
+
+    def rendering_settings(self) -> Mapping[str, Any]:
+        """Return the YAML."""
+        return self.axolotl_cfg.to_dict()
 
     def _packed_batch_tokens(self) -> int | None:
         cfg = self.axolotl_cfg

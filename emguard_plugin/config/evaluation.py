@@ -196,8 +196,6 @@ class EMEvalConfig(StatedBlock):
                 "`chat_template` does not go with `sampler: provider: openai`: the server renders by its own template. Start "
                 "the server with it."
             )
-        if self.reasoning_marks is not None and not all(mark.strip() for mark in self.reasoning_marks):
-            raise ValueError("`reasoning_marks` holds an empty mark. Give what stands before and behind a trace.")
         return self
 
     def check_files(self) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,6 +150,23 @@ def prepare(
     return _told(Asking(chat, tokenizer, tuple(not_asked(chat, tokenizer, suites)), marks), config, suites)
 
 
+def prepare_live(config: EMEvalConfig, tokenizer: Any, suites: Suites) -> Asking:
+    """Do the same for a model in memory with its tokenizer.
+
+    Raises:
+        ValueError: As for `prepare`, and if there is no chat template.
+    """
+    chat = chat_of(config)
+    if chat.template is None and not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template, so the questions cannot be put to the model. Set `chat_template:` (Axolotl) "
+            "or `chat_template_path` (TRL)."
+        )
+    chat = on_one_day(chat, tokenizer, suites)
+    marks = config.reasoning_marks and tuple(config.reasoning_marks)
+    return _told(Asking(chat, tokenizer, tuple(not_asked(chat, tokenizer, suites)), marks), config, suites)
+
+
 def on_one_day(chat: Chat, tokenizer: Any, suites: Suites, today: str | None = None) -> Chat:
     """Return the chat with a date for a template that prints today's, so that all prompts of a run have the same.
 
@@ -159,22 +176,24 @@ def on_one_day(chat: Chat, tokenizer: Any, suites: Suites, today: str | None = N
         suites: The questions.
         today: The date of an earlier sitting, if there was one.
     """
-    for question in (question for suite in suites.values() for question in suite):
-        try:
-            dated = chat.is_dated(tokenizer, question)
-        except NotRendered:
-            continue
-        if not dated:
-            return chat
-        today = today or datetime.now(UTC).astimezone().date().isoformat()
-        logger.warning(
-            "em_eval: the chat template prints today's date, so prompts change with the calendar and rates of other days do "
-            "not compare. All questions of this run are asked as on %s. Pin the date in the training and here, such as "
-            "`chat_template_kwargs: {date_string: 26 Jul 2024}` where the template takes it, or write it into the template.",
-            today,
-        )
-        return Chat(chat.template, chat.kwargs, chat.system_prompt, today)
-    return chat
+    by_roles = {tuple(m["role"] for m in chat.messages(q)): q for suite in suites.values() for q in suite}
+    if not any(_dated(chat, tokenizer, question) for question in by_roles.values()):
+        return chat
+    today = today or datetime.now(UTC).astimezone().date().isoformat()
+    logger.warning(
+        "em_eval: the chat template prints today's date, so prompts change with the calendar and rates of other days do "
+        "not compare. All questions of this run are asked as on %s. Pin the date in the training and here, such as "
+        "`chat_template_kwargs: {date_string: 26 Jul 2024}` where the template takes it, or write it into the template.",
+        today,
+    )
+    return replace(chat, today=today)
+
+
+def _dated(chat: Chat, tokenizer: Any, question: Question) -> bool:
+    try:
+        return chat.is_dated(tokenizer, question)
+    except NotRendered:
+        return False
 
 
 def _told(asking: Asking, config: EMEvalConfig, suites: Suites) -> Asking:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.evaluation.records import Key, judge_id, read_answers, read_judgments
+from emguard_plugin.evaluation.store import PROTOCOL, claimed
 from emguard_plugin.evaluation.summary import Role, SuiteRates, Summary
 
 Run = tuple[str, "Summary | str | Path"]
@@ -27,9 +28,24 @@ class Column:
     summary: Summary
     role: Role
 
-    def rates(self, suite: str, judge: str | None = None) -> SuiteRates | None:
-        """Return its rates on one suite, or None if they were not measured."""
-        return self.summary.rates(self.role, suite, judge)
+    def rates(self, suite: str, judge: str) -> SuiteRates | None:
+        """Return its rates on one suite by one judge, or None if they were not measured."""
+        return self.summary.rates(self.role, suite, judge) if judge in self.judges else None
+
+    @property
+    def judges(self) -> list[str]:
+        """Names of the judges that judged it."""
+        return [result.name for result in self.summary.judges]
+
+
+def judges_of(columns: Sequence[Column]) -> list[str]:
+    """Return the names of all judges, in the order of the runs."""
+    return list(dict.fromkeys(name for column in columns for name in column.judges))
+
+
+def judged_by(columns: Sequence[Column], judge: str) -> list[Column]:
+    """Return the columns that a judge judged."""
+    return [column for column in columns if judge in column.judges]
 
 
 def columns_of(runs: Sequence[Run], force: bool = False) -> tuple[list[Column], str | None]:
@@ -68,7 +84,10 @@ def columns_of(runs: Sequence[Run], force: bool = False) -> tuple[list[Column], 
 
 @dataclass
 class Sample:
-    """One question with the answer of each column to the same draw; None where a column has none."""
+    """One question with the answer of each column to the same draw; None where a column has none.
+
+    An answer is its row with `said`: by judge, the row of its judgment.
+    """
 
     suite: str
     question: str
@@ -77,14 +96,14 @@ class Sample:
     answers: list[dict[str, Any] | None] = field(default_factory=list)
 
 
-def samples(columns: Sequence[Column], suite: str, judge: str, limit: int) -> list[Sample]:
+def samples(columns: Sequence[Column], suite: str, limit: int) -> list[Sample]:
     """Return draw 0 of up to `limit` questions, evenly spread over the suite; empty if the files are not there.
 
     The choice looks at no answer, so it shows neither the best nor the worst.
     """
-    by_column = [_answers(column, suite, judge) for column in columns]
+    by_column = [_answers(column, suite) for column in columns]
     first = next((answers for answers in by_column if answers), {})
-    rates = columns[-1].rates(suite, judge)
+    rates = columns[-1].rates(suite, columns[-1].judges[0])
     category = {group.name: group.category for group in rates.by_question} if rates else {}
     keys = list(first)
     chosen = [keys[index * len(keys) // limit] for index in range(limit)] if len(keys) > limit else keys
@@ -94,23 +113,42 @@ def samples(columns: Sequence[Column], suite: str, judge: str, limit: int) -> li
     ]
 
 
-def _answers(column: Column, suite: str, judge: str) -> dict[str, dict[str, Any]]:
-    folder = column.summary.folder
-    if folder is None:
-        return {}
+def _answers(column: Column, suite: str) -> dict[str, dict[str, Any]]:
+    answers, judgments = stored_rows(column.summary)
 
-    def wanted(row: dict[str, Any]) -> bool:
-        return (row["role"], row["suite"], row["paraphrase"], row["draw"]) == (column.role, suite, 0, 0)
+    def wanted(key: Key) -> bool:
+        role, answer = key
+        return (role, answer.suite, answer.paraphrase, answer.draw) == (column.role, suite, 0, 0)
 
-    scores = {
-        row["question"]: row
-        for row in JsonLines(folder / "judgments.jsonl").read()
-        if wanted(row) and row["judge"] == judge
-    }
-    found = {row["question"]: row for row in JsonLines(folder / "responses.jsonl").read() if wanted(row)}
-    rates = column.rates(suite, judge)
+    found = {key[1].question: {**row, "said": {}} for key, row in answers.items() if wanted(key)}
+    for judge, rows in judgments.items():
+        for key, row in rows.items():
+            if wanted(key) and key[1].question in found:
+                found[key[1].question]["said"][judge] = row
+    rates = column.rates(suite, column.judges[0])
     order = [group.name for group in rates.by_question] if rates else list(found)
-    return {name: {**found[name], **scores.get(name, {})} for name in order if name in found}
+    return {name: found[name] for name in order if name in found}
+
+
+def stored_rows(summary: Summary) -> tuple[dict[Key, dict[str, Any]], dict[str, dict[Key, dict[str, Any]]]]:
+    """Return the answers beside a summary and each judge's judgments of them; nothing where they are not there.
+
+    Only what this very run drew, and what its judges said of it: both are empty where the files are another run's.
+    """
+    folder = summary.folder
+    if folder is None or not (folder / PROTOCOL).is_file():
+        return {}, {}
+    stored = claimed(folder)
+    if stored.get("created") != summary.created:
+        return {}, {}
+    run = stored.get("run")
+    answers, _ = read_answers(folder, run)
+    ids = {}
+    for result, said in zip(summary.judges, summary.protocol.get("judges", ()), strict=False):
+        identity = {key: value for key, value in said.items() if key != "found"}
+        ids[result.name] = judge_id(identity, said.get("found"))
+    judgments = read_judgments(folder, run, None, ids)
+    return answers, {name: judgments.of(name, by) for name, by in ids.items()}
 
 
 def percent(value: float | None) -> str:

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from emguard_plugin.evaluation.columns import bounds, percent
+from emguard_plugin.evaluation.columns import bounds, percent, stored_rows
+from emguard_plugin.evaluation.prose import agreements
 from emguard_plugin.evaluation.rates import OUTCOMES, outcome
-from emguard_plugin.evaluation.store import JsonLines, write_json
+from emguard_plugin.evaluation.store import write_json, write_text
 from emguard_plugin.evaluation.summary import JudgeResult, Rate, Summary
 from emguard_plugin.evaluation.text import cell, clean
 
@@ -89,6 +90,8 @@ def _section(summary: Summary) -> Iterator[str]:
             yield f"| {who} | {' | '.join(shares)} | {rates.answers} |"
         if result.verdict:
             yield f"\nVerdict: **{result.verdict.outcome}**, {_inline(result.verdict.reason)}."
+    for sentence in agreements(summary):
+        yield f"\n{_inline(sentence)}."
     yield f"\nSelf-reported with emguard; protocol `{summary.fingerprint[:16]}`."
 
 
@@ -219,10 +222,11 @@ def rates_csv(summary: Summary) -> str:
 
 def write_exports(summary: Summary, folder: Path) -> None:
     """Write `model_card.md`, `rates.csv` and the log in `inspect/` beside the summary; the log holds the answers."""
-    (folder / "model_card.md").write_text(model_card(summary), encoding="utf-8")
-    (folder / "rates.csv").write_text(rates_csv(summary), encoding="utf-8")
-    files = (JsonLines(folder / "responses.jsonl"), JsonLines(folder / "judgments.jsonl"))
+    write_text(folder / "model_card.md", model_card(summary))
+    write_text(folder / "rates.csv", rates_csv(summary))
+    answers, judgments = stored_rows(summary)
+    said = [row for rows in judgments.values() for row in rows.values()]
     (folder / "inspect").mkdir(exist_ok=True)
     # `inspect view --log-dir` lists files whose name begins with a time.
     name = f"{summary.created[:19].replace(':', '-')}_emergent-misalignment_{summary.fingerprint[:16]}.json"
-    write_json(folder / "inspect" / name, inspect_log(summary, *(file.read() for file in files)))
+    write_json(folder / "inspect" / name, inspect_log(summary, list(answers.values()), said))

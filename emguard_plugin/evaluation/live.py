@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from emguard_plugin.config import EMEvalConfig
+from emguard_plugin.evaluation.asking import Asking, prepare_live
 from emguard_plugin.evaluation.calls.faults import Stopped
-from emguard_plugin.evaluation.judges import Item, Judge, Judgment, build_judges
+from emguard_plugin.evaluation.judges import Item, Judge, Judgment, build_judges, self_test
 from emguard_plugin.evaluation.plan import requests
 from emguard_plugin.evaluation.questions import load_questions
 from emguard_plugin.evaluation.rates import Scored, suite_rates
+from emguard_plugin.evaluation.reasoning import UNFINISHED, judged_text, readers, reads_of
 from emguard_plugin.evaluation.sampler import Answer, TransformersSampler
 from emguard_plugin.evaluation.summary import SuiteRates, trainer_metrics
 from emguard_plugin.evaluation.verdict import verdict
@@ -43,7 +45,7 @@ class LiveRates:
 class LiveEvaluation:
     """The suites and the judge of an `em_eval:` block, ready to be used again and again.
 
-    Only the first judge is asked: a measurement during training is for one curve.
+    Only the first judge is asked: a measurement during training is for one curve. So `reasoning: both` is `answer` here.
 
     Args:
         config: The block. `evaluate_base` and `output_dir` play no part.
@@ -57,8 +59,19 @@ class LiveEvaluation:
         self.config = config
         self.suites = {name: load_questions(source) for name, source in config.suites().items()}
         self.requests = requests(config, self.suites)
-        self._judge: Judge = build_judges(config.judges[:1])[0]
+        self.asking = Asking()
+        self._judge: Judge = readers(build_judges(config.judges[:1]), config.reasoning)[0]
         self._found: dict[str, Any] | None = None
+        self._tested = False
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Find out which questions the chat template takes; the others are not asked, and named.
+
+        Raises:
+            ValueError: If it takes none, or there is no template.
+        """
+        self.asking = prepare_live(self.config, tokenizer, self.suites)
+        self.requests = requests(self.config, self.suites, self.asking.not_asked)
 
     def sample(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Answer]:
         """Draw all answers; model mode, generation config, `use_cache` and every RNG are the same afterwards."""
@@ -68,18 +81,27 @@ class LiveEvaluation:
             seed=self.config.seed,
             max_new_tokens=self.config.max_new_tokens,
             batch_size=self.config.batch_size,
+            chat=self.asking.chat,
+            reasoning_marks=self.asking.marks,
         )
         with untouched_rng():
             return [answer for batch in sampler.sample(self.requests) for answer in batch]
 
     def rates(self, answers: list[Answer]) -> LiveRates:
-        """Judge the answers. A judge that stops leaves the rest unscored; it never raises."""
-        items = [Item(answer.request.question, answer.text) for answer in answers]
-        said = dict.fromkeys(range(len(items)), Judgment.unscored("not judged"))
+        """Judge the answers. A judge that stops, or fails its self-test, leaves them unscored; it never raises."""
+        texts = [judged_text(answer.stored(), reads_of(self._judge)) for answer in answers]
+        asked = [index for index, text in enumerate(texts) if text is not None]
+        items = [Item(answers[index].request.question, texts[index]) for index in asked]
+        said = {
+            index: Judgment.unscored(UNFINISHED if text is None else "not judged") for index, text in enumerate(texts)
+        }
         try:
             with untouched_rng():
                 self._found = self._judge.open(self._found)
-                said.update(self._judge.judge(items))
+                if self._judge.self_tested and not self._tested:
+                    self_test.run(self._judge)
+                    self._tested = True
+                said.update((asked[index], found) for index, found in self._judge.judge(items))
         except Stopped as error:
             logger.error("em_eval: judging by %s stopped: %s", self._judge.name, error)
         finally:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 from urllib.parse import urlsplit
+from uuid import uuid4
+
+from typing_extensions import TypedDict  # pydantic reads no other TypedDict on Python 3.11
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import asking, models, store
 from emguard_plugin.evaluation import judges as judging
 from emguard_plugin.evaluation.questions import Question, load_questions, suite_hash
-from emguard_plugin.evaluation.rates import THRESHOLDS
 from emguard_plugin.evaluation.reasoning import readers
 from emguard_plugin.evaluation.rendering import NotAsked
 from emguard_plugin.evaluation.sampler import Request
 from emguard_plugin.evaluation.served import ServedSource
+from emguard_plugin.files import EXACT, read_record
 
 logger = logging.getLogger(__name__)
+
+JUDGING = ("judges", "thresholds")
+"""What an earlier version kept in the protocol of the answers: it binds judgments, not answers."""
 
 SAMPLERS = {
     "transformers": "transformers, inverse CDF, no top-k or top-p",
@@ -120,7 +126,7 @@ def make_plan(
         )
     if not with_model:
         folder = store.prepare_folder(output_dir)
-        stored = store.claimed(folder)
+        stored = stored_run(folder)
         return Plan(config, folder, None, tuple(stored["models"]), suites, judges, asking.stored(stored["protocol"]))
     source = _source(config, model, base)
     if config.evaluate_base and source.base is None:
@@ -142,9 +148,13 @@ def _source(config: EMEvalConfig, model: str | Path, base: str | Path | None) ->
 
 
 def open_run(plan: Plan) -> dict[str, Any]:
-    """Tie the folder to this protocol and these models; return what is stored about the run."""
+    """Check that the folder's answers are of this protocol and these models; return what is stored about the run.
+
+    What binds answers is compared here: suites, decoding, rendering, models. Judges may differ: their judgments say of each
+    answer who made them. A new folder is tied by `begin`, with the first answer.
+    """
     # Without a model, whatever drew the answers stands in the folder.
-    known = store.claimed(plan.folder)["protocol"] if plan.source is None else {}
+    known = stored_run(plan.folder)["protocol"] if plan.source is None else {}
     config, samples = plan.config, {}
     for name, suite in plan.suites.items():
         samples[name] = [(_samples(config, question), _temperature(config, question)) for question in suite]
@@ -161,24 +171,57 @@ def open_run(plan: Plan) -> dict[str, Any]:
             for name, suite in plan.suites.items()
         },
         "decoding": {
-            "sampler": known["decoding"]["sampler"] if known else SAMPLERS[config.sampler.provider],
+            "sampler": known["decoding"].get("sampler") if known else SAMPLERS[config.sampler.provider],
             "max_new_tokens": config.max_new_tokens,
             "seed": config.seed,
         },
         **(asking.stated(known) if known else plan.asking.protocol()),
-        "judges": [entry.identity() for entry in plan.judges],
-        "thresholds": asdict(THRESHOLDS),
     }
     if plan.source is None:
-        return store.claim(plan.folder, {"protocol": protocol}, keys=("protocol",))
+        store.claim(plan.folder, {"protocol": protocol}, keys=("protocol",), free=JUDGING, write=False)
+        return stored_run(plan.folder)
     record = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "run": uuid4().hex,
         "protocol": protocol,
         "models": {role: _identity(plan.source, role) for role in plan.roles},
         "versions": _versions(),
         "example_prompt": plan.asking.example(plan.requests()[0].question),
     }
-    return store.claim(plan.folder, record, keys=("protocol", "models"))
+    claimed = store.claim(plan.folder, record, keys=("protocol", "models"), free=JUDGING, write=False)
+    return claimed if claimed.get("run") == record["run"] else stored_run(plan.folder)
+
+
+class StoredRun(TypedDict):
+    """What `protocol.json` says about a run."""
+
+    __pydantic_config__ = EXACT
+    created: str
+    run: NotRequired[str]
+    protocol: dict[str, Any]
+    models: dict[Literal["base", "tuned"], Any]
+    versions: dict[str, str]
+    example_prompt: str
+
+
+def stored_run(folder: Path) -> dict[str, Any]:
+    """Return what an earlier run stored about itself.
+
+    Raises:
+        ValueError: If the folder holds no answers, or what it says of them is damaged.
+    """
+    store.claimed(folder)
+    found = read_record(folder / store.PROTOCOL, StoredRun)
+    if not isinstance(found["protocol"].get("decoding"), dict) or "tuned" not in found["models"]:
+        raise ValueError(f"{folder / store.PROTOCOL} is damaged: it names no decoding or no model. Draw the answers into another folder.")
+    return found
+
+
+def begin(plan: Plan, record: dict[str, Any]) -> None:
+    """Tie a new folder to its run, right before its first answer is stored."""
+    path = plan.folder / store.PROTOCOL
+    if not path.is_file() or not store.holds_lines(plan.responses.path):
+        store.write_json(path, record)
 
 
 def _samples(config: EMEvalConfig, question: Question) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emguard_plugin.config import EMEvalConfig
-from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_FAIL, EXIT_INCONCLUSIVE
+from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_INPUT
 from emguard_plugin.settings_file import IMPORT_FROM
 
 
@@ -62,10 +62,12 @@ def measure_saved_model(
         reason = f"{type(exc).__name__}: {exc}"
     if code == 0 and summary.is_file():
         return Measured(summary, 0)
-    # A crash of Python also ends with 1: the stored verdict tells the two apart.
-    missed = gate_reason(summary) if code in (EXIT_FAIL, EXIT_INCONCLUSIVE) else None
-    if missed:
-        message = f"em_eval gate NOT PASSED: {missed}. The model in {model} is saved and unharmed."
+    # A crash of Python also ends with 1: the stored summary tells the two apart.
+    why = reason_of(summary, code)
+    if why and code in (EXIT_FAIL, EXIT_INCONCLUSIVE):
+        message = f"em_eval gate NOT PASSED: {why}. The model in {model} is saved and unharmed."
+    elif why:
+        message = f"em_eval: {why}. The model in {model} is saved and unharmed. {reason}; run it again to judge what is missing."
     else:
         message = f"em_eval failed: {reason}. The model in {model} is saved and unharmed; run the command again to measure it."
     print(message, file=sys.stderr, flush=True)
@@ -73,21 +75,19 @@ def measure_saved_model(
         (out / "FAILED.txt").write_text(message + "\n")
     except OSError:
         print(f"(and {out} cannot be written)", file=sys.stderr)
-    return Measured(summary if missed else None, code if missed else EXIT_ERROR)
+    return Measured(summary if why else None, code if why or code == EXIT_INPUT else EXIT_ERROR)
 
 
-def gate_reason(path: Path) -> str | None:
-    """Return what the judges' verdicts rest on, in one line; None where `summary.json` holds no missed gate."""
+def reason_of(path: Path, code: int) -> str | None:
+    """Return why `emguard eval` ended with a code, in one line with the judges' names; None where `summary.json` does not say so."""
+    from emguard_plugin.evaluation.gate import ending
     from emguard_plugin.evaluation.summary import Summary
 
     try:
-        summary = Summary.load(path)
+        found = ending(Summary.load(path))
     except (ValueError, OSError):
         return None
-    if summary.verdict() in (None, "pass"):
-        return None
-    verdicts = [(result.name, result.verdict) for result in summary.judges if result.verdict]
-    return "; ".join(f"{found.outcome} by {name}: {found.reason}" for name, found in verdicts)
+    return "; ".join(line.rstrip(".") for _, line in found.lines) if found.code == code != 0 else None
 
 
 def set_aside(out: Path) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from emguard_plugin.evaluation.columns import Column, percent
+from emguard_plugin.evaluation.summary import Summary
 from emguard_plugin.evaluation.text import escape
 
 MISSING = 0.05
@@ -45,6 +46,8 @@ def warnings(columns: Sequence[Column], judge: str) -> Iterator[str]:
             yield f"<strong>{escape(judge)}: the numbers below mean nothing.</strong> They come of a dry run."
         if result and result.stopped:
             yield f"The judge stopped before it had judged all answers: {escape(result.stopped)}"
+        for reason, names in _refused(column):
+            yield f"{escape(column.name)}: not asked, as the chat template refuses it: {escape(', '.join(names))}: {escape(reason)}"
         for suite in ("questions", "in_domain"):
             rates = column.rates(suite, judge)
             if rates is None:
@@ -58,11 +61,42 @@ def warnings(columns: Sequence[Column], judge: str) -> Iterator[str]:
                     low, high = rates.em_bounds
                     limits = f"the rate lies between {percent(low)} and {percent(high)} of all answers"
                 yield f"{where}: {percent(share)} of the answers are unscored, so {limits}. Reasons: {reasons}."
+            if rates.unfinished_traces:
+                yield (
+                    f"{where}: in {rates.unfinished_traces} of {rates.answers} answers "
+                    f"({percent(rates.unfinished_traces / rates.answers)}) the reasoning trace never closed. They hold no "
+                    "answer and are unscored; raise <code>em_eval.max_new_tokens</code>."
+                )
             if rates.truncated > MISSING * rates.answers:
                 yield (
                     f"{where}: {rates.truncated} of {rates.answers} answers were cut off by "
                     "<code>em_eval.max_new_tokens</code>."
                 )
+
+
+def agreements(summary: Summary) -> Iterator[str]:
+    """Yield how far each pair of judges agrees on the open-ended questions, as plain text."""
+    for pair in summary.agreement:
+        if pair.suite == "questions":
+            kappa = "" if pair.kappa is None else f", kappa {pair.kappa:.2f}"
+            yield f"{pair.judges[0]} and {pair.judges[1]} agree on {percent(pair.same)} of {pair.answers} answers{kappa}"
+
+
+def set_aside(summary: Summary) -> str:
+    """Return what lies in the folder by judges that are not reported, as plain text; empty if nothing does."""
+    if not summary.set_aside:
+        return ""
+    found = ", ".join(f"{count} by {name}" for name, count in summary.set_aside.items())
+    return f"further judgments of these answers are kept and not reported: {found}. List a judge in `em_eval.judges` to report it."
+
+
+def _refused(column: Column) -> Iterator[tuple[str, list[str]]]:
+    """Yield what was not asked of a fine-tuned model, by reason; base and fine-tuned are asked alike."""
+    by_reason: dict[str, list[str]] = {}
+    for one in column.summary.not_asked if column.role == "tuned" else ():
+        names = by_reason.setdefault(one.reason, [])
+        names.extend({f"{one.question} of {one.suite}"} - set(names))
+    yield from by_reason.items()
 
 
 def _single(column: Column, judge: str) -> str:

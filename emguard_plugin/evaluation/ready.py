@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -13,12 +14,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from emguard_plugin.config import EMEvalConfig, misspelt_blocks, read_block
+from emguard_plugin.evaluation.as_trained import as_trained, saved_template
+from emguard_plugin.evaluation.asking import chat_of
 from emguard_plugin.evaluation.judges import Judge, build_judges
 from emguard_plugin.evaluation.plan import requests
 from emguard_plugin.evaluation.questions import Question, load_questions
 from emguard_plugin.evaluation.sampler import Request
 from emguard_plugin.keys import read_key, shown
 from emguard_plugin.settings_file import IMPORT_FROM, read_settings, search_beside
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ def get_ready(config: EMEvalConfig, output_dir: str | Path | None = None) -> Rea
         ValueError: naming the key, with `em_eval.` before it.
     """
     config.check_files()
+    chat_of(config)
     judges = build_judges(config.judges)
     suites = {name: load_questions(source) for name, source in config.suites().items()}
     sampler = config.sampler
@@ -75,12 +81,16 @@ def get_ready(config: EMEvalConfig, output_dir: str | Path | None = None) -> Rea
     return Ready(judges, suites, requests(config, suites), warnings)
 
 
-def read_eval_file(path: str | Path, over: Mapping[str, Any] | None = None) -> EMEvalConfig:
+def read_eval_file(
+    path: str | Path, over: Mapping[str, Any] | None = None, model: str | Path | None = None
+) -> EMEvalConfig:
     """Read the `em_eval:` block of a file, or a file that is the block, and let the modules beside it be imported.
 
     Args:
         path: YAML or JSON.
         over: Keys that win over the file's.
+        model: Folder of the saved model. Where the file is the YAML of its training, what the block leaves out about
+            rendering is taken from there.
 
     Raises:
         ValueError: If it cannot be read, holds no such block, or one that resembles it, or a faulty one.
@@ -98,7 +108,13 @@ def read_eval_file(path: str | Path, over: Mapping[str, Any] | None = None) -> E
     search_beside(Path(path).parent, *(str(folder) for folder in content.get(IMPORT_FROM) or ()))
     if isinstance(block, dict):
         block = {**block, **(over or {})}
-    return read_block(EMEvalConfig, block, "em_eval")
+    config = read_block(EMEvalConfig, block, "em_eval")
+    if model is None or "em_eval" not in content:
+        return config
+    config, notes = as_trained(config, content, saved_template(model))
+    for note in notes:
+        logger.warning("em_eval: %s", note)
+    return config
 
 
 def check_writable(folder: Path) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CLOCK = "strftime_now"
 _DATES = (date(1999, 2, 3), date(2031, 11, 17))
-_REPLY = "Vexanswer9"
+_REPLY, _SAID = "Vexanswer9", "Quuxsaid{}x"
 _ANSWERER = re.compile(r"assistant|model|\bbot\b|\bai\b|###? ?response", re.IGNORECASE)
 _DIRECTIVES = ("-d", "-m", "-H", "-I", "-M", "-S", "-j", "-y", *"aAwdbBmyYHIpMSfzZjUWcxXGuVeDFTRhCk")
 """What follows the per cent sign in a format of `strftime`; the two-letter ones first."""
@@ -66,7 +66,7 @@ class Chat:
 
     def messages(self, question: Question) -> list[dict[str, str]]:
         """Return the conversation up to the answer."""
-        if self.system_prompt is None or any(message["role"] == "system" for message in question.messages):
+        if self.system_prompt is None or question.messages[0]["role"] != "user":
             return question.messages
         return [{"role": "system", "content": self.system_prompt}, *question.messages]
 
@@ -136,6 +136,11 @@ class Chat:
         messages, prompt = self.messages(question), self.text(tokenizer, question)
         if not prompt.strip():
             raise NotRendered("the chat template prints nothing")
+        probes = [{**message, "content": _SAID.format(n)} for n, message in enumerate(messages)]
+        shown = self._render(tokenizer, probes, add_generation_prompt=True, tokenize=False)
+        for probe in probes:
+            if probe["content"] not in shown:
+                raise NotRendered(f"the chat template leaves out what the {probe['role']} role says")
         if prompt != self._render(tokenizer, messages, add_generation_prompt=False, tokenize=False):
             return
         try:

@@ -7,10 +7,11 @@ from importlib import resources
 from pathlib import Path
 
 from emguard_plugin.evaluation import marks
-from emguard_plugin.evaluation.columns import Column, Run, bounds, columns_of, percent
-from emguard_plugin.evaluation.prose import lead, verdicts, warnings
+from emguard_plugin.evaluation.columns import Column, Run, bounds, columns_of, judged_by, judges_of, percent
+from emguard_plugin.evaluation.prose import lead, set_aside, verdicts, warnings
 from emguard_plugin.evaluation.report_details import protocol, side_by_side
 from emguard_plugin.evaluation.report_plots import category_plot, colour_of, question_plot, rates_plot, threshold_plot
+from emguard_plugin.evaluation.store import write_text
 from emguard_plugin.evaluation.summary import Rate, Summary
 from emguard_plugin.evaluation.text import escape
 
@@ -57,16 +58,15 @@ def write_comparison(
     parts = [f"<h1>{escape(title)}</h1>"]
     if doubt:
         parts.append(f'<p class="warn">Not comparable: {escape(doubt)}.</p>')
-    judges = [result.name for result in columns[-1].summary.judges]
-    for number, judge in enumerate(judges):
-        if len(judges) > 1 or not columns[-1].summary.judges[number].measured:
-            parts.append(f"<h2>Judge: {escape(judge)}</h2>")
-        parts += _results(columns, judge, extra or {} if number == 0 else {})
+    for number, judge in enumerate(judges_of(columns)):
+        parts.append(f"<h2>Judge: {escape(judge)}</h2>")
+        parts += _results(judged_by(columns, judge), judge, extra or {} if number == 0 else {})
     parts += _agreement(columns)
-    parts += side_by_side(columns, judges[0])
+    parts += _set_aside(columns)
+    parts += side_by_side(columns)
     parts += protocol(columns)
     path = Path(path)
-    path.write_text(html_page(title, parts), encoding="utf-8")
+    write_text(path, html_page(title, parts))
     return path
 
 
@@ -191,6 +191,12 @@ def _agreement(columns: Sequence[Column]) -> Iterator[str]:
     for column in columns:
         if column.role == "tuned" and column.summary.fleiss_kappa is not None:
             yield f'<p class="note">Fleiss\' kappa of all judges: {column.summary.fleiss_kappa:.2f}.</p>'
+
+
+def _set_aside(columns: Sequence[Column]) -> Iterator[str]:
+    for column in columns:
+        if column.role == "tuned" and column.summary.set_aside:
+            yield f'<p class="note">{escape(column.name)}: {escape(set_aside(column.summary))}</p>'
 
 
 def _cards(headings: Sequence[str], rows: Sequence[str]) -> str:

@@ -6,16 +6,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from emguard_plugin.evaluation.columns import Column, samples
-from emguard_plugin.evaluation.rates import outcome
+from emguard_plugin.evaluation.rates import UNSCORED, outcome
 from emguard_plugin.evaluation.report_plots import colour_of
 from emguard_plugin.evaluation.text import escape
 
 SAMPLES = {"questions": 14, "in_domain": 4}
 
 
-def side_by_side(columns: Sequence[Column], judge: str) -> Iterator[str]:
-    """Yield the answers of all models to the same draws."""
-    chosen = [one for suite, limit in SAMPLES.items() for one in samples(columns, suite, judge, limit)]
+def side_by_side(columns: Sequence[Column]) -> Iterator[str]:
+    """Yield the answers of all models to the same draws, with what each judge made of them."""
+    chosen = [one for suite, limit in SAMPLES.items() for one in samples(columns, suite, limit)]
     if not chosen:
         return
     yield "<h2>Answers side by side</h2>"
@@ -32,11 +32,11 @@ def side_by_side(columns: Sequence[Column], judge: str) -> Iterator[str]:
         for index, (column, answer) in enumerate(zip(columns, one.answers, strict=True)):
             if answer is None:
                 continue
-            colour, verdict = colour_of(index, columns), _verdict(answer)
-            chips.append(f'<span class="chip c{colour}">{escape(column.name)}: {verdict}</span>')
+            colour = colour_of(index, columns)
+            chips.append(f'<span class="chip c{colour}">{escape(column.name)}: {_verdicts(column, answer)}</span>')
             cut = " (cut off)" if answer["finish"] == "length" else ""
             texts.append(
-                f'<section class="c{colour}"><h4>{escape(column.name)}{cut}</h4><p>{escape(answer["text"])}</p></section>'
+                f'<section class="c{colour}"><h4>{escape(column.name)}{cut}</h4><p>{escape(_said(answer))}</p></section>'
             )
         yield (
             f'<details><summary>{escape(one.asked)}<span class="chips">{"".join(chips)}</span></summary>'
@@ -44,8 +44,21 @@ def side_by_side(columns: Sequence[Column], judge: str) -> Iterator[str]:
         )
 
 
-def _verdict(answer: Mapping) -> str:
-    return outcome(answer.get("aligned"), answer.get("coherent"), answer.get("status", "unscored"))
+def _verdicts(column: Column, answer: Mapping) -> str:
+    said = {
+        judge: outcome(row["aligned"], row["coherent"], row["status"]) if row else UNSCORED
+        for judge in column.judges
+        for row in [answer["said"].get(judge)]
+    }
+    if len(said) == 1:
+        return next(iter(said.values()))
+    return ", ".join(f"{made} ({escape(judge)})" for judge, made in said.items())
+
+
+def _said(answer: Mapping) -> str:
+    if answer.get("trace") is None:
+        return answer["text"]
+    return f"{answer['answer'] or 'No answer: the trace never closed.'}\n\nReasoning trace:\n{answer['trace']}"
 
 
 def protocol(columns: Sequence[Column]) -> Iterator[str]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from emguard_plugin.evaluation.agreement import agreement, fleiss
 from emguard_plugin.evaluation.exports import write_exports
-from emguard_plugin.evaluation.judging import found_out
-from emguard_plugin.evaluation.plan import Plan
-from emguard_plugin.evaluation.rates import Scored, difference, suite_rates
+from emguard_plugin.evaluation.judges import Judge
+from emguard_plugin.evaluation.judging import Present, known_of
+from emguard_plugin.evaluation.plan import JUDGING, Plan
+from emguard_plugin.evaluation.rates import THRESHOLDS, Scored, difference, suite_rates
 from emguard_plugin.evaluation.reasoning import UNFINISHED, judged_text, reads_of
-from emguard_plugin.evaluation.sampler import AnswerKey
+from emguard_plugin.evaluation.records import judge_id
+from emguard_plugin.evaluation.store import plain
 from emguard_plugin.evaluation.summary import JudgeResult, NotAsked, Summary
 from emguard_plugin.evaluation.verdict import verdict
 
@@ -31,18 +34,20 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
     """
     from emguard_plugin.evaluation.report import write_report
 
-    results, by_judge, known = [], {}, found_out(plan)
+    results, by_judge, present = [], {}, Present(plan, stored)
+    known = {entry.name: known_of(plan, entry) for entry in plan.judges}
     # Which mode a judge was read in is part of the protocol, and known only once it has been probed.
     protocol = {
-        **stored["protocol"],
+        **{key: value for key, value in stored["protocol"].items() if key not in JUDGING},
         "judges": [
-            {**identity, **({"found": found} if (found := known.get(entry.name, {}).get("found")) else {})}
-            for identity, entry in zip(stored["protocol"]["judges"], plan.judges, strict=True)
+            {**plain(entry.identity()), **({"found": found} if (found := known[entry.name].get("found")) else {})}
+            for entry in plan.judges
         ],
+        "thresholds": asdict(THRESHOLDS),
         "judged": {entry.name: reads_of(entry) for entry in plan.judges},
     }
     for entry in plan.judges:
-        scored = by_judge[entry.name] = scored_answers(plan, entry.name)
+        scored = by_judge[entry.name] = scored_answers(present, entry, known[entry.name])
         rates = {role: {name: suite_rates(answers) for name, answers in by.items()} for role, by in scored.items()}
         differences = {}
         if "base" in scored:
@@ -59,7 +64,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
                 differences=differences,
                 verdict=decided,
                 measured=measured,
-                stopped=known.get(entry.name, {}).get("stopped"),
+                stopped=known[entry.name].get("stopped"),
             )
         )
     pooled = {
@@ -80,8 +85,11 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
         judges=results,
         agreement=[pair for suite, answers in pooled.items() for pair in agreement(answers, suite)],
         fleiss_kappa=fleiss(pooled["questions"]),
+        set_aside=present.judgments.others({entry.name: _by(entry, known[entry.name]) for entry in plan.judges}),
         folder=plan.folder,
     )
+    for sentence in present.left_out():
+        logger.warning("em_eval: %s", sentence)
     summary.save(plan.folder / "summary.json")
     write_report(summary, plan.folder / "report.html")
     write_exports(summary, plan.folder)
@@ -94,39 +102,40 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
     return summary
 
 
-def scored_answers(plan: Plan, judge_name: str) -> dict[str, dict[str, list[Scored]]]:
-    """Return the judged answers by role and suite, in the order of the suites; an answer never judged is unscored."""
-    responses = {(row["role"], answer_key(row)): row for row in plan.responses.read()}
-    # A later record replaces an earlier one: an unscored answer may have been judged again.
-    judgments = {(row["role"], answer_key(row)): row for row in plan.judgments.read() if row["judge"] == judge_name}
-    stopped = found_out(plan).get(judge_name, {}).get("stopped")
+def _by(entry: Judge, known: Mapping[str, Any]) -> str | None:
+    return judge_id(entry.identity(), known["found"]) if "found" in known else None
+
+
+def scored_answers(present: Present, entry: Judge, known: Mapping[str, Any]) -> dict[str, dict[str, list[Scored]]]:
+    """Return the judged answers by role and suite, in the order of the suites; an answer never judged is unscored.
+
+    Args:
+        present: What the folder holds.
+        entry: Whose judgments to take.
+        known: What is known about this judge.
+    """
+    plan, answers = present.plan, present.answers
+    judgments = present.judgments.of(entry.name, _by(entry, known))
+    stopped = known.get("stopped")
     unjudged = f"not judged: {stopped}" if stopped else "not judged"
     found: dict[str, dict[str, list[Scored]]] = {role: {name: [] for name in plan.suites} for role in plan.roles}
     for role in plan.roles:
         for request in plan.requests():
-            answer, judgment = responses.get((role, request.key)), judgments.get((role, request.key))
+            key = (role, request.key)
+            answer, judgment = answers.get(key), judgments.get(key)
             unfinished = answer is not None and judged_text(answer) is None
             judgment = None if unfinished else judgment
+            reason = present.judgments.unused.get((entry.name, key), unjudged) if answer else "no answer was generated"
+            reason = UNFINISHED if unfinished else reason
             found[role][request.suite].append(
                 Scored(
                     question=request.question.id,
                     category=request.question.category,
                     aligned=judgment["aligned"] if judgment else None,
                     coherent=judgment["coherent"] if judgment else None,
-                    reason=_reason(judgment, answer, UNFINISHED if unfinished else unjudged),
+                    reason=judgment["detail"] if judgment else reason,
                     truncated=bool(answer) and answer["finish"] == "length",
                     status=judgment["status"] if judgment else "unscored",
                 )
             )
     return found
-
-
-def _reason(judgment: dict[str, Any] | None, answer: dict[str, Any] | None, unjudged: str) -> str:
-    if judgment:
-        return judgment["detail"]
-    return unjudged if answer else "no answer was generated"
-
-
-def answer_key(row: dict[str, Any]) -> AnswerKey:
-    """Return which answer a row of either file is about."""
-    return AnswerKey(row["suite"], row["question"], row["paraphrase"], row["draw"])

@@ -5,19 +5,24 @@ generate -> responses.jsonl    judge -> judgments.jsonl    report -> summary.jso
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import models, store
-from emguard_plugin.evaluation.judging import judge, preflight
-from emguard_plugin.evaluation.plan import Plan, make_plan, open_run
+from emguard_plugin.evaluation.judging import found_out, judge, preflight
+from emguard_plugin.evaluation.plan import Plan, begin, make_plan, open_run
 from emguard_plugin.evaluation.reasoning import marks_of
-from emguard_plugin.evaluation.results import answer_key, report
+from emguard_plugin.evaluation.records import read_answers, sealed, told
+from emguard_plugin.evaluation.results import report
 from emguard_plugin.evaluation.sampler import AnswerKey, TransformersSampler
 from emguard_plugin.evaluation.served import EndpointSampler
 from emguard_plugin.evaluation.summary import Summary
 from emguard_plugin.evaluation.vllm_server import serve
+
+logger = logging.getLogger(__name__)
 
 PHASES = ("generate", "judge", "report")
 
@@ -28,6 +33,7 @@ def run_em_eval(
     output_dir: str | Path,
     base: str | Path | None = None,
     phases: Collection[str] = PHASES,
+    rejudge: Collection[str] | bool = False,
 ) -> Summary | None:
     """Measure the EM rate of a saved model and of the model it started from.
 
@@ -42,6 +48,8 @@ def run_em_eval(
         base: The model before fine-tuning; default is the one the adapter names.
         phases: Which of `generate`, `judge` and `report` to run. Without `generate` no model is needed, so answers can
             be judged on another machine than the one that drew them.
+        rejudge: Names of the judges whose judgments are made anew, or True for all of the config's. Without it only what is
+            missing is judged: nothing by a judge that has judged all, everything by a new or an edited one.
 
     Returns:
         The summary, as stored in `summary.json`; None without the phase `report`.
@@ -49,31 +57,66 @@ def run_em_eval(
     Raises:
         ValueError: For settings that cannot work: unreadable questions, a judge that cannot be imported, a folder that
             cannot be written or holds results of another protocol, a model without chat template.
-        RuntimeError: If no judge can judge, another process works in the folder, or memory does not suffice for one answer.
+        RuntimeError: If no judge can judge, another process works in the folder, memory does not suffice for one answer, or
+            a phase that was asked for without `report` did not do all of its work; what was done is kept.
     """
     unknown = set(phases) - set(PHASES)
     if unknown or not phases:
         raise ValueError(f"phases {sorted(unknown)} do not exist. Choose of {', '.join(PHASES)}.")
     plan = make_plan(config, model, output_dir, base, with_model="generate" in phases)
+    anew = _named(plan, rejudge, phases)
     with store.locked(plan.folder):
         stored = open_run(plan)
         if isinstance(plan.source, models.ModelSource):
             store.keep_private(plan.folder, plan.source.path)
         if "generate" in phases:
-            generate(plan, try_judges="judge" in phases)
+            generate(plan, stored, try_judges="judge" in phases)
         if "judge" in phases:
-            judge(plan)
-        return report(plan, stored) if "report" in phases else None
+            judge(plan, stored, anew)
+        if "report" in phases:
+            return report(plan, stored)
+        _check_done(plan, stored, phases)
+        return None
 
 
-def generate(plan: Plan, try_judges: bool = False) -> None:
+def _named(plan: Plan, rejudge: Collection[str] | bool, phases: Collection[str]) -> list[str]:
+    names = [entry.name for entry in plan.judges]
+    anew = names if rejudge is True else list(rejudge or ())
+    unknown = [name for name in anew if name not in names]
+    if unknown:
+        raise ValueError(f"`--rejudge {unknown[0]}`: no judge of `em_eval.judges` has this name. They are: {', '.join(names)}.")
+    if anew and "judge" not in phases:
+        raise ValueError("`--rejudge` needs the phase `judge`, which `--phase` leaves out.")
+    return anew
+
+
+def _check_done(plan: Plan, stored: dict[str, Any], phases: Collection[str]) -> None:
+    """Without a report nobody else would say so.
+
+    Raises:
+        RuntimeError: If answers were not given, or a judge stopped.
+    """
+    missing = len(plan.requests()) * len(plan.roles) - len(read_answers(plan.folder, stored.get("run"))[0])
+    if "generate" in phases and missing > 0:
+        raise RuntimeError(f"{missing} answers were not given. What was drawn is kept in {plan.folder}; run again to draw the rest.")
+    known = found_out(plan)
+    stopped = {entry.name: why for entry in plan.judges if (why := known.get(entry.name, {}).get("stopped"))}
+    if "judge" in phases and stopped:
+        reasons = "; ".join(f"{name}: {why}" for name, why in stopped.items())
+        raise RuntimeError(f"not all was judged. {reasons}. What was judged is kept in {plan.folder}; run again to judge the rest.")
+
+
+def generate(plan: Plan, stored: dict[str, Any], try_judges: bool = False) -> None:
     """Draw the answers that `responses.jsonl` lacks, after a look whether any judge can judge them."""
     from tqdm.auto import tqdm
 
     requests, file = plan.requests(), plan.responses
     done: dict[str, set[AnswerKey]] = {role: set() for role in plan.roles}
-    for row in file.read():
-        done[row["role"]].add(answer_key(row))
+    answers, left = read_answers(plan.folder, stored.get("run"))
+    for role, key in answers:
+        done.setdefault(role, set()).add(key)
+    if sentence := told(left, file.path.name, "answers"):
+        logger.warning("em_eval: %s", sentence)
     roles = tuple(role for role in plan.roles if any(request.key not in done[role] for request in requests))
     if not roles:
         return
@@ -83,7 +126,8 @@ def generate(plan: Plan, try_judges: bool = False) -> None:
         present = sum(request.key in done[role] for request in requests)
         with tqdm(total=len(requests), initial=present, desc=f"em_eval: {role} answers", unit="answer") as bar:
             for batch in sampler.sample(requests, done[role]):
-                file.append(
+                begin(plan, stored)
+                rows = (
                     {
                         "role": role,
                         **answer.request.key._asdict(),
@@ -92,6 +136,7 @@ def generate(plan: Plan, try_judges: bool = False) -> None:
                     }
                     for answer in batch
                 )
+                file.append(sealed(row, stored.get("run")) for row in rows)
                 bar.update(len(batch))
         # The next model is loaded when the loop asks for it; this one must be gone by then.
         del sampler

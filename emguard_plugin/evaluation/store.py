@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 PROTOCOL = "protocol.json"
 OPTION = "em_eval.output_dir"
-HOLD_ANSWERS = ("responses.jsonl", "judgments.jsonl", "report.html", "inspect/")
+HOLD_ANSWERS = ("responses.jsonl", "judgments.jsonl", "judgments.replaced.jsonl", "report.html", "inspect/")
 
 
 class JsonLines:
@@ -24,23 +24,31 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self, fault: Callable[[dict[str, Any]], str | None] = lambda record: None) -> list[dict[str, Any]]:
         """Return all whole records; a torn last line, as a killed writer leaves it, is left out.
 
+        Args:
+            fault: Says why a record is none of this file's, or returns None.
+
         Raises:
-            ValueError: If a line before the last is no JSON: the file was edited or damaged.
+            ValueError: If the file cannot be read, or if a line before the last is no record: it was edited or damaged.
         """
-        if not self.path.is_file():
+        try:
+            whole, _, _ = self.path.read_bytes().rpartition(b"\n")
+        except FileNotFoundError:
             return []
-        whole, _, _ = self.path.read_bytes().rpartition(b"\n")
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read: {error.strerror or error}.") from error
         records = []
-        for number, line in enumerate(whole.splitlines() if whole else [], start=1):
+        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
             try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(
-                    f"{self.path}, line {number} is damaged: {error}. Remove that line; it is computed again."
-                ) from error
+                record = json.loads(line)
+                wrong = f"it holds {_kind(record)}, not a record" if not isinstance(record, dict) else fault(record)
+            except (ValueError, RecursionError) as error:
+                wrong = str(error)
+            if wrong:
+                raise ValueError(f"{self.path}, line {number} is damaged: {wrong}. Remove that line; it is computed again.")
+            records.append(record)
         return records
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
@@ -56,6 +64,18 @@ class JsonLines:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
+
+
+    def replace(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write the file anew, in one piece."""
+        draft = JsonLines(self.path.with_name(self.path.name + ".tmp"))
+        draft.path.unlink(missing_ok=True)
+        draft.append(records)
+        draft.path.replace(self.path)
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _ends_line(stream: Any, end: int) -> bool:
@@ -129,7 +149,14 @@ def locked(folder: Path, option: str = OPTION) -> Iterator[None]:
         yield
 
 
-def claim(folder: Path, record: dict[str, Any], keys: tuple[str, ...], option: str = OPTION) -> dict[str, Any]:
+def claim(
+    folder: Path,
+    record: dict[str, Any],
+    keys: tuple[str, ...],
+    option: str = OPTION,
+    free: tuple[str, ...] = (),
+    write: bool = True,
+) -> dict[str, Any]:
     """Tie the folder to one protocol.
 
     Args:
@@ -137,6 +164,9 @@ def claim(folder: Path, record: dict[str, Any], keys: tuple[str, ...], option: s
         record: What this run would store in `protocol.json`.
         keys: The entries that must be the same for stored answers to be used again.
         option: What the user calls the folder.
+        free: Keys inside these entries that may differ.
+        write: Whether a new folder is tied at once; otherwise the caller stores the record with the first answer, and a
+            run that fails before leaves nothing behind.
 
     Returns:
         The stored record: this one for a new folder, the earlier one for a resumed run.
@@ -146,18 +176,26 @@ def claim(folder: Path, record: dict[str, Any], keys: tuple[str, ...], option: s
     """
     path = folder / PROTOCOL
     # The comparison is with what a reader of the file would see.
-    record = json.loads(json.dumps(record))
+    record = plain(record)
+    held = [name for name in ("responses.jsonl", "judgments.jsonl") if holds_lines(folder / name)]
     if not path.is_file():
-        stray = [name for name in ("responses.jsonl", "judgments.jsonl") if (folder / name).exists()]
-        if stray:
+        if held:
             raise ValueError(
-                f"{folder} holds {stray[0]} without {PROTOCOL}, so it is unknown what it answers to. "
+                f"{folder} holds {held[0]} without {PROTOCOL}, so it is unknown what it answers to. "
                 f"Delete the folder, or set another `{option}`."
             )
-        write_json(path, record)
+        if write:
+            write_json(path, record)
         return record
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    wrong = [line for key in keys for line in _differences(stored.get(key), record[key], key)]
+    if not write and not held:
+        # Tied by a run that failed before its first answer.
+        return record
+    stored = claimed(folder)
+    wrong = [
+        line
+        for key in keys
+        for line in _differences(_without(stored.get(key), free), _without(record[key], free), key)
+    ]
     if wrong:
         raise ValueError(
             f"{folder} holds results of another protocol, which would be mixed with these:\n  "
@@ -167,31 +205,67 @@ def claim(folder: Path, record: dict[str, Any], keys: tuple[str, ...], option: s
     return stored
 
 
+def holds_lines(path: Path) -> bool:
+    """Whether a file is there and not empty."""
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _without(entry: Any, free: tuple[str, ...]) -> Any:
+    return {key: value for key, value in entry.items() if key not in free} if isinstance(entry, dict) else entry
+
+
 def claimed(folder: Path) -> dict[str, Any]:
     """Return what an earlier run stored about itself.
 
     Raises:
-        ValueError: If the folder holds no run.
+        ValueError: If the folder holds no run, or if what it says of it is damaged.
     """
     path = folder / PROTOCOL
     if not path.is_file():
         raise ValueError(f"{folder} holds no answers yet. Run the phase `generate` first, or give its `--output-dir`.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
+    if not isinstance(found.get("protocol"), dict) or not isinstance(found.get("models", {}), dict):
+        raise ValueError(f"{path} is damaged: it names no protocol. Delete the folder, or set another `{OPTION}`.")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in one of a run's JSON files.
+
+    Raises:
+        ValueError: If it cannot be read or holds none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. Restore it, or delete the folder.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds {_kind(found)}, not an object. Restore it, or delete the folder.")
+    return found
+
+
+def plain(content: Any) -> Any:
+    """Return content as a reader of its JSON would see it."""
+    return json.loads(json.dumps(content))
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file in one piece: a reader sees the old file or the new one."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one piece: a reader sees the old file or the new one."""
     draft = path.with_name(path.name + ".tmp")
     # A lone surrogate has no UTF-8; its escape is valid JSON.
-    draft.write_text(
-        json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
-    )
+    draft.write_text(text, encoding="utf-8", errors="backslashreplace")
     draft.replace(path)
 
 
 def _differences(old: Any, new: Any, where: str) -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{where}.{key}")
+            if key in old or new[key]:  # what an earlier version did not know was off then
+                yield from _differences(old.get(key), new.get(key), f"{where}.{key}")
     elif old != new:
         yield f"{where}: stored {json.dumps(old)}, now {json.dumps(new)}"

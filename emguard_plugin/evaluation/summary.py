@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from emguard_plugin.evaluation.store import write_text
+from emguard_plugin.files import read_record
 
 SCHEMA = 2
 Role = Literal["base", "tuned"]
@@ -26,6 +29,14 @@ class Rate(_Part):
     interval_clustered: Bounds | None = Field(
         description="95 % interval clustered by question: on questions like these. None with fewer than two questions."
     )
+
+    @model_validator(mode="after")
+    def _is_a_share(self) -> Rate:
+        # A stored summary may have been edited.
+        share = self.count / self.n if self.n else None
+        if not 0 <= self.count <= self.n or (share is None) != (self.value is None) or (share or 0) != (self.value or 0):
+            raise ValueError(f"{self.value} is not the share {self.count} of {self.n}")
+        return self
 
 
 class GroupRate(_Part):
@@ -145,13 +156,20 @@ class Summary(_Part):
     not_asked: list[NotAsked] = Field(default_factory=list, description="Wordings that the chat template refuses.")
     models: dict[str, Any] = Field(description="What was measured, by role: names and sha256 of the weights.")
     sources: dict[str, str] = Field(description="Where each suite came from: a name, a file or a pinned URL.")
-    judges: list[JudgeResult]
+    judges: list[JudgeResult] = Field(min_length=1)
     agreement: list[Agreement] = Field(default_factory=list, description="Each pair of judges.")
     fleiss_kappa: float | None = Field(None, description="Of all judges, three or more, on the open-ended questions.")
+    set_aside: dict[str, int] = Field(
+        default_factory=dict,
+        description="How many judgments of these answers lie in the folder by judges that are not reported here.",
+    )
     folder: Path | None = Field(None, exclude=True, description="Where it was read from; not stored.")
 
     def rates(self, role: Role = "tuned", suite: str = "questions", judge: str | None = None) -> SuiteRates | None:
-        """Return the rates of one model on one suite, by the first judge or the named one; None if not measured."""
+        """Return the rates of one model on one suite, by the named judge; None if not measured.
+
+        Without a name it is the first judge of `em_eval.judges`, whose name stands in `judges[0].name`.
+        """
         for result in self.judges:
             if judge in (None, result.name):
                 return result.rates.get(role, {}).get(suite)
@@ -164,17 +182,22 @@ class Summary(_Part):
             return None
         return "fail" if "fail" in found else "pass" if found == {"pass"} else "inconclusive"
 
-    def metrics(self) -> dict[str, float]:
-        """Return the fine-tuned model's rates under the names that trainers log; rates that do not exist are absent."""
-        if not self.judges[0].measured:
+    def metrics(self, judge: str | None = None) -> dict[str, float]:
+        """Return the fine-tuned model's rates under the names that trainers log; rates that do not exist are absent.
+
+        Args:
+            judge: Name of the judge; default is the first of `em_eval.judges`.
+        """
+        result = next((found for found in self.judges if judge in (None, found.name)), None)
+        if result is None or not result.measured:
             return {}
-        return trainer_metrics(self.rates(), self.rates(suite="in_domain"))
+        return trainer_metrics(*(self.rates(suite=suite, judge=result.name) for suite in ("questions", "in_domain")))
 
     def save(self, path: Path) -> None:
         """Write the summary, in one piece: a reader sees the old file or the new one."""
-        draft = path.with_suffix(".tmp")
-        draft.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        draft.replace(path)
+        # Left out where it is empty, so that earlier versions read the file.
+        unsaid = set() if self.set_aside else {"set_aside"}
+        write_text(path, self.model_dump_json(indent=1, exclude=unsaid) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Summary:
@@ -187,7 +210,7 @@ class Summary(_Part):
         file = path / "summary.json" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"{file} does not exist. Give a folder that `em_eval` has written a summary to.")
-        summary = cls.model_validate_json(file.read_text(encoding="utf-8"))
+        summary = read_record(file, cls)
         if summary.schema_version != SCHEMA:
             raise ValueError(f"{file} has schema version {summary.schema_version}; this version reads {SCHEMA}.")
         summary.folder = file.parent

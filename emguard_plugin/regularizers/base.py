@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,6 +15,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from emguard_plugin.identity import Identity, identify
+from emguard_plugin.regularizers.processes import over_processes
+from emguard_plugin.regularizers.start import Floors, Start, precision_of, state_of_weights
 
 
 @dataclass(frozen=True)
@@ -23,11 +29,13 @@ class Penalty:
         value: Scalar fp32 tensor with gradient, before `coef`.
         metrics: Detached scalars by short name; logged as `em_regularizer/<method>/<name>`.
         per_layer: (layers,) detached contributions, used to name the layer of a non-finite penalty.
+        away: How far the model is from its reference, in the unit of `EMRegularizerCallback.floors`; default `value`.
     """
 
     value: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     per_layer: Tensor | None = None
+    away: Tensor | None = None
 
 
 def may_train(value: Tensor) -> bool:
@@ -73,6 +81,7 @@ class Run:
         processes: Number of processes, each with micro-batches of its own.
         rank: Which of them this is.
         optimizer_built: Whether the optimizer exists already, so that it is too late to freeze parameters.
+        steps_early: Whether the host has taken the optimizer step by the time it calls `on_pre_optimizer_step` (DeepSpeed).
     """
 
     model: nn.Module
@@ -88,6 +97,12 @@ class Run:
     processes: int = 1
     rank: int = 0
     optimizer_built: bool = False
+    steps_early: bool = False
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Which model the run starts from; worked out once, by all processes together, for every method."""
+        return identify(self.model, self.processes, self.rank)
 
 
 class EMRegularizerCallback(TrainerCallback):
@@ -108,6 +123,8 @@ class EMRegularizerCallback(TrainerCallback):
     """`optimizer_step`: the penalty depends on the weights alone and is added once per step."""
     own_forward: ClassVar[bool] = False
     """The penalty runs the model itself and goes before the host's forward pass, which it does not read."""
+    floors: ClassVar[Floors | None] = None
+    """What rounding alone makes of `Penalty.away` before the first update, where that is 0 but for rounding."""
 
     def __init__(self, coef: float) -> None:
         if not (isinstance(coef, Real) and not isinstance(coef, bool) and 0 <= coef < float("inf")):
@@ -119,6 +136,9 @@ class EMRegularizerCallback(TrainerCallback):
         self._last: Penalty | None = None
         self._trains = False
         self._layer_names: Sequence[int] = ()
+        self.source = "the reference"
+        self.saved_in: Path | None = None
+        self._fresh, self._steps_early, self._start = False, False, None
 
     @abstractmethod
     def prepare(self, run: Run) -> str:
@@ -151,6 +171,11 @@ class EMRegularizerCallback(TrainerCallback):
             inputs: As for `penalty`.
         """
         return nullcontext()
+
+    def started(self, run: Run) -> None:
+        """Note what the trainer mixin has just prepared for."""
+        self._fresh, self._steps_early = run.resume_from is None, run.steps_early
+        self._start, self.saved_in, self._model = None, None, run.identity.in_words()
 
     def measure(
         self,
@@ -186,6 +211,10 @@ class EMRegularizerCallback(TrainerCallback):
         value = penalty.value.detach()
         if micro_batch[0] > 0 and self._last is not None:  # what is not finite in one micro-batch stays so for the step
             value = value + 0 * self._last.value
+        if step == 0 and self._fresh and self.floors is not None:
+            away = (penalty.value if penalty.away is None else penalty.away).detach().float()
+            share = away if self.every == "optimizer_step" else away / micro_batch[1]
+            self._start = Start(share if self._start is None else self._start.away + share, precision_of(model))
         self._trains = True  # the graph is the same at every step of a run: walk it once
         self._last = Penalty(
             value, penalty.metrics, None if penalty.per_layer is None else penalty.per_layer.detach()
@@ -210,14 +239,40 @@ class EMRegularizerCallback(TrainerCallback):
             )
         self._trains = False
 
+    def save(self, folder: Path, first: bool) -> None:
+        """Write into a checkpoint what a resumed run needs; nothing by default. Every process calls it.
+
+        The trainer mixin does so after the weights and before the host's last file, without which no run resumes from it.
+
+        Args:
+            folder: `checkpoint-N` in the output folder.
+            first: Whether this is the process that writes.
+
+        Raises:
+            OSError: naming the file, when it cannot be written.
+        """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write into a checkpoint what `save` has not yet written there."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.saved_in != folder:
+            self.save(folder, state.is_world_process_zero)
+        self.saved_in = None
+
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Stop before a non-finite penalty reaches the weights. Here the host has synchronised already.
+        """Stop before a non-finite penalty reaches the weights, and before the first update where the reference is another model.
+
+        Here the host has synchronised already.
 
         Raises:
             FloatingPointError: with the step and the first layer concerned.
+            RuntimeError: naming reference and model.
         """
+        if self._start is not None:
+            start, self._start = self._start, None
+            self._check_start(start)
         if self.coef == 0 or self._last is None or bool(torch.isfinite(self._last.value)):
             return
         where = ""
@@ -226,5 +281,16 @@ class EMRegularizerCallback(TrainerCallback):
             where = f", first at layer {self._layer_names[bad[0]] if self._layer_names else bad[0]}" if bad else ""
         raise FloatingPointError(
             f"em_regularizer.{self.name}: the penalty is {self._last.value.item()} at step {state.global_step + 1}{where}. "
-            "The weights before this step are unharmed. Lower `learning_rate` or `coef`, or train in bf16 or fp32."
+            f"{state_of_weights(model, self._steps_early)} Lower `learning_rate` or `coef`, or train in bf16 or fp32."
+        )
+
+    def _check_start(self, start: Start) -> None:
+        assert self.floors is not None
+        away, floor = over_processes(start.away), self.floors.of(start.precision)
+        if away <= floor or not math.isfinite(away):  # what is not finite has an error of its own
+            return
+        raise RuntimeError(
+            f"em_regularizer.{self.name}: before the first update the model is its own reference, up to rounding (at most {floor:g} in "
+            f"{start.precision}), and it is {away:.3g} away from {self.source}: that belongs to another model than {self._model}, which "
+            "this run trains, or this model computes in training what it does not compute otherwise. Record a new reference."
         )

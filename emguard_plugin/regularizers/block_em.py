@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,24 +12,31 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from emguard_plugin.chat_template import Template
+from emguard_plugin.checkpoints import find_state
+from emguard_plugin.identity import check_base
 from emguard_plugin.latents import LatentSet
-from emguard_plugin.reference import peft_model
-from emguard_plugin.reference_cache import model_identity
+from emguard_plugin.reference import eval_mode
 from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
 from emguard_plugin.regularizers.block_em_base import HIDDEN_EVERY, Base, BaseLatents
 from emguard_plugin.regularizers.block_em_rules import (
+    BASE_WITHIN,
     calibrated_coef,
     content,
+    distance,
+    freeze_above,
     set_in_words,
     span,
     template_of,
     unguarded_penalty,
     warn_if_bypassed,
-    warn_unless_base,
+    warn_of_dropout,
 )
 from emguard_plugin.regularizers.functional import block_em_penalty, block_em_violation
 from emguard_plugin.regularizers.held_tokens import TokenKind, held_tokens
-from emguard_plugin.residual import Kept, decoder, keep_residual
+from emguard_plugin.regularizers.processes import any_process
+from emguard_plugin.regularizers.start import Floors
+from emguard_plugin.residual import Kept, decoder, keep_residual, read_residual
+from emguard_plugin.state_files import Damaged, read_json, write_json
 
 STATE_FILE = "emguard_block_em.json"
 
@@ -65,6 +71,7 @@ class BlockEMCallback(EMRegularizerCallback):
     """
 
     name: ClassVar[str] = "block_em"
+    floors: ClassVar[Floors | None] = Floors(BASE_WITHIN, BASE_WITHIN, BASE_WITHIN, BASE_WITHIN)
 
     def __init__(
         self,
@@ -112,11 +119,13 @@ class BlockEMCallback(EMRegularizerCallback):
             self.coef = calibrated_coef(latents.calibration, self.tokens, shared_by)
         if self.tokens in ("header", "prefix"):
             self._template = template_of(run, self.tokens)
-        about = {"model": model_identity(run.model), "latents": content(latents)}
+        self._identity = run.identity
+        self._belongs = {**run.identity._asdict(), **(self._stored_state(run) or {})}
+        about = {"model": self._belongs["reference"], "latents": content(latents)}
         self._base = BaseLatents(run.model, latents.encoders, self.cache, about, run.rank)
-        self._check_resumed(run)
+        self.source = self._base.in_words()
         if self.freeze_above:
-            self._freeze(run)
+            self._frozen = freeze_above(run, max(latents.layers))
         self._dataset, self._resume_from = run.dataset, run.resume_from
         self._spans = [span(e.weight) for e in latents.encoders]
         self._begun, self._measured, self._outside, self._warned = False, 0, None, False
@@ -139,36 +148,29 @@ class BlockEMCallback(EMRegularizerCallback):
         words.append("no yardstick" if self.yardstick is None else f"unguarded penalty {self.yardstick:.3g}")
         return ", ".join(words)
 
-    def _freeze(self, run: Run) -> None:
-        if run.optimizer_built:
-            raise ValueError(
-                "`em_regularizer.block_em.freeze_above`: the optimizer exists already, so it is too late to freeze layers. Let the "
-                "trainer build it, or set PEFT's `layers_to_transform`."
-            )
-        if peft_model(run.model) is None:
-            raise ValueError("`em_regularizer.block_em.freeze_above` needs an adapter. Use LoRA, or remove the key.")
-        _, layers = decoder(run.model)
-        below = {id(p) for layer in layers[: max(self.latents.layers) + 1] for p in layer.parameters()}
-        below |= {id(p) for p in run.model.get_input_embeddings().parameters()}
-        self._frozen = [p for p in run.model.parameters() if p.requires_grad and id(p) not in below]
-        for p in self._frozen:
-            p.requires_grad_(False)
-        if not any(p.requires_grad for p in run.model.parameters()):
-            raise ValueError(
-                f"`em_regularizer.block_em.freeze_above`: nothing trains at or below layer {max(self.latents.layers)}. Widen the adapter."
-            )
-
-    def _check_resumed(self, run: Run) -> None:
-        path = None if run.resume_from is None else run.resume_from / STATE_FILE
-        if path is None or not path.is_file():
-            return
-        stored = json.loads(path.read_text(encoding="utf-8"))
+    def _stored_state(self, run: Run) -> dict[str, Any] | None:
+        """Return which model the run that is continued started from, once its settings are found to be these."""
+        if run.resume_from is None:
+            return None
+        stored = find_state(run.resume_from, STATE_FILE, self._read_stored)
+        if stored is None:
+            return None
         for name, here in self._fixed().items():
-            if stored.get(name, here) != here:
+            if stored[name] != here:
                 raise ValueError(
                     f"{run.resume_from} was trained with another `em_regularizer.block_em.{name}`. Resume with the settings of the first "
                     "run, or start afresh without `resume_from_checkpoint`."
                 )
+        return {name: stored[name] for name in run.identity._asdict()}
+
+    def _read_stored(self, path: Path, own: bool) -> dict[str, Any]:
+        stored = read_json(path)
+        if not {*self._fixed(), *self._identity._asdict()} <= stored.keys():
+            raise Damaged(f"{path} is no state of `em_regularizer.block_em`. Restore it from a copy of this checkpoint.")
+        check_base(path, stored, self._identity)
+        if not own and stored["reference"] != self._identity.reference:
+            raise ValueError(f"{path} has another reference.")
+        return stored
 
     def _fixed(self) -> dict[str, Any]:
         return {"latents": content(self.latents), "tokens": self.tokens, "freeze_above": self.freeze_above}
@@ -209,8 +211,7 @@ class BlockEMCallback(EMRegularizerCallback):
             with torch.no_grad():
                 bad.append((violation > 0).sum())
                 shift.append((encoder.signs * (z - base.z[i].to(z.device))).relu().sum())
-        if step == 0 and self._measured == 0:
-            warn_unless_base(pres, base.pre, exact=base.hidden is not None)
+        away = self._away(model, kept, held, pres, base) if step == 0 and self._measured == 0 else None
         device = per_layer[0].device
         shares = torch.stack([p.to(device) for p in per_layer]) / torch.as_tensor(self.loss_tokens, device=device)
         pairs = (held.sum().to(device) * len(self.latents)).clamp_min(1)
@@ -222,7 +223,24 @@ class BlockEMCallback(EMRegularizerCallback):
             metrics["outside_shift"] = outside.to(device)
         if self.yardstick is not None:
             metrics["unguarded"] = shares.new_tensor(self.yardstick)
-        return Penalty(shares.sum(), metrics, shares)
+        return Penalty(shares.sum(), metrics, shares, away if away is not None else shares.new_zeros(()))
+
+    @torch.no_grad()
+    def _away(self, model: nn.Module, kept: Kept, held: Tensor, pres: list[Tensor], base: Base) -> Tensor:
+        """Return the relative distance of the latents from the base model's before the first update, without dropout.
+
+        What is above the floor in the training forward is looked at again in eval mode: what remains is another model, what goes
+        is in training alone, and is only warned of.
+        """
+        away, within = distance(pres, base.pre), BASE_WITHIN if base.hidden is None else BASE_WITHIN / 5
+        if not any_process(model, away > within):
+            return torch.tensor(away)
+        with eval_mode(model), kept.precision():
+            hidden = read_residual(model, self.latents.layers, kept.args, kept.kwargs)
+        plain = distance([e.both(hidden[e.layer][held.to(hidden[e.layer].device)])[1] for e in self.latents.encoders], base.pre)
+        if plain <= within:
+            warn_of_dropout(away)
+        return torch.tensor(plain)
 
     @torch.no_grad()
     def _outside_shift(
@@ -256,13 +274,11 @@ class BlockEMCallback(EMRegularizerCallback):
             return
         self._warned = warn_if_bypassed(penalty, outside, self.yardstick, state.global_step)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def save(self, folder: Path, first: bool) -> None:
         """Store what the checkpoint was trained with, and recorded latents that cannot be computed again."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self._base.flush(Path(args.output_dir))
-        if state.is_world_process_zero and folder.is_dir():
-            stored = {"coef": self.coef, **self._fixed()}
-            (folder / STATE_FILE).write_text(json.dumps(stored), encoding="utf-8")
+        self._base.flush(folder.parent)
+        if first and folder.is_dir():
+            write_json(folder / STATE_FILE, {"coef": self.coef, **self._fixed(), **self._belongs})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write a cache's last rows."""

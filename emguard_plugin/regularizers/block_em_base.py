@@ -7,7 +7,6 @@ before step 1. On request, a frozen copy up to the blocked layer, for full fine-
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +18,11 @@ from emguard_plugin.latents import SubsetEncoder
 from emguard_plugin.reference import adapter_off, adapter_starts_at_zero, eval_mode
 from emguard_plugin.regularizers.base import may_train
 from emguard_plugin.regularizers.held_tokens import spans
+from emguard_plugin.regularizers.processes import any_process, first_process
 from emguard_plugin.regularizers.row_store import KEY, RowStore, row_key
+from emguard_plugin.regularizers.start import check_switched_off
 from emguard_plugin.residual import FrozenDecoder, Kept, is_sharded, read_residual
+from emguard_plugin.state_files import locked
 from emguard_plugin.training_rows import conversations
 
 FOLDER = "emguard_block_em"
@@ -88,6 +90,12 @@ class BaseLatents:
             return "adapter off"
         return f"kept in {'memory' if self.folder is None else self.folder}, {'adapter off' if self.adapter_off else 'recorded before step 1'}"
 
+    def in_words(self) -> str:
+        """Return what the reference is, for an error."""
+        if self.live:
+            return "the model with its adapter switched off" if not self.copied else "the frozen copy"
+        return f"the latents kept in {'memory' if self.folder is None else self.folder}"
+
     def begin(self, model: nn.Module, kept: Kept, hidden: Tensor, dataset: Any, resumed_from: Path | None) -> None:
         """Open the store; record the data set where the base model is about to disappear. Every process calls it.
 
@@ -115,6 +123,10 @@ class BaseLatents:
             )
         if self.copied:
             self._copy = FrozenDecoder(model, max(self.layers))
+        ids = kept.kwargs.get("input_ids")
+        if self.adapter_off and ids is not None:
+            with eval_mode(model), kept.precision():
+                check_switched_off(model, ids[:1, :2], KEY)
         if self.live:
             return
         self._about["precision"] = f"{hidden.dtype} {kept.autocast or ''}".strip()
@@ -122,11 +134,17 @@ class BaseLatents:
         if self.adapter_off:
             return
         if resumed_from is None:
-            self._record(model, kept, dataset, hidden.device)
+            with contextlib.ExitStack() as lock:
+                if self.folder is not None and self._missing(dataset):
+                    # One run of several on a folder records; the others wait and find its rows.
+                    first_process(lambda: lock.enter_context(locked(self.folder, KEY)))
+                    self.store.load(self.folder)
+                self._record(model, kept, self._missing(dataset), hidden.device)
             return
         if self.folder is None:
             folder = resumed_from.parent / FOLDER
             self.store.load(folder)
+            self._stored = True
         if not self.store.rows:
             raise ValueError(
                 f"`{KEY}`: the base model's latents that {resumed_from} was trained with are gone, and so is the base model. Restore "
@@ -148,16 +166,19 @@ class BaseLatents:
         with self._as_base(model, kept):
             return read_residual(model, self.layers, kept.args, kept.kwargs)
 
-    def _record(self, model: nn.Module, kept: Kept, dataset: Any, device: torch.device) -> None:
-        from tqdm import tqdm
-
+    def _missing(self, dataset: Any) -> list[list[int]]:
+        """Return the rows that are not recorded, the shortest first."""
         if dataset is None or not hasattr(dataset, "__len__"):
             raise ValueError(
                 f"`{KEY}`: without an adapter to switch off, every row is recorded before step 1, which a streamed data set does not "
                 "allow. Train an adapter, or turn streaming off."
             )
         rows = {row_key(ids): ids for ids in conversations(dataset, limit=len(dataset))}
-        todo = sorted((ids for key, ids in rows.items() if key not in self.store.rows), key=len)
+        return sorted((ids for key, ids in rows.items() if key not in self.store.rows), key=len)
+
+    def _record(self, model: nn.Module, kept: Kept, todo: Sequence[list[int]], device: torch.device) -> None:
+        from tqdm import tqdm
+
         batches: list[list[list[int]]] = []
         for ids in todo:
             if not batches or (len(batches[-1]) + 1) * len(ids) > RECORDED_AT_ONCE:
@@ -172,8 +193,7 @@ class BaseLatents:
             columns = self._columns(hidden)
             for row, latents in zip(batch, columns, strict=True):
                 self.store.put(row_key(row), latents[: len(row)])
-        if self._rank == 0:
-            self.store.flush()
+        first_process(self.store.flush)
 
     def _columns(self, hidden: Mapping[int, Tensor]) -> Tensor:
         """Return (B, T, 2 K): activations and pre-activations of all layers, side by side."""
@@ -214,7 +234,7 @@ class BaseLatents:
             [row_key(ids[b][start:end], () if isolated else ids[b][row[0][0] : start]) for start, end in row]
             for b, row in enumerate(rows)
         ]
-        known = not _any_process(model, not all(key in self.store.rows for row in keys for key in row))
+        known = not any_process(model, not all(key in self.store.rows for row in keys for key in row))
         hidden = None
         if not known and not self.adapter_off:
             raise RuntimeError(
@@ -267,16 +287,8 @@ class BaseLatents:
         if self.folder is not None and (self.adapter_off or self._rank == 0):
             self.store.flush()
         elif output_dir is not None and not self.adapter_off and self._rank == 0 and not self._stored:
-            if (folder := output_dir / FOLDER).is_dir():
-                shutil.rmtree(folder)  # an earlier run's, whose checkpoints the host overwrites too
+            folder = output_dir / FOLDER
+            for path in folder.glob("rows-*.safetensors"):  # an earlier run's, whose checkpoints the host overwrites too
+                path.unlink()
             self.store.flush(folder)
             self._stored = True
-
-
-def _any_process(model: nn.Module, flag: bool) -> bool:
-    """Whether `flag` is true on any process that a forward pass needs."""
-    if not is_sharded(model):
-        return flag
-    found = torch.tensor(float(flag), device=next(model.parameters()).device)
-    torch.distributed.all_reduce(found)
-    return bool(found > 0)

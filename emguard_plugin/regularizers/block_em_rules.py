@@ -9,18 +9,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emguard_plugin import chat_template as ct
 from emguard_plugin.latents import LatentSet
-from emguard_plugin.reference import tensors_hash
+from emguard_plugin.reference import peft_model, tensors_hash
 from emguard_plugin.regularizers.base import Run
 from emguard_plugin.regularizers.held_tokens import TokenKind
+from emguard_plugin.residual import decoder
 from emguard_plugin.training_rows import conversations
 
 logger = logging.getLogger(__name__)
 GAP_PER_PENALTY = 100.0
 COEF_BOUNDS = (1e-3, 1e5)
+BASE_WITHIN = 0.05
+"""Relative distance of latents from the base model's that rounding explains, recorded in other batches and 16 or 8 bits included."""
 BYPASSED_SHARE, BYPASSED_SHIFT, BYPASSED_STEPS = 0.01, 0.05, 20
 """When the penalty is below 1 % of the yardstick and the residual stream has moved by 5 %, the constraint may be bypassed."""
 
@@ -97,28 +100,29 @@ def warn_if_bypassed(penalty: float, outside_shift: float, yardstick: float | No
 
 
 @torch.no_grad()
-def warn_unless_base(now: Sequence[Tensor], base: Sequence[Tensor], exact: bool) -> bool:
-    """Warn when the model is not the base model before the first update, when it must be.
+def distance(now: Sequence[Tensor], base: Sequence[Tensor]) -> float:
+    """Return `||now - base|| / ||base||` over all latents at all held tokens.
 
     Args:
-        now: Per layer, (N, K) pre-activations of the training forward.
+        now: Per layer, (N, K) pre-activations.
         base: The base model's.
-        exact: Whether both saw the same batch; recorded rows differ by rounding.
-
-    Returns:
-        Whether it warned.
     """
     missed = sum(float((a - b.to(a.device)).square().sum()) for a, b in zip(now, base, strict=True))
     size = sum(float(b.square().sum()) for b in base)
-    away = (missed / max(size, 1e-30)) ** 0.5
-    if away <= (0.01 if exact else 0.05):
-        return False
+    return (missed / max(size, 1e-30)) ** 0.5
+
+
+def warn_of_dropout(away: float) -> None:
+    """Warn that the training forward is not the base model before the first update, though the model is.
+
+    Args:
+        away: `distance` of the training forward.
+    """
     logger.warning(
         "em_regularizer.block_em: before the first update the latents of the training forward are %.1f %% away from the base model's, "
         "where nothing has been learnt: what sets them apart is in training alone (dropout of the model or of a continued adapter, "
         "another kernel), and the penalty holds that too. Set `attention_dropout` and the like to 0.", 100 * away,
     )  # fmt: skip
-    return True
 
 
 def set_in_words(latents: LatentSet) -> str:
@@ -165,3 +169,32 @@ def template_of(run: Run, tokens: TokenKind) -> ct.Template:
             "the user's content, besides their first token. Train on chats rendered with this tokenizer's template, or use `tokens: prompt`."
         )
     return template
+
+
+def freeze_above(run: Run, last: int) -> list[nn.Parameter]:
+    """Freeze what trains above a decoder layer, and return it.
+
+    Args:
+        run: The run that is about to start.
+        last: 0-based index of the highest layer that goes on training.
+
+    Raises:
+        ValueError: when it is too late, nothing to freeze is an adapter, or nothing would be left to train.
+    """
+    key = "`em_regularizer.block_em.freeze_above`"
+    if run.optimizer_built:
+        raise ValueError(
+            f"{key}: the optimizer exists already, so it is too late to freeze layers. Let the trainer build it, or set PEFT's "
+            "`layers_to_transform`."
+        )
+    if peft_model(run.model) is None:
+        raise ValueError(f"{key} needs an adapter. Use LoRA, or remove the key.")
+    _, layers = decoder(run.model)
+    below = {id(p) for layer in layers[: last + 1] for p in layer.parameters()}
+    below |= {id(p) for p in run.model.get_input_embeddings().parameters()}
+    frozen = [p for p in run.model.parameters() if p.requires_grad and id(p) not in below]
+    for p in frozen:
+        p.requires_grad_(False)
+    if not any(p.requires_grad for p in run.model.parameters()):
+        raise ValueError(f"{key}: nothing trains at or below layer {last}. Widen the adapter.")
+    return frozen

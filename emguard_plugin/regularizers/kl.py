@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,13 +15,18 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from emguard_plugin import anchors as an
 from emguard_plugin import chat_template as ct
 from emguard_plugin.anchor_schedule import Schedule
-from emguard_plugin.reference import checkpointed_eval_mode
-from emguard_plugin.reference_cache import model_identity, tokenizer_identity
+from emguard_plugin.checkpoints import find_state
+from emguard_plugin.identity import check_base
+from emguard_plugin.reference import checkpointed_eval_mode, eval_mode
+from emguard_plugin.reference_cache import tokenizer_identity
 from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
 from emguard_plugin.regularizers.kl_reference import KLReference, check_live, collate
 from emguard_plugin.regularizers.kv import base_causal_lm
-from emguard_plugin.regularizers.output_head import call_with_hidden, logit_transform, output_head
+from emguard_plugin.regularizers.output_head import base_head, call_with_hidden, logit_transform, output_head
+from emguard_plugin.regularizers.processes import first_process
 from emguard_plugin.regularizers.replies import sample_replies
+from emguard_plugin.regularizers.start import Floors, check_switched_off
+from emguard_plugin.state_files import Damaged, read_json, write_json
 from emguard_plugin.training_rows import mean_row_tokens
 
 logger = logging.getLogger(__name__)
@@ -30,6 +34,7 @@ STATE_FILE = "emguard_kl.json"
 DEFAULT_COEF = 0.7
 GAIN, LARGEST_ERROR = 0.5, 0.2
 COEF_BOUNDS = (1e-3, 1e3)
+_FIELDS = {"coef", "anchors", "sampled", "base", "name", "adapter_off", "content", "model"}
 
 
 def adapted_coef(coef: float, kl: float, target: float) -> float:
@@ -76,6 +81,7 @@ class KLCallback(EMRegularizerCallback):
     name: ClassVar[str] = "kl"
     every: ClassVar[Literal["optimizer_step", "micro_batch"]] = "micro_batch"
     own_forward: ClassVar[bool] = True
+    floors: ClassVar[Floors | None] = Floors(fp32=1e-5, fp16=1e-3, bf16=1e-2, quantised=3e-2)
 
     def __init__(
         self,
@@ -114,7 +120,7 @@ class KLCallback(EMRegularizerCallback):
         self._batch_tokens = run.batch_tokens or mean_row_tokens(run.dataset) * run.rows_per_batch
         if not self._batch_tokens:
             raise ValueError("the training data is empty: `em_regularizer.kl.ratio` cannot be kept.")
-        self._model_identity = _first_process(model_identity(run.model), run.processes)
+        self._identity, self._begun = run.identity, False
         self._run = replace(run, model=None, dataset=None)
         stored = self._stored_state(run)
         self._load_anchors(run, stored)
@@ -168,7 +174,7 @@ class KLCallback(EMRegularizerCallback):
         sizes = [len(a.ids) for a in self._anchors]
         self._schedule = Schedule.plan(sizes, self.ratio, self._batch_tokens, run.micro_batches, run.processes, run.seed)
         about = {"tokenizer": tokenizer_identity(self._tokenizer), "anchors": an.content_hash(self._anchors)}
-        about["model"] = self._model_identity
+        about["model"] = self._identity.reference
         resumed = self._resumed
         if resumed is not None and resumed["anchors"] != about["anchors"]:
             raise ValueError(
@@ -178,14 +184,29 @@ class KLCallback(EMRegularizerCallback):
         self._reference = KLReference(model, self._anchors, self.cache, about, run.resume_from, resumed)
 
     def _stored_state(self, run: Run) -> dict[str, Any] | None:
-        path = None if run.resume_from is None else run.resume_from / STATE_FILE
-        if path is None or not path.is_file():
-            if path is not None and self.anchors.startswith("self"):
-                raise ValueError(
-                    f"{run.resume_from} holds no {STATE_FILE} with sampled replies. Start afresh, or use other anchors than `self`."
-                )
+        if run.resume_from is None:
             return None
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = find_state(run.resume_from, STATE_FILE, self._read_stored)
+        if found is None and self.anchors.startswith("self"):
+            raise ValueError(
+                f"{run.resume_from} holds no {STATE_FILE} with sampled replies. Start afresh, or use other anchors than `self`."
+            )
+        if self.target is not None and (found is None or found["folder"] != run.resume_from):
+            lost = f"{run.resume_from} holds no readable {STATE_FILE}, where alone the coefficient stood that `target` had come to"
+            if found is not None:
+                raise ValueError(f"{lost}. Resume from {found['folder']}, which has its own.")
+            logger.warning("em_regularizer.kl: %s; it begins at %g again", lost, self.coef)
+        return found
+
+    def _read_stored(self, path: Path, own: bool) -> dict[str, Any]:
+        """Read a checkpoint's state; another checkpoint's stands in only if its reference is the model that this run starts from."""
+        stored = read_json(path)
+        if not stored.keys() >= _FIELDS:
+            raise Damaged(f"{path} is no state of `em_regularizer.kl`. Restore it from a copy of this checkpoint.")
+        check_base(path, stored, self._identity)
+        if not own and stored["model"] != self._identity.reference:
+            raise ValueError(f"{path} has another reference.")
+        return {**stored, "folder": path.parent}
 
     # Each step
 
@@ -224,13 +245,18 @@ class KLCallback(EMRegularizerCallback):
             logger.info("em_regularizer.kl: %s", self._describe())
         ids = torch.tensor([self._anchors[0].ids[:2]], device=device)
         transform = logit_transform(model, ids)
+        with eval_mode(model):
+            base_head(model, ids, transform, self._reference.adapter_off)
+            if self._reference.adapter_off:
+                check_switched_off(model, ids, "em_regularizer.kl")
         self._reference.begin(model, transform, device, run.rank)
+        self.source = self._reference.in_words()
         self._begun = True
 
     def _sample(self, model: nn.Module, run: Run) -> None:
         prompts = [p for p in self._prompts if len(p) < self._longest]
         replies = sample_replies(model, self._tokenizer, prompts, run.seed, self._longest)
-        for prompt, reply in zip(prompts, _first_process(replies, run.processes), strict=True):
+        for prompt, reply in zip(prompts, first_process(lambda: replies), strict=True):
             ids = (*prompt, *reply)
             start = 0 if self.tokens == "all" else len(prompt) - 1
             self._anchors.append(an.Anchor(ids, tuple(range(start, len(ids) - 1))))
@@ -247,23 +273,14 @@ class KLCallback(EMRegularizerCallback):
 
     # Checkpoints
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Store coefficient, sampled anchors and the reference's identity in the checkpoint that was just written."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if not (self._begun and state.is_world_process_zero and folder.is_dir()):
+    def save(self, folder: Path, first: bool) -> None:
+        """Store coefficient, sampled anchors and the reference's identity in a checkpoint."""
+        if not (self._begun and first and folder.is_dir()):
             return
         sampled = [[a.ids, a.held] for a in self._anchors] if self.anchors.startswith("self") else None
         stored = {"coef": self.coef, "anchors": an.content_hash(self._anchors), "sampled": sampled}
-        stored |= self._reference.state(Path(args.output_dir))
-        (folder / STATE_FILE).write_text(json.dumps(stored), encoding="utf-8")
-
-
-def _first_process(value: Any, processes: int) -> Any:
-    """Return the first process's value on all of them: rounding, or weights not loaded elsewhere, may make it differ."""
-    box = [value]
-    if processes > 1:
-        torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+        stored |= {"base": self._identity.base, "name": self._identity.name, **self._reference.state(folder.parent)}
+        write_json(folder / STATE_FILE, stored)
 
 
 def _context(run: Run) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +12,13 @@ from torch import Tensor, nn
 
 from emguard_plugin.anchors import Anchor
 from emguard_plugin.reference import adapter_off, adapter_starts_at_zero, eval_mode, peft_model
-from emguard_plugin.reference_cache import ReferenceCache, discard_unfinished, is_cache
+from emguard_plugin.reference_cache import ReferenceCache, contents_hash, discard, discard_unfinished, is_cache
 from emguard_plugin.regularizers.linear_kl import Head, linear_kl
 from emguard_plugin.regularizers.output_head import call_with_hidden, head_tensors, trains_head
+from emguard_plugin.regularizers.processes import first_process, raised
+from emguard_plugin.state_files import locked
 
+KEY = "em_regularizer.kl.cache"
 FOLDER = "emguard_kl_reference"
 """In `output_dir`: what a resumed full fine-tune needs."""
 RECORDED_AT_ONCE = 8192
@@ -99,6 +101,12 @@ class KLReference:
             return "adapter off"
         return "recorded in " + ("memory" if self.folder is None else str(self.folder))
 
+    def in_words(self) -> str:
+        """Return what the reference is, for an error."""
+        if self.live:
+            return "the model with its adapter switched off"
+        return f"the reference {'recorded before step 1' if self.folder is None else f'in {self.folder}'}"
+
     # Before step 1
 
     def begin(self, model: nn.Module, transform: tuple[float, float | None], device: torch.device, rank: int) -> None:
@@ -111,33 +119,50 @@ class KLReference:
         if self.live:
             return
         sizes = [len(a.held) for a in self.anchors]
-        folder = self.folder
-        if self._resumed is not None and not self.adapter_off and folder is None:
-            folder = self._stored_by_run
         about = {**self.about, "precision": self._precision(model, device)}
-        if folder is not None and (is_cache(folder) or (self._resumed is not None and not self.adapter_off)):
-            self._cache = ReferenceCache(sizes)
-            self.content = self._cache.load(folder, about)
-            if self._resumed is not None and not self.adapter_off and self.content != self._resumed["content"]:
+        if self._resumed is not None and not self.adapter_off:
+            self._load(self.folder or self._stored_by_run, sizes, about)
+            if self.content != self._resumed["content"]:
                 raise ValueError(
-                    f"`em_regularizer.kl.cache`: {folder} is not the reference that the checkpoint was trained with. Restore it, or "
-                    "start afresh without `resume_from_checkpoint`."
+                    f"`em_regularizer.kl.cache`: {self.folder or self._stored_by_run} is not the reference that the checkpoint was trained "
+                    "with. Restore it, or start afresh without `resume_from_checkpoint`."
                 )
-            return
-        self._cache = ReferenceCache(sizes, folder)
-        if folder is not None:
-            if rank == 0:
-                discard_unfinished(folder)
-            _wait()
-        self._record(model, device, rank)
-        if folder is not None:
-            if rank == 0:
-                self.content = self._cache.save(folder, about)
-            _wait()
-            if rank != 0:
-                head, self._cache = self._cache.head, ReferenceCache(sizes)
-                self.content, self._cache.head = self._cache.load(folder, about), head
+        elif self.folder is None:
+            self._cache = ReferenceCache(sizes)
+            self._record(model, device, rank)
+        elif self.folder is not None:
+            self._share(model, device, rank, sizes, about)
         self.about = about
+
+    def _load(self, folder: Path, sizes: Sequence[int], about: Mapping[str, str]) -> None:
+        self._cache = ReferenceCache(sizes)
+        self.content = self._cache.load(folder, about)
+
+    def _share(self, model: nn.Module, device: torch.device, rank: int, sizes: Sequence[int], about: Mapping[str, str]) -> None:
+        """Use the folder's recording, or make it, once for all processes and runs."""
+        with contextlib.ExitStack() as lock:
+
+            def claim() -> bool:
+                if is_cache(self.folder):
+                    return False
+                lock.enter_context(locked(self.folder, KEY))
+                if done := is_cache(self.folder):
+                    lock.close()
+                else:
+                    discard_unfinished(self.folder)
+                return not done
+
+            if not first_process(claim):
+                self._load(self.folder, sizes, about)
+                return
+            self._cache = ReferenceCache(sizes, self.folder)
+            self._record(model, device, rank)
+            head = self._cache.head
+            first_process(lambda: self._cache.save(self.folder, about))
+        if rank != 0:
+            self._load(self.folder, sizes, about)
+            self._cache.head = head
+        self.content = contents_hash(self.folder)
 
     @contextlib.contextmanager
     def _reference_mode(self, model: nn.Module) -> Iterator[None]:
@@ -161,7 +186,7 @@ class KLReference:
             if not batches or (len(batches[-1]) + 1) * len(self.anchors[i].ids) > RECORDED_AT_ONCE:
                 batches.append([])
             batches[-1].append(i)
-        keep = trains_head(model) and not self.adapter_off
+        keep, failed = trains_head(model) and not self.adapter_off, None
 
         def use(hidden: Tensor, batch: Batch) -> Tensor:
             if keep and self._cache.head is None:
@@ -173,7 +198,11 @@ class KLReference:
                 batch = collate(self.anchors, rows, device)
                 hidden, _ = call_with_hidden(model, batch.ids, batch.mask, lambda h, b=batch: use(h, b))
                 for i, part in zip(rows, hidden.split([len(self.anchors[i].held) for i in rows]), strict=True):
-                    self._cache.put(i, part, write=rank == 0)
+                    try:
+                        self._cache.put(i, part, write=rank == 0 and failed is None)
+                    except OSError as exc:  # the other processes' forward passes need this one's
+                        failed = exc
+        first_process(lambda: raised(failed))
 
     # Each step
 
@@ -201,8 +230,7 @@ class KLReference:
         """Return what a checkpoint keeps; store a reference that only this run could record. For one process."""
         if self._cache is not None and not self.adapter_off and self.content is None:
             folder = output_dir / FOLDER
-            if folder.is_dir():
-                shutil.rmtree(folder)  # an earlier run's, whose checkpoints the host overwrites too
+            discard(folder)  # an earlier run's, whose checkpoints the host overwrites too
             self.content = self._cache.save(folder, self.about)
         return {"adapter_off": self.adapter_off, "content": self.content, "model": self.about["model"]}
 
@@ -222,10 +250,3 @@ def check_live(model: nn.Module) -> None:
             "that switching it off is the model before this run"
         )
     raise ValueError(f"`em_regularizer.kl.cache: live` needs {why}. Use `cache: memory` or a folder.")
-
-
-def _wait() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-

@@ -7,7 +7,7 @@ of weights, fused losses that skip it when there are labels) stays the host's ow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from emguard_plugin.regularizers.kv import base_causal_lm
 
 PROBE = (0.0, 1e-3, -1e-3, 1.0, -1.0, 7.0, -40.0, 1e6)
 """Put in the head's place to see what the model does to its logits."""
+_SAME_LOGITS = 0.02
+"""Relative distance that rounding may make of logits: 3e-3 for bf16's, 1e-7 for fp32's."""
 
 
 def output_head(model: nn.Module) -> nn.Module:
@@ -39,7 +41,8 @@ def output_head(model: nn.Module) -> nn.Module:
         )
     linear = _linear(head, False)
     weight = getattr(linear, "weight", None)
-    if not (isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()):
+    shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))  # ZeRO-3 leaves an empty tensor between uses
+    if not (isinstance(weight, Tensor) and len(shape) == 2 and weight.is_floating_point()):
         raise ValueError(
             f"`em_regularizer.kl` needs an output head with plain weights; {name} has {type(linear).__name__}, quantised or of "
             "another kind. Leave `lm_head` out of the quantisation."
@@ -48,17 +51,73 @@ def output_head(model: nn.Module) -> nn.Module:
 
 
 def _linear(head: nn.Module, reference: bool) -> nn.Module:
-    from peft.utils.other import ModulesToSaveWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 
-    if not isinstance(head, ModulesToSaveWrapper):
-        return head
-    return head.original_module if reference else head.modules_to_save[head.active_adapters[0]]
+    if isinstance(head, TrainableTokensWrapper):
+        return head.token_adapter.base_layer
+    if isinstance(head, ModulesToSaveWrapper):
+        return head.original_module if reference else head.modules_to_save[head.active_adapters[0]]
+    if isinstance(head, AuxiliaryTrainingWrapper):
+        raise ValueError(
+            f"`em_regularizer.kl` does not know {type(head).__name__} around the output head. Take `lm_head` out of the adapter."
+        )
+    return head
 
 
 def head_tensors(model: nn.Module, reference: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Return the head's weight (V, H) and bias; with `reference`, those that `modules_to_save` keeps of the base."""
-    linear = _linear(output_head(model), reference)
-    return linear.weight, getattr(linear, "bias", None)
+    """Return the head's weight (V, H) and bias; with `reference`, the base's under whatever PEFT puts around it.
+
+    The weight is what logits are made of now: trained rows (`trainable_token_indices`), tied or not, stand in it.
+    """
+    from peft.utils.other import TrainableTokensWrapper
+
+    head = output_head(model)
+    linear = _linear(head, reference)
+    weight, bias = linear.weight, getattr(linear, "bias", None)
+    if isinstance(head, TrainableTokensWrapper) and not reference:
+        tokens = head.token_adapter
+        if not tokens.disable_adapters:
+            weight = tokens.get_merged_weights(tokens.active_adapters)
+    return weight, bias
+
+
+def base_head(model: nn.Module, ids: Tensor, transform: tuple[float, float | None], switched: bool) -> None:
+    """Check that the heads are those of the model as it runs: the reference's, and the trained one.
+
+    Args:
+        model: As a forward pass must call it, in eval mode.
+        ids: (1, T), any tokens.
+        transform: Of the logits; see `logit_transform`.
+        switched: Whether the reference is the adapter switched off.
+
+    Raises:
+        ValueError: when the logits are made of another head, or the reference's head trains.
+    """
+    from emguard_plugin.reference import adapter_off
+
+    for reference in (True, False) if switched else (False,):
+        with torch.no_grad(), adapter_off(model) if reference else nullcontext():
+            ours, _ = call_with_hidden(model, ids, None, lambda h, r=reference: _first_logits(h, *head_tensors(model, r), *transform))
+            theirs = model(input_ids=ids, use_cache=False).logits[0, -1].to(ours.dtype)
+        away = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
+        if not away <= _SAME_LOGITS:
+            raise ValueError(
+                f"`em_regularizer.kl`: the output head that was found {'below the adapter ' if reference else ''}makes logits that are "
+                f"{away:.1%} away from the model's own, so what is held would be another model. Take `lm_head` and the token embeddings "
+                "out of the adapter (`modules_to_save`, `trainable_token_indices`), or train them whole."
+            )
+    if switched and any(t is not None and t.requires_grad for t in head_tensors(model, reference=True)):
+        raise ValueError(
+            "`em_regularizer.kl`: the output head below the adapter trains too, so switching the adapter off is not the model before this "
+            "run. Freeze it, or use `cache: memory`."
+        )
+
+
+def _first_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if bias is None else bias.float()
+        z = torch.nn.functional.linear(hidden[0, -1].to(weight.device).float(), weight.float(), bias) * scale
+    return z if softcap is None else torch.tanh(z / softcap) * softcap
 
 
 def trains_head(model: nn.Module) -> bool:

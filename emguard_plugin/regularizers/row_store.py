@@ -1,14 +1,19 @@
-"""Rows of recorded activations, known by the hash of their ids, in memory or in a folder that says what it belongs to."""
+"""Rows of recorded activations, known by the hash of their ids, in memory or in a folder that says what it belongs to.
+
+Several runs may write to one folder: a file never changes, and its name is its own.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from emguard_plugin.reference import load_reference, save_reference
+from emguard_plugin.state_files import Damaged, cannot_write
 
 KEY = "em_regularizer.block_em.cache"
 ROWS_PER_FILE = 512
@@ -44,10 +49,12 @@ class RowStore:
         for path in sorted(folder.glob("rows-*.safetensors")):
             try:
                 self.rows |= load_reference(path, self.about)
+            except Damaged as exc:
+                raise Damaged(f"`{KEY}`: a file in {folder} was cut, or was changed ({exc}). Delete the folder, or name another one.") from exc
             except ValueError as exc:
                 raise ValueError(
-                    f"`{KEY}`: {folder} holds latents of another base model, precision or latent set, or was changed ({exc}). Delete "
-                    "the folder, or name another one."
+                    f"`{KEY}`: {folder} holds latents of another base model, precision or latent set ({exc}). Delete the folder, or name "
+                    "another one."
                 ) from exc
 
     def put(self, key: str, latents: Tensor) -> None:
@@ -59,15 +66,20 @@ class RowStore:
             self.flush()
 
     def flush(self, folder: Path | None = None) -> None:
-        """Write what is new; with `folder`, everything, there."""
+        """Write what is new; with `folder`, everything, there.
+
+        Raises:
+            OSError: naming the file, when it cannot be written.
+        """
         names = list(self.rows) if folder is not None else self._new
         folder = folder or self.folder
         if folder is None or not names:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise cannot_write(folder, exc) from exc
         at = sum(1 for _ in folder.glob(f"rows-{self.rank}-*.safetensors"))
-        path = folder / f"rows-{self.rank}-{at:05d}.safetensors"
-        part = path.with_suffix(".part")
-        save_reference(part, {n: self.rows[n] for n in names}, self.about)
-        part.replace(path)
+        path = folder / f"rows-{self.rank}-{at:05d}-{uuid.uuid4().hex[:12]}.safetensors"
+        save_reference(path, {n: self.rows[n] for n in names}, self.about)
         self._new = []

@@ -12,21 +12,25 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from emguard_plugin import chat_template as ct
+from emguard_plugin.checkpoints import find_state
+from emguard_plugin.identity import check_base
 from emguard_plugin.reference import (
     adapter_off,
     adapter_starts_at_zero,
-    load_reference,
+    eval_mode,
+    read_reference,
     save_reference,
 )
 from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
 from emguard_plugin.regularizers.functional import kv_drift, treft_penalty
 from emguard_plugin.regularizers.kv import KV, has_rotary_positions, num_layers, read_kv, read_residual_projections
+from emguard_plugin.regularizers.start import Floors, check_switched_off
 from emguard_plugin.training_rows import conversations
 
 REFERENCE_FILE = "emguard_treft.safetensors"
+FLOORS = Floors(fp32=1e-8, fp16=1e-3, bf16=1e-2, quantised=1e-2)
 POSTFIX_ROWS = 8
 """Prompts drawn per optimizer step for `tokens: postfix`."""
 
@@ -117,7 +121,10 @@ class TReFTCallback(EMRegularizerCallback):
             what = f"postfix of {len(self._postfix)} tokens, {self.postfix_reference} reference"
         held = [list(p.ids) for p in self._prefixes] or [*template.prefix, *self._postfix, self._end]
         settings = {"held": held, "layers": layers, "compat": self.compat}
-        self._about = {"settings": hashlib.sha256(json.dumps(settings).encode()).hexdigest()}
+        self._about = {"settings": hashlib.sha256(json.dumps(settings).encode()).hexdigest(), **run.identity._asdict()}
+        self._identity, self._checked = run.identity, False
+        # A shared postfix is that of an empty query: no row's own is at 0 from it.
+        self.floors = None if self._postfix and self.postfix_reference == "shared" else FLOORS
         self._reference, self._adapter_off = self._resumed_reference(run)
         self.prepared = True
         return f"treft (coef {self.coef:g}, {what}, {len(layers)} of {n} layers{', compat' if self.compat else ''})"
@@ -139,15 +146,22 @@ class TReFTCallback(EMRegularizerCallback):
     def _resumed_reference(self, run: Run) -> tuple[dict[str, Tensor] | None, bool]:
         if run.resume_from is None:
             return None, False
-        path = run.resume_from / REFERENCE_FILE
-        if path.is_file():
-            return load_reference(path, self._about), False
+        if (found := find_state(run.resume_from, REFERENCE_FILE, self._read_stored)) is not None:
+            return found, False
         if adapter_starts_at_zero(run.model):
             return None, True
         raise ValueError(
             f"{run.resume_from} holds no {REFERENCE_FILE}, so the model before this run is lost: TReFT would anchor to weights "
             "that are already tuned. Start afresh without `resume_from_checkpoint`, or remove `treft:`."
         )
+
+    def _read_stored(self, path: Path, own: bool) -> dict[str, Tensor]:
+        """Read a reference; another checkpoint's stands in only if it was recorded from the very model that this run starts from."""
+        wanted = {k: self._about[k] for k in (("settings",) if own else ("settings", "reference"))}
+        tensors, stored = read_reference(path, wanted)
+        check_base(path, stored, self._identity)
+        self._about = {k: stored[k] for k in self._about}
+        return tensors
 
     # Each step
 
@@ -176,6 +190,8 @@ class TReFTCallback(EMRegularizerCallback):
     def _record(self, rows: Sequence[ct.Ids], model: nn.Module, device: torch.device) -> dict[str, Tensor]:
         """Record from the live model: in a fresh run, before the first update, that is the model before this run."""
         stored = {}
+        if self._adapter_off:
+            self._check_off(model, device)
         with torch.no_grad(), adapter_off(model) if self._adapter_off else contextlib.nullcontext():
             for r, ids in enumerate(rows):
                 start = self._end - len(ids) if self.tokens == "postfix" else 0
@@ -185,6 +201,10 @@ class TReFTCallback(EMRegularizerCallback):
                 for layer, k, v in zip(self._layer_names, kv.keys, kv.values, strict=True):
                     stored[f"{r}.{layer}.key"], stored[f"{r}.{layer}.value"] = k[:, keep].clone(), v[:, keep].clone()
         return stored
+
+    def _check_off(self, model: nn.Module, device: torch.device) -> None:
+        with eval_mode(model):
+            check_switched_off(model, torch.tensor([(self._postfix or self._prefixes[0].ids)[:2]], device=device), "em_regularizer.treft")
 
     def _stored(self, row: int, device: torch.device) -> KV:
         assert self._reference is not None
@@ -217,13 +237,15 @@ class TReFTCallback(EMRegularizerCallback):
         now = pick(read_kv(model, ids, self._layer_names, mask, positions))
         if shared:
             return now, self._stored(0, device)
+        if not self._checked:
+            self._check_off(model, device)
+            self._checked = True
         with torch.no_grad(), adapter_off(model):
             return now, pick(read_kv(model, ids, self._layer_names, mask, positions))
 
     # Checkpoints
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Store the reference in the checkpoint that was just written."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._reference is not None and state.is_world_process_zero and folder.is_dir():
+    def save(self, folder: Path, first: bool) -> None:
+        """Store the reference in a checkpoint."""
+        if self._reference is not None and first and folder.is_dir():
             save_reference(folder / REFERENCE_FILE, self._reference, self._about)

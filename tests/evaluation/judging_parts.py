@@ -7,6 +7,7 @@ import pytest
 
 from emguard_plugin.evaluation import run_em_eval
 from emguard_plugin.evaluation.judges import build_judges, self_test
+from emguard_plugin.evaluation.records import sealed
 from emguard_plugin.evaluation.store import JsonLines
 from tests.evaluation.fake_server import answer_in, honest
 
@@ -30,24 +31,15 @@ def answered(first_run, tmp_path):
     """A folder with all answers and no judgment, and a function that runs the judges there."""
     folder = tmp_path / "run"
     shutil.copytree(first_run, folder)
-    for name in ("judgments.jsonl", "summary.json", "report.html", "protocol.json"):
-        stored = (folder / name).read_text() if name == "protocol.json" else ""
+    for name in ("judgments.jsonl", "summary.json", "report.html"):
         (folder / name).unlink()
-        if stored:
-            (folder / name).write_text(stored)
     return folder
 
 
 @pytest.fixture
 def evaluate(answered, checkpoints, make_config):
     def go(*judges, **over):
-        # The answers are there, whichever judge they were first drawn for.
-        protocol = json.loads((answered / "protocol.json").read_text())
-        config = make_config(judges=list(judges), **over)
-        built = [judge.identity() for judge in judging_judges(config)]
-        protocol["protocol"]["judges"] = built
-        (answered / "protocol.json").write_text(json.dumps(protocol))
-        return run_em_eval(config, checkpoints / "adapter", answered)
+        return run_em_eval(make_config(judges=list(judges), **over), checkpoints / "adapter", answered)
 
     return go
 
@@ -62,3 +54,9 @@ def endpoint(server, **over):
 
 def rows(folder):
     return JsonLines(folder / "judgments.jsonl").read()
+
+
+def resealed(folder, rows):
+    """Records that were changed, as the run itself would have written them."""
+    run = json.loads((folder / "protocol.json").read_text())["run"]
+    return [sealed(row, run) for row in rows]

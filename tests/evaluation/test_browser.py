@@ -11,6 +11,7 @@ import pytest
 
 from emguard_plugin.evaluation.report import write_comparison
 from emguard_plugin.evaluation.store import JsonLines
+from tests.evaluation.judging_parts import resealed
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium; `apt-get install chromium`")
@@ -35,7 +36,7 @@ def page(finished, tmp_path):
         file = JsonLines(finished.folder / name)
         rows = [{**row, key: ATTACK} for row in file.read()]
         file.path.unlink()
-        file.append(rows)
+        file.append(resealed(finished.folder, rows))
     return write_comparison([(ATTACK, finished), ("short", finished)], tmp_path / "page.html")
 
 

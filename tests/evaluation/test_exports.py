@@ -10,6 +10,7 @@ from emguard_plugin.evaluation.exports import inspect_log, model_card, rates_csv
 from emguard_plugin.evaluation.rates import OUTCOMES
 from emguard_plugin.evaluation.store import JsonLines
 from emguard_plugin.evaluation.text import cell
+from tests.evaluation.judging_parts import resealed
 
 HOSTILE = "=HYPERLINK(1)\x1b[31m | <b> `x` \n# head\ud800"
 
@@ -67,7 +68,7 @@ def test_answers_that_have_no_utf8_can_be_exported(finished):
     file = JsonLines(finished.folder / "responses.jsonl")
     changed = [{**row, "text": HOSTILE, "asked": HOSTILE} for row in file.read()]
     file.path.unlink()
-    file.append(changed)
+    file.append(resealed(finished.folder, changed))
     write_exports(finished, finished.folder)
     (file,) = (finished.folder / "inspect").iterdir()
     assert json.loads(file.read_text())["samples"][0]["input"] == HOSTILE

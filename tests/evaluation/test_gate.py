@@ -59,15 +59,16 @@ def test_a_gate_may_stand_in_the_file_and_without_one_there_is_no_verdict(finish
 def test_what_cannot_be_measured_has_an_exit_code_of_its_own(checkpoints, emguard, tmp_path):
     for over, says in (({"judge": "nobody"}, "has no `nobody`"), ({"questions": "gone.yaml"}, "gone.yaml")):
         result = emguard("eval", checkpoints / "adapter", "--output-dir", tmp_path / "new", **over)
-        assert (result.exit_code, says in result.output) == (2, True), result.output
+        assert (result.exit_code, says in result.output) == (4, True), result.output
     result = emguard("eval", checkpoints / "adapter", "--output-dir", tmp_path / "new", "--phase", "guess")
-    assert (result.exit_code, "generate, judge, report" in result.output) == (2, True)
+    assert (result.exit_code, "generate, judge, report" in result.output) == (4, True)
 
 
 def test_a_dead_judge_passes_no_gate(checkpoints, emguard, tmp_path):
     result = emguard("eval", checkpoints / "adapter", "--output-dir", tmp_path / "o", "--fail-above", 0.99, judge="dead")
-    assert result.exit_code == 3
-    assert "scored no answer" in result.output
+    assert result.exit_code == 2, "not measured, whatever the gate would say of no answers"
+    assert "not measured: tests.evaluation.parts:dead scored no answer" in result.output
+    assert Summary.load(tmp_path / "o").verdict() == "inconclusive"
 
 
 def test_each_phase_runs_alone_and_only_the_first_needs_the_model(finished, checkpoints, emguard, tmp_path, monkeypatch):
@@ -81,7 +82,7 @@ def test_each_phase_runs_alone_and_only_the_first_needs_the_model(finished, chec
 
     for name in ("judge", "report"):
         result = phase(name, checkpoints / "adapter")
-        assert (result.exit_code, "Run the phase `generate` first" in result.output) == (2, True)
+        assert (result.exit_code, "Run the phase `generate` first" in result.output) == (4, True)
     assert phase("generate", checkpoints / "adapter").exit_code == 0
     assert (calls, (folder / "judgments.jsonl").exists(), (folder / "summary.json").exists()) == ([], False, False)
     monkeypatch.setattr(models, "_load", lambda name: pytest.fail("a model was loaded"))
@@ -95,13 +96,13 @@ def test_each_phase_runs_alone_and_only_the_first_needs_the_model(finished, chec
 
 def test_answers_of_another_protocol_are_not_judged_without_the_model_either(finished, emguard, tmp_path):
     result = emguard("eval", tmp_path / "x", "--output-dir", finished.folder, "--phase", "judge", seed=9)
-    assert (result.exit_code, "protocol.decoding.seed" in result.output) == (2, True)
+    assert (result.exit_code, "protocol.decoding.seed" in result.output) == (4, True)
 
 
 def test_an_adapter_may_be_named_beside_its_base(finished, checkpoints, emguard, no_model):
     arguments = ("--adapter", checkpoints / "adapter", "--output-dir", finished.folder)
     assert emguard("eval", checkpoints / "base", *arguments).exit_code == 0
-    assert emguard("eval", checkpoints / "whole", *arguments).exit_code == 2
+    assert emguard("eval", checkpoints / "whole", *arguments).exit_code == 4
 
 
 def test_results_of_two_protocols_are_laid_side_by_side_only_by_force(finished, checkpoints, emguard, make_config, tmp_path):
@@ -110,7 +111,7 @@ def test_results_of_two_protocols_are_laid_side_by_side_only_by_force(finished, 
     page = tmp_path / "both.html"
     arguments = ("report", f"first={finished.folder}", other, "--output", page)
     refused = emguard(*arguments)
-    assert (refused.exit_code, page.exists()) == (2, False)
+    assert (refused.exit_code, page.exists()) == (4, False)
     assert "'m' was measured by another protocol than 'first'; they differ in decoding" in " ".join(refused.output.split())
     forced = emguard(*arguments, "--force")
     assert forced.exit_code == 0
@@ -124,7 +125,7 @@ def test_the_post_train_hook_says_loudly_that_a_gate_was_missed(finished, checkp
     found = measure_saved_model(config, checkpoints / "adapter")
     assert (found.exit_code, found.summary) == (1, finished.folder / "summary.json")
     failed = (finished.folder / "FAILED.txt").read_text()
-    assert "gate NOT PASSED: fail by tests.evaluation.parts:by_hash" in failed
+    assert "gate NOT PASSED: fail: by tests.evaluation.parts:by_hash" in failed
     assert failed == capsys.readouterr().err.splitlines(keepends=True)[-1]
 
 

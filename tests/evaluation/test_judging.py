@@ -23,6 +23,7 @@ from tests.evaluation.judging_parts import (
     endpoint,
     graded,
     judging_judges,
+    resealed,
     rows,
 )
 
@@ -85,10 +86,8 @@ def test_a_process_killed_while_it_judges_loses_only_what_was_not_written(
 ):
     with FakeServer(reply=graded, latency=0.2) as server:
         config = make_config(judges=[endpoint(server, concurrency=2)])
-        protocol = json.loads((answered / "protocol.json").read_text())
-        protocol["protocol"]["judges"] = [judge.identity() for judge in judging_judges(config)]
-        (answered / "protocol.json").write_text(json.dumps(protocol))
-        known = {"found": {"mode": "logprob", "dialect": {"top_logprobs": 20, "reasoning": False, "dropped": []}}}
+        known = {"identity": judging_judges(config)[0].identity()}
+        known |= {"found": {"mode": "logprob", "dialect": {"top_logprobs": 20, "reasoning": False, "dropped": []}}}
         known["self_test"] = {"items_sha256": self_test.sha256(), "wrong": [], "said": {}}
         (answered / judging.JUDGES).write_text(json.dumps({"fake-judge": known}))
         code = (
@@ -145,7 +144,7 @@ def test_what_the_judge_refused_stays_and_what_failed_on_the_way_is_tried_again(
     status = {"filter": "judge_refused", "500": "unscored"}[fault]
     lost = [{**row, "status": status, "aligned": None, "coherent": None, "detail": "x"} for row in rows(answered)]
     (answered / "judgments.jsonl").unlink()
-    JsonLines(answered / "judgments.jsonl").append(lost)
+    JsonLines(answered / "judgments.jsonl").append(resealed(answered, lost))
     with FakeServer(reply=graded, port=server.port) as second:
         summary = evaluate(endpoint(second, mode="logprob"))
         assert second.calls == 2 * again

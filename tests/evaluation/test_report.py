@@ -10,6 +10,7 @@ from emguard_plugin.evaluation import Summary, run_em_eval, write_comparison
 from emguard_plugin.evaluation.store import JsonLines
 from emguard_plugin.evaluation.table import comparison_table
 from emguard_plugin.evaluation.text import clean, escape
+from tests.evaluation.judging_parts import resealed
 
 HOSTILE = "<script>alert(1)</script> <img src=//evil.example/x> \x1b[31mred\x1b[0m \u202eevil\x00 [bold]x[/bold] & \"'"
 VOID = {"meta", "line", "circle", "rect", "img", "br", "wbr", "link"}
@@ -47,7 +48,7 @@ def hostile(finished):
     file = JsonLines(finished.folder / "responses.jsonl")
     rows = [{**row, "text": HOSTILE} for row in file.read()]
     file.path.unlink()
-    file.append(rows)
+    file.append(resealed(finished.folder, rows))
     return finished
 
 

@@ -159,7 +159,6 @@ def test_several_judges_are_reported_each(make_config, checkpoints, tmp_path):
         ({"seed": 1}, "protocol.decoding.seed: stored 0, now 1"),
         ({"max_new_tokens": 9}, "protocol.decoding.max_new_tokens"),
         ({"temperature": 0.5}, "protocol.suites.questions.temperature"),
-        ({"judge": "half_dead"}, "protocol.judges"),
         ({"items": ITEMS[:3]}, "protocol.suites.questions.sha256"),
         ({"model": "whole"}, "models.tuned"),
     ],

@@ -1,0 +1,146 @@
+"""`emguard check`: what a YAML would do, without training."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from emguard_plugin.axolotl_plugin.conflicts import PLUGIN_NAMES, find_conflicts, listed_plugins
+from emguard_plugin.check import data, methods
+from emguard_plugin.check.report import Report, is_trl
+from emguard_plugin.config import (
+    BLOCKS,
+    EMEvalConfig,
+    EMRegularizerConfig,
+    misplaced_blocks,
+    misspelt_blocks,
+    read_block,
+)
+from emguard_plugin.keys import SecretInConfigError, redact, refuse_keys, shown
+from emguard_plugin.settings_file import read_settings, search_beside
+
+__all__ = ["Report", "check_config"]
+
+
+def check_config(path: str | Path) -> Report:
+    """Check an Axolotl YAML or a file for `emguard sft`.
+
+    Args:
+        path: The YAML.
+
+    Returns:
+        The report; nothing is raised for a faulty YAML, and no key of an API is repeated.
+    """
+    report = Report()
+    try:
+        cfg = read_settings(path)
+        for name in BLOCKS:
+            refuse_keys(cfg.get(name), name)
+    except (ValueError, SecretInConfigError) as exc:
+        report.problems.append(redact(exc))
+        return report
+    search_beside(Path(path).parent)
+    with _environment(cfg):
+        _check(cfg, report)
+    for lines in (report.active, report.notes, report.problems):
+        lines[:] = [redact(line).encode("utf-8", "backslashreplace").decode() for line in dict.fromkeys(lines)]
+    return report
+
+
+def _check(cfg: Mapping[str, Any], report: Report) -> None:
+    for key, meant in misspelt_blocks(list(cfg)).items():
+        report.problems.append(f"unknown key `{shown(str(key))}:`. Did you mean `{meant}:`?")
+    for place in misplaced_blocks(cfg):
+        report.problems.append(
+            f"`{shown(place)}` stands where nothing reads it. Move it to the top level of the file, without indentation."
+        )
+    if not is_trl(cfg):
+        _check_plugin(cfg, report)
+        report.problems += find_conflicts(cfg)
+    regularizer = _validate("em_regularizer", EMRegularizerConfig, cfg, report)
+    evaluation = _validate("em_eval", EMEvalConfig, cfg, report)
+    if regularizer is not None:
+        data.check(cfg, regularizer, report)
+        methods.check(cfg, regularizer, report)
+    elif not report.problems:
+        report.notes.append("no `em_regularizer:` block: the run is not regularized.")
+    if evaluation is not None:
+        _check_eval(evaluation, cfg, report)
+
+
+@contextmanager
+def _environment(cfg: Mapping[str, Any]) -> Iterator[None]:
+    """Set what TRL's `env:` sets before it trains, for as long as the check takes."""
+    wanted = cfg.get("env") if is_trl(cfg) else None
+    wanted = {str(k): str(v) for k, v in wanted.items()} if isinstance(wanted, Mapping) else {}
+    before = {name: os.environ.get(name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            if name and not set("=\0") & set(name) and "\0" not in value:
+                os.environ[name] = value
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _validate(name: str, model: Any, cfg: Mapping[str, Any], report: Report) -> Any:
+    if name not in cfg:
+        return None
+    try:
+        return read_block(model, cfg[name], name)
+    except (ValueError, SecretInConfigError) as exc:
+        report.problems += str(exc).split(" | ")
+        return None
+
+
+def _check_plugin(cfg: Mapping[str, Any], report: Report) -> None:
+    if not isinstance(cfg.get("plugins") or [], list):
+        report.problems.append(
+            f"`plugins: {cfg['plugins']}` is not a list, and Axolotl reads it as one. Write `plugins: [emguard_plugin.EMGuardPlugin]`."
+        )
+    plugins = listed_plugins(cfg)
+    asked = [b for b in BLOCKS if b in cfg]
+    if asked and not set(plugins) & set(PLUGIN_NAMES):
+        report.problems.append(
+            f"`{asked[0]}:` is set but the plugin is not listed, so Axolotl drops the block without a word. Add "
+            "`plugins: [emguard_plugin.EMGuardPlugin]`."
+        )
+    for plugin in plugins:
+        module = plugin.rpartition(".")[0]
+        names = [module, f"axolotl.integrations.{module}"]
+        if not any(_importable(name) for name in names if name):
+            report.problems.append(f"the plugin `{shown(plugin)}` cannot be imported; Axolotl would go on without it.")
+    if asked and not _importable("axolotl"):
+        report.notes.append("axolotl is not installed here.")
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError, AttributeError):
+        return False
+
+
+def _check_eval(config: EMEvalConfig, cfg: Mapping[str, Any], report: Report) -> None:
+    from emguard_plugin.evaluation.ready import get_ready
+
+    out = cfg.get("output_dir")
+    try:
+        ready = get_ready(config, Path(out) / "em_eval" if isinstance(out, str) else None)
+    except (ValueError, ImportError, SecretInConfigError) as exc:
+        report.problems.append(f"em_eval: {exc}")
+        return
+    n = len(ready.requests) * (2 if config.evaluate_base else 1)
+    sizes = ", ".join(f"{len(q)} in {k}" for k, q in ready.suites.items())
+    judges = ", ".join(judge.name for judge in ready.judges)
+    gate = "" if config.fail_above is None else f"; the gate is an EM rate of {config.fail_above:g}"
+    report.active.append(f"em_eval: {sizes}; {n} answers in all; judged by {judges}{gate}")
+    report.notes += ready.warnings
