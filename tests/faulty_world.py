@@ -132,6 +132,22 @@ def rates(folder):
     return [{name: judge[name] for name in ("rates", "differences")} for judge in found["judges"] or []]
 
 
+def replayed(folder):
+    """What was said of each answer: a file of fewer judgments leaves answers unscored, and changes no other."""
+    path = folder / "out" / "judgments.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return Said({key(row): (row["aligned"], row["coherent"]) if row["status"] != "unscored" else None for row in rows})
+
+
+class Said(dict):
+    """Judgments by answer; equal to others where both have one."""
+
+    def __eq__(self, other):
+        return self.keys() == other.keys() and all(None in (said, other[answer]) or said == other[answer] for answer, said in self.items())
+
+    __hash__ = None
+
+
 def latents(folder):
     path = folder / "out.json"
     if not path.is_file():
@@ -221,11 +237,11 @@ def targets(world):
         "eval/judges.json": ("eval", one(8), evaluation("eval.json"), rates),
         "eval/responses.jsonl": ("eval", lines(10, (other_eval / "responses.jsonl").read_bytes()), evaluation("eval.json"), rates),
         "eval/judgments.jsonl": ("eval", lines(10, (other_eval / "judgments.jsonl").read_bytes()), evaluation("eval.json"), rates),
-        "eval/summary.json": ("eval", one(20), lambda folder: ["report", f"a={folder / 'out'}", "-o", folder / "page.html"], None),
+        "eval/summary.json": ("eval", one(20), lambda folder: ["report", f"a={folder / 'out'}", "--output", folder / "page.html"], None),
         "open.yaml": (None, of_yaml, on_config("open.yaml"), rates),
         "rows.jsonl": (None, of_others, on_config("rows.jsonl"), rates),
         "judged.csv": (None, of_table, on_config("judged.csv"), rates),
-        "judgments.jsonl": (None, lines(6), on_config("judgments.jsonl"), None),
+        "judgments.jsonl": (None, lines(6), on_config("judgments.jsonl"), replayed),
         "found.work/block1/protocol.json": ("found.work", one(6), found, latents),
         "found.work/block1/responses.jsonl": ("found.work", lines(6, (other_found / "responses.jsonl").read_bytes()), found, latents),
         "found.work/block1/judgments.jsonl": ("found.work", lines(6, (other_found / "judgments.jsonl").read_bytes()), found, latents),
@@ -279,8 +295,8 @@ def check(world, name, content, folder):
     if result.exit_code in PASSED:
         return Outcome("same" if numbers == world.numbers[name] else "wrong", result.exit_code, said)
     last = said.splitlines()[-1] if said else ""
-    # What lies beside the file and cannot be right without it may be named in its place.
-    named = result.exit_code in (2, 4) and Path(name).stem in last.replace("\n", "")
+    # Nothing measured, and the reason said: answers that the file does not judge are unscored.
+    named = result.exit_code in (2, 4) and (Path(name).stem in last or (numbers and numbers == world.numbers[name]))
     return Outcome("refused" if named else "bare", result.exit_code, said)
 
 

@@ -1,5 +1,6 @@
 """`emguard discover` killed with SIGKILL at drawn moments, and run again until it is done."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -56,7 +57,8 @@ class Commands:
         process.start()
         while process.is_alive():
             if until is not None and until():
-                os.kill(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it ended just now
+                    os.kill(process.pid, signal.SIGKILL)
             process.join(0.002)
         return process.exitcode
 
