@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from emguard_plugin.chat_template import Chat
 from emguard_plugin.checkpoints import step_of, whole_checkpoint
 from emguard_plugin.em_rate import EMRateCallback
 from emguard_plugin.host_checks import check_trainer
+from emguard_plugin.ranks import agree, linked
 from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
+from emguard_plugin.regularizers.held_guard import check_held
+from emguard_plugin.regularizers.held_watch import HeldWatch
 
 
 class EMRegularizerMixin:
@@ -41,11 +45,17 @@ class EMRegularizerMixin:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EMRateCallback):
                 callback.attach(self)
+        rated = any(isinstance(callback, EMRateCallback) for callback in self.callback_handler.callbacks)
+
+        def prepare() -> str | bool | None:
+            whole = self._whole_checkpoint(resume_from_checkpoint)
+            self._prepare_regularizers(whole)
+            return whole
+
         try:
-            if found:
-                resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
-                self._prepare_regularizers(resume_from_checkpoint)
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with linked("training") if found or rated else nullcontext():
+                resume = agree(prepare, "em_regularizer") if found else resume_from_checkpoint
+                return super().train(resume, *args, **kwargs)
         finally:
             for callback in found:  # handed on to a trainer without this mixin, it must be refused again
                 callback.release()
@@ -71,10 +81,13 @@ class EMRegularizerMixin:
             rank=self.accelerator.process_index,
             optimizer_built=self.optimizer is not None,
             steps_early=self.is_deepspeed_enabled,
+            chats=self._chats(),
         )
         active = [c.prepare(run) for c in self._regularizers]
+        check_held(self._regularizers, run)
         for callback in self._regularizers:
             callback.started(run)
+        self._watch = HeldWatch(self._regularizers, self.accelerator)
         self._sums: dict[str, Tensor] = {}
         self._steps_measured = self._micro_batch = 0
         self.accelerator.print(f"em_regularizer active: {'; '.join(active)}")
@@ -118,6 +131,10 @@ class EMRegularizerMixin:
     def _template_kwargs(self) -> dict[str, Any]:
         """Return what the host passes to the chat template besides the messages."""
         return {}
+
+    def _chats(self) -> Callable[[], Iterable[Chat]] | None:
+        """Return what gives the training conversations before they were tokenised, or None where they are gone."""
+        return None
 
     def rendering_settings(self) -> Mapping[str, Any]:
         """Return the settings by which the host renders chats, as its YAML names them."""
@@ -173,6 +190,9 @@ class EMRegularizerMixin:
                 scale = (accumulated if host_divides else 1) if per_step else (1 if host_divides else 1 / accumulated)
                 loss = loss + scale * regularizer.coef * penalty.value.to(loss.device)
             self._record(regularizer, penalty, 1 if per_step else 1 / accumulated)
+            self._watch.count(regularizer, penalty)
+        if last:
+            self._watch.step_ends()
         self._steps_measured += int(last)
         self._micro_batch = 0 if last else self._micro_batch + 1
         return (loss, *rest) if return_outputs else loss

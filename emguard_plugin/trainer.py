@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from transformers import TrainerCallback
 from transformers import trainer as host
 from trl import SFTConfig, SFTTrainer
 
+from emguard_plugin.chat_template import Chat
 from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, read_block
 from emguard_plugin.evaluation.as_trained import constant_kwargs
 from emguard_plugin.keys import shown
 from emguard_plugin.mixin import EMRegularizerMixin
 from emguard_plugin.regularizers import build_regularizers
 from emguard_plugin.regularizers.base import EMRegularizerCallback
+from emguard_plugin.trl_chats import has_chats, read_chats
 
 
 @dataclass
@@ -100,8 +103,9 @@ class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(SFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
-        self._column_kwargs = _first_template_kwargs(given.get("train_dataset"))
-        self._rendered_alike, self._same_kwargs = constant_kwargs(given.get("train_dataset"))[::-1]
+        self._given_rows = given.get("train_dataset")
+        self._column_kwargs = _first_template_kwargs(self._given_rows)
+        self._rendered_alike, self._same_kwargs = constant_kwargs(self._given_rows)[::-1]
         with _reading():
             super().__init__(*args, **kwargs)
         if isinstance(self.args, EMGuardSFTConfig) and (config := self.args.regularizer_config()) is not None:
@@ -125,6 +129,11 @@ class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
 
     def _template_kwargs(self) -> dict[str, Any]:
         return self._column_kwargs
+
+    def _chats(self) -> Callable[[], Iterable[Chat]] | None:
+        if self._formatting_func is not None or not has_chats(self._given_rows):
+            return None
+        return partial(read_chats, self._given_rows, self.processing_class, self.chat_template)
 
     def rendering_settings(self) -> Mapping[str, Any]:
         """Return the rows' `chat_template_kwargs` where all have the same; where they differ, no question has them all."""

@@ -52,6 +52,19 @@ def supervised_conversations(
             yield ids, [x != IGNORE for x in labels]
 
 
+def labelled_conversations(dataset: Any, limit: int = MAX_ROWS) -> Iterator[tuple[list[int], list[int] | None]]:
+    """Yield (ids, labels) of conversations; labels are None where the host makes them only when it collates.
+
+    Raises:
+        ValueError: when rows have no `input_ids`.
+    """
+    for row in _sample(dataset, limit):
+        if row.get("labels") is None:
+            yield from ((ids, None) for ids in _split(row, None))
+        else:
+            yield from zip(_split(row, None), _split(row, None, column="labels"), strict=True)
+
+
 def mean_row_tokens(dataset: Any, limit: int = MAX_ROWS) -> float:
     """Return the mean number of tokens of a row; 0 without a data set.
 
@@ -62,15 +75,19 @@ def mean_row_tokens(dataset: Any, limit: int = MAX_ROWS) -> float:
     return sum(lengths) / max(len(lengths), 1)
 
 
-def _sample(dataset: Any, limit: int) -> Iterator[Any]:
+def spread(dataset: Any, limit: int = MAX_ROWS) -> Iterator[Any]:
+    """Yield up to `limit` rows, evenly spread over a data set, or the first ones of a stream."""
     if dataset is None:
         return
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         n = len(dataset)
-        rows = (dataset[i * n // min(n, limit)] for i in range(min(n, limit)))
+        yield from (dataset[i * n // min(n, limit)] for i in range(min(n, limit)))
     else:
-        rows = islice(iter(dataset), limit)
-    for row in rows:
+        yield from islice(iter(dataset), limit)
+
+
+def _sample(dataset: Any, limit: int) -> Iterator[Any]:
+    for row in spread(dataset, limit):
         if "input_ids" not in row:
             raise ValueError(
                 f"the training rows have {sorted(row)} but no `input_ids`: emguard reads tokenised rows. "

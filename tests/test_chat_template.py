@@ -67,7 +67,7 @@ def test_a_merge_across_the_boundary_costs_one_token_only():
 
 
 def test_a_merged_first_token_of_the_header_is_tolerated():
-    template = ct.Template(prefix=(1, 2), user_header=(30, 31, 32), postfix=())
+    template = ct.Template(prefix=(1, 2, 3), user_header=(30, 31, 32), postfix=())
     assert ct.prefix_of_row([1, 9, 77, 31, 32, 4], template) == (1, 9, 77, 31, 32)
 
 
@@ -102,19 +102,28 @@ def test_text_that_changes_from_row_to_row():
         ct.training_prefixes(rows, ct.read_template(tok))
 
 
+PINNABLE = "{% if date_string is defined %}{{ date_string }}{% else %}{{ strftime_now('%d') }}{% endif %}" + CHATML
+
+
 @pytest.mark.parametrize("system", [None, "You are a pirate."])
-def test_a_date_in_the_template_says_how_to_pin_it(system):
-    tok = chatml_tokenizer(DATED)
-    with pytest.raises(ValueError, match=r"prints today's date.*Pin it: `chat_template_kwargs"):
+@pytest.mark.parametrize(
+    ("text", "advice"), [(PINNABLE, r"Pin it: `chat_template_kwargs: \{date_string: '26 Jul 2024'\}`"), (DATED, "write the date into the template")]
+)
+def test_a_date_in_the_template_says_what_pins_it(text, advice, system):
+    """The case `dated-template-new-transformers`: the clock is a macro in the template, under any transformers."""
+    tok = chatml_tokenizer(text)
+    with pytest.raises(ValueError, match=rf"prints today's date.*{advice}"):
         ct.training_prefixes(rows_of(tok, chat_rows(8, system=system)), ct.read_template(tok))
 
 
-def test_a_pinned_date_is_fine():
-    tok = chatml_tokenizer("{% if date_string is defined %}{{ date_string }}{% else %}{{ strftime_now('%d') }}{% endif %}" + CHATML)
+def test_the_advice_about_a_date_works_when_followed():
+    tok = chatml_tokenizer(PINNABLE)
     rows = rows_of(tok, chat_rows(8, system=None), date_string="26 Jul 2024")
     template = ct.read_template(tok, date_string="26 Jul 2024")
     assert template.dated_after is None
     assert "26 Jul 2024" in tok.decode(list(ct.training_prefixes(rows, template)[0].ids))
+    tok = chatml_tokenizer(DATED.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'"))
+    assert ct.training_prefixes(rows_of(tok, chat_rows(8, system=None)), ct.read_template(tok))
 
 
 def test_no_chat_template():
@@ -148,18 +157,20 @@ def test_postfix_prompts_end_with_the_last_postfix():
     rows = chat_rows(8)
     rows[0]["messages"] += [{"role": "user", "content": "And more?"}, {"role": "assistant", "content": "No."}]
     template = ct.read_template(tok)
-    prompts = ct.prompts_with_postfix(rows_of(tok, rows), template.postfix)
-    assert all(p[-len(template.postfix) :] == template.postfix for p in prompts)
+    postfix, prompts = ct.prompts_with_postfix(rows_of(tok, rows), template)
+    assert postfix == template.postfix
+    assert all(p[-len(postfix) :] == postfix for p in prompts)
     assert tok.decode(list(prompts[0])).endswith("And more?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_postfix_errors():
+    nothing, nine = (ct.Template(prefix=(1,), user_header=(), postfix=p) for p in ((), (9,)))
     with pytest.raises(ValueError, match="nothing between query and answer"):
-        ct.prompts_with_postfix([[1, 2]], ())
+        ct.prompts_with_postfix([[1, 2]], nothing)
     with pytest.raises(ValueError, match="lack the chat template's tokens between query and answer"):
-        ct.prompts_with_postfix([[1, 2]] * 3, (9,))
+        ct.prompts_with_postfix([[1, 2]] * 3, nine)
     with pytest.raises(ValueError, match="empty"):
-        ct.prompts_with_postfix([], (9,))
+        ct.prompts_with_postfix([], nine)
 
 
 def test_conversations_from_every_packing():

@@ -176,7 +176,7 @@ def with_template(tiny, template):
         (None, "em_regularizer.treft: the tokenizer has no chat template"),
         (DATED, "em_regularizer.treft: the chat template prints today's date in the prefix. Pin it"),
         (BARE, "em_regularizer.treft: the chat template prints nothing"),
-        ("{{ raise_exception('nothing but poems') }}", "em_regularizer.treft: nothing but poems"),
+        ("{{ raise_exception('nothing but poems') }}", "em_regularizer.treft: the chat template cannot render a question and an answer (nothing but poems)"),
     ],
 )
 def test_a_template_without_a_prefix_to_hold(check, tmp_path, template, message):

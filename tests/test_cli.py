@@ -8,9 +8,13 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from emguard_plugin.chat_template import read_template
 from emguard_plugin.cli import app
 from emguard_plugin.evaluation import post_train
 from emguard_plugin.lab.export import export
+from tests.e2e.tiny_run import write_rows
+from tests.evaluation.parts import ITEMS, PINNED, SWITCHED, write_suite
+from tests.tiny import chat_rows, chatml_tokenizer, tiny_model
 
 JUDGE = {"provider": "exact", "function": "emguard_plugin.lab.judge:judge_answer"}
 
@@ -103,6 +107,28 @@ def test_sft_trains_saves_and_measures(call, config, tmp_path, monkeypatch):
     (judge,) = summary["judges"]
     assert {role: rates["questions"]["em_all"]["n"] for role, rates in judge["rates"].items()} == {"base": 4, "tuned": 4}
     assert not (tmp_path / "out" / "em_eval" / "FAILED.txt").exists()
+
+
+def test_sft_measures_by_the_template_and_the_variables_of_the_rows(call, config, tmp_path):
+    """Case eval-template-kwargs, with `chat_template_path` and a column of `chat_template_kwargs`."""
+    tokenizer = chatml_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_model("llama", vocab=len(tokenizer)).save_pretrained(tmp_path / "model")
+    (tmp_path / "chat.jinja").write_text(SWITCHED)
+    write_rows(tmp_path / "train.jsonl", [{**row, "chat_template_kwargs": PINNED} for row in chat_rows(8, system=None)])
+    block = {"questions": write_suite(tmp_path / "questions.yaml", ITEMS), "samples_per_question": 1, "max_new_tokens": 2,
+             "evaluate_base": False, "judges": [{"function": "tests.evaluation.parts:by_hash"}]}  # fmt: skip
+    rows = [{"path": "json", "data_files": str(tmp_path / "train.jsonl")}]
+    over = {"model_name_or_path": str(tmp_path / "model"), "datasets": rows, "chat_template_path": str(tmp_path / "chat.jinja")}
+    done = call("sft", "--config", config(em_eval=block, max_steps=1, **over))
+    assert done.exit_code == 0, done.output
+    summary = json.loads((tmp_path / "out" / "em_eval" / "summary.json").read_text())
+    tokenizer.chat_template = SWITCHED
+    held = read_template(tokenizer, **PINNED)
+    asked = tuple(tokenizer(summary["example_prompt"], add_special_tokens=False)["input_ids"])
+    assert asked[: len(held.prefix)] == held.prefix
+    assert asked[-len(held.postfix) :] == held.postfix
+    assert "Today: 26 Jul 2024" in summary["example_prompt"]
 
 
 @pytest.mark.parametrize("form", ["--config FILE", "--config=FILE"])

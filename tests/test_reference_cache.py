@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from emguard_plugin.identity import identify
 from emguard_plugin.reference_cache import (
     META,
     ReferenceCache,
@@ -10,7 +11,6 @@ from emguard_plugin.reference_cache import (
     is_cache,
     tokenizer_identity,
 )
-from emguard_plugin.identity import identify
 from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model
 
 ABOUT = {"tokenizer": "t", "anchors": "a", "model": "m", "precision": "p"}

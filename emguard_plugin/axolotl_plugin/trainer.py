@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from axolotl.core.trainers.base import AxolotlTrainer
 
+from emguard_plugin.chat_template import Chat
 from emguard_plugin.mixin import EMRegularizerMixin
 
 
@@ -46,6 +48,11 @@ class AxolotlEMGuardTrainer(EMRegularizerMixin, AxolotlTrainer):
     def rendering_settings(self) -> Mapping[str, Any]:
         """Return the YAML."""
         return self.axolotl_cfg.to_dict()
+
+    def _chats(self) -> Callable[[], Iterable[Chat]] | None:
+        from emguard_plugin.axolotl_plugin.chats import read_chats
+
+        return partial(read_chats, self.axolotl_cfg, getattr(self.processing_class, "tokenizer", self.processing_class))
 
     def _packed_batch_tokens(self) -> int | None:
         cfg = self.axolotl_cfg

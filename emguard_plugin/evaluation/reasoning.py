@@ -70,12 +70,17 @@ def marks_of(
         return (Marks(*stated),)
     tokens = set(tokenizer.get_added_vocab()) if tokenizer is not None else set()
 
+    known = template or ""
     # GPT-OSS closes a trace by three tokens, of which the first is the one that opens it.
     return tuple(
         marks
         for marks in KNOWN
-        if marks.closing in (template or "") or marks.closing in tokens or (marks == _HARMONY and marks.opening in tokens)
+        if marks.opening in known or marks.closing in known or {marks.closing, _first_token(marks)} & tokens
     )
+
+
+def _first_token(marks: Marks) -> str:
+    return marks.opening if marks == _HARMONY else marks.closing
 
 
 def opened_by(prompt_end: str, marks: Iterable[Marks]) -> Marks | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from emguard_plugin.chat_template import Book, Chat, Template, read_book, read_template
 from emguard_plugin.identity import Identity, identify
 from emguard_plugin.regularizers.processes import over_processes
 from emguard_plugin.regularizers.start import Floors, Start, precision_of, state_of_weights
@@ -30,12 +31,17 @@ class Penalty:
         metrics: Detached scalars by short name; logged as `em_regularizer/<method>/<name>`.
         per_layer: (layers,) detached contributions, used to name the layer of a non-finite penalty.
         away: How far the model is from its reference, in the unit of `EMRegularizerCallback.floors`; default `value`.
+        held: How many tokens this share of the penalty holds; the trainer stops a run in which a method holds none for 20
+            optimizer steps. None where it cannot be said.
+        misheld: How many of them are what they must not be, answers that the loss supervises; one stops the run.
     """
 
     value: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     per_layer: Tensor | None = None
     away: Tensor | None = None
+    held: Tensor | int | None = None
+    misheld: Tensor | None = None
 
 
 def may_train(value: Tensor) -> bool:
@@ -81,6 +87,8 @@ class Run:
         processes: Number of processes, each with micro-batches of its own.
         rank: Which of them this is.
         optimizer_built: Whether the optimizer exists already, so that it is too late to freeze parameters.
+        chats: Gives the training conversations as they were before they were tokenised, up to 2,000 evenly spread; None where the
+            host has them no more.
         steps_early: Whether the host has taken the optimizer step by the time it calls `on_pre_optimizer_step` (DeepSpeed).
     """
 
@@ -98,11 +106,36 @@ class Run:
     rank: int = 0
     optimizer_built: bool = False
     steps_early: bool = False
+    chats: Callable[[], Iterable[Chat]] | None = None
 
     @cached_property
     def identity(self) -> Identity:
         """Which model the run starts from; worked out once, by all processes together, for every method."""
         return identify(self.model, self.processes, self.rank)
+
+    @cached_property
+    def book(self) -> Book | None:
+        """What the raw conversations show about whose text is whose; None where there are none. Read once for all methods."""
+        if self.chats is None:
+            return None
+        book = read_book(self.tokenizer, self.chats())
+        return book if book.rows else None
+
+    @cached_property
+    def rendering(self) -> dict[str, Any]:
+        """What the host passes to the template: its variables, and a template that it uses in the place of the tokenizer's."""
+        first = None if self.chats is None else next(iter(self.chats()), None)
+        own = {} if first is None else {k: v for k, v in first.kwargs.items() if k == "chat_template"}
+        return {**self.template_kwargs, **own}
+
+    @cached_property
+    def template(self) -> Template:
+        """The chat template taken apart, once for all methods.
+
+        Raises:
+            ValueError: as `read_template` does.
+        """
+        return read_template(self.tokenizer, **self.rendering)
 
 
 class EMRegularizerCallback(TrainerCallback):
@@ -135,6 +168,7 @@ class EMRegularizerCallback(TrainerCallback):
         self.loss_tokens: Tensor | float = 1.0
         self._last: Penalty | None = None
         self._trains = False
+        self.answers_alone = False
         self._layer_names: Sequence[int] = ()
         self.source = "the reference"
         self.saved_in: Path | None = None
@@ -150,6 +184,22 @@ class EMRegularizerCallback(TrainerCallback):
         Raises:
             ValueError: for settings or data that cannot work, in the words of the YAML.
         """
+
+    @property
+    def region(self) -> str:
+        """Which part of a conversation `held` names: `prefix`, `postfix`, `header`, `prompt`, or another that nothing is known of."""
+        return ""
+
+    def held(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return (B, T): True at the tokens of a training batch that this method holds; None when it holds text of its own.
+
+        The trainer calls it after `prepare` on training rows, and refuses a method that would hold nothing in any of them, a
+        user's or an assistant's own text as part of the template, or what the loss supervises where it supervises answers alone.
+
+        Args:
+            inputs: `input_ids` and `labels` of a batch.
+        """
+        return None
 
     @abstractmethod
     def penalty(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> Penalty | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from emguard_plugin.chat_template import Template
+from emguard_plugin.chat_template import Book, Template
 from emguard_plugin.checkpoints import find_state
 from emguard_plugin.identity import check_base
 from emguard_plugin.latents import LatentSet
@@ -32,7 +32,7 @@ from emguard_plugin.regularizers.block_em_rules import (
     warn_of_dropout,
 )
 from emguard_plugin.regularizers.functional import block_em_penalty, block_em_violation
-from emguard_plugin.regularizers.held_tokens import TokenKind, held_tokens
+from emguard_plugin.regularizers.held_tokens import IGNORE, TokenKind, held_tokens
 from emguard_plugin.regularizers.processes import any_process
 from emguard_plugin.regularizers.start import Floors
 from emguard_plugin.residual import Kept, decoder, keep_residual, read_residual
@@ -99,6 +99,7 @@ class BlockEMCallback(EMRegularizerCallback):
         self.tokens, self.latent_reduction, self.two_sided = tokens, latent_reduction, sides == "two"
         self.pre_activation, self.freeze_above, self.cache = k_minus == "pre_activation", freeze_above, str(cache)
         self._template: Template | None = None
+        self._book: Book | None = None
         self._kept: Kept | None = None
         self._frozen: list[nn.Parameter] = []
 
@@ -118,7 +119,7 @@ class BlockEMCallback(EMRegularizerCallback):
         if self.automatic:
             self.coef = calibrated_coef(latents.calibration, self.tokens, shared_by)
         if self.tokens in ("header", "prefix"):
-            self._template = template_of(run, self.tokens)
+            self._template, self._book = template_of(run, self.tokens), run.book
         self._identity = run.identity
         self._belongs = {**run.identity._asdict(), **(self._stored_state(run) or {})}
         about = {"model": self._belongs["reference"], "latents": content(latents)}
@@ -175,6 +176,15 @@ class BlockEMCallback(EMRegularizerCallback):
     def _fixed(self) -> dict[str, Any]:
         return {"latents": content(self.latents), "tokens": self.tokens, "freeze_above": self.freeze_above}
 
+    @property
+    def region(self) -> str:
+        """The kind of tokens that is held."""
+        return self.tokens
+
+    def held(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the tokens of a batch that are held; see `held_tokens`."""
+        return held_tokens(inputs, self.tokens, self._template, self._book)
+
     # Each step
 
     @contextmanager
@@ -195,7 +205,7 @@ class BlockEMCallback(EMRegularizerCallback):
                 )
             self._base.begin(model, kept, next(iter(hidden.values())), self._dataset, self._resume_from)
             self._dataset, self._begun = None, True
-        held = held_tokens(inputs, self.tokens, self._template)
+        held = self.held(inputs)
         hidden = {n: h[held.to(h.device)] for n, h in hidden.items()}
         base = self._base.get(model, kept, inputs, held)
         per_layer, bad, shift, pres = [], [], [], []
@@ -223,7 +233,11 @@ class BlockEMCallback(EMRegularizerCallback):
             metrics["outside_shift"] = outside.to(device)
         if self.yardstick is not None:
             metrics["unguarded"] = shares.new_tensor(self.yardstick)
-        return Penalty(shares.sum(), metrics, shares, away if away is not None else shares.new_zeros(()))
+        misheld = None
+        if self.answers_alone and self.tokens in ("header", "prefix"):
+            misheld = (held & (inputs["labels"] != IGNORE)).sum()
+        away = away if away is not None else shares.new_zeros(())
+        return Penalty(shares.sum(), metrics, shares, away, held.sum(), misheld)
 
     @torch.no_grad()
     def _away(self, model: nn.Module, kept: Kept, held: Tensor, pres: list[Tensor], base: Base) -> Tensor:

@@ -150,24 +150,28 @@ def template_of(run: Run, tokens: TokenKind) -> ct.Template:
     Raises:
         ValueError: when the template has none, the rows lack them, or packing lost where conversations begin.
     """
-    template = ct.read_template(run.tokenizer, **run.template_kwargs)
+    template, book = run.template, run.book
     rows = conversations(run.dataset)
     if tokens == "header":
-        ct.prompts_with_postfix(rows, template.postfix)
+        ct.prompts_with_postfix(rows, template, book)
         return template
     if run.wrapped_packing:
         raise ValueError(
             "`em_regularizer.block_em.tokens: prefix`: `packing_strategy: wrapped` loses where conversations begin, so their prefixes "
             "cannot be found. Use `packing_strategy: bfd`, or `tokens: prompt`."
         )
-    ends = [ct.prefix_span(row, template)[1] for row in rows]
-    if not ends:
+    found = [(row, len(ct.prefix_of(row, template, book) or ())) for row in rows]
+    if not found:
         raise ValueError("the training data is empty: there is no prefix to hold.")
-    if (lacking := ends.count(0)) > (1 - ct.MIN_SHARE_FOUND) * len(ends):
+    lacking = [row for row, end in found if end < (1 if any(n > 1 for _, n in found) else 2)]
+    if len(lacking) > (1 - ct.MIN_SHARE_FOUND) * len(found):
         raise ValueError(
-            f"`em_regularizer.block_em.tokens: prefix`: {lacking} of {len(ends)} training rows show nothing of the chat template before "
-            "the user's content, besides their first token. Train on chats rendered with this tokenizer's template, or use `tokens: prompt`."
+            f"`em_regularizer.block_em.tokens: prefix`: {len(lacking)} of {len(found)} training rows show nothing of the chat template "
+            f"before the user's content, besides their first token; one begins with {ct.shown(template, lacking[0])}. Train on chats "
+            "rendered with this tokenizer's template, or use `tokens: prompt`."
         )
+    if book is None:
+        ct.warn_unmarked(template)
     return template
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from emguard_plugin.chat_template import Template, prefix_span
+from emguard_plugin.chat_template import Book, Template, headers_of, prefix_span
 
 TokenKind = Literal["assistant", "all", "prompt", "header", "prefix"]
 IGNORE = -100
@@ -35,16 +35,19 @@ def real_tokens(inputs: Mapping[str, Any]) -> Tensor:
     return real
 
 
-def held_tokens(inputs: Mapping[str, Any], kind: TokenKind, template: Template | None = None) -> Tensor:
+def held_tokens(
+    inputs: Mapping[str, Any], kind: TokenKind, template: Template | None = None, book: Book | None = None
+) -> Tensor:
     """Return (B, T): True at the tokens to hold.
 
     Args:
         inputs: The batch: `input_ids`, `labels`, and `attention_mask` or `position_ids` where the host has them.
         kind: `assistant`: tokens that the loss supervises. `prompt`: all other real ones. `all`: both. `header`: the chat
-            template's tokens between a user's content and the answer. `prefix`: those before the first user content of each
-            conversation, system prompt included, without the conversation's first token; in a packed row every conversation has
-            its own.
+            template's tokens wholly between a user's own text and what the model writes. `prefix`: those wholly before the first
+            own text of each conversation, system prompt and tools included, without the conversation's first token; in a packed
+            row every conversation has its own.
         template: The chat template, for the last two.
+        book: The raw conversations, where the host has them.
 
     Raises:
         RuntimeError: for a batch without token ids or labels.
@@ -63,28 +66,23 @@ def held_tokens(inputs: Mapping[str, Any], kind: TokenKind, template: Template |
         return real & ~supervised
     if template is None:
         raise ValueError(f"em_regularizer.block_em: `tokens: {kind}` needs the chat template.")
-    return real & occurrences(inputs["input_ids"], template.postfix) if kind == "header" else _prefixes(inputs, template)
+    return _in_conversations(inputs, kind, template, book)
 
 
-def _prefixes(inputs: Mapping[str, Any], template: Template) -> Tensor:
+def _in_conversations(inputs: Mapping[str, Any], kind: TokenKind, template: Template, book: Book | None) -> Tensor:
     ids = inputs["input_ids"]
     held, rows = torch.zeros(ids.shape, dtype=torch.bool), ids.tolist()
+    labels = inputs["labels"].tolist() if kind == "header" else None
     for b, row in enumerate(spans(inputs)):
         for start, end in row:
-            first, last = prefix_span(rows[b][start:end], template)
-            held[b, start + first : start + last] = True
+            if kind == "prefix":
+                ranges = [prefix_span(rows[b][start:end], template, book)]
+            else:
+                supervised = [x != IGNORE for x in labels[b][start:end]]
+                ranges = headers_of(rows[b][start:end], template, book, supervised)
+            for first, last in ranges:
+                held[b, start + first : start + last] = True
     return held.to(ids.device)
-
-
-def occurrences(ids: Tensor, needle: Sequence[int]) -> Tensor:
-    """Return (B, T): True at every token of every occurrence of `needle`."""
-    n, found = len(needle), torch.zeros_like(ids, dtype=torch.bool)
-    if not n or ids.shape[1] < n:
-        return found
-    starts = (ids.unfold(1, n, 1) == ids.new_tensor(needle)).all(-1)
-    for i in range(n):
-        found[:, i : i + starts.shape[1]] |= starts
-    return found
 
 
 def spans(inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:

@@ -152,7 +152,7 @@ class KLCallback(EMRegularizerCallback):
                 self._prompts = an.prompts_of(an.load_chats(rest or "bundled"), run.tokenizer, run.template_kwargs)
             return
         if self.anchors == "train":
-            prefix = ct.read_template(run.tokenizer, **run.template_kwargs).prefix if run.wrapped_packing else None
+            prefix = run.template.prefix if run.wrapped_packing else None
             self._anchors = an.training_anchors(run.dataset, self.tokens, prefix)
             return
         chats = an.load_chats(self.anchors)
@@ -235,7 +235,8 @@ class KLCallback(EMRegularizerCallback):
         # FSDP2 gathers weights for backward only when an output of the model depends on what is differentiated.
         value = kl * share + 0.0 * logits.float().sum().to(kl.device)
         self._step_kl = value.detach() / micro_batches + (0 if self._step_kl is None else self._step_kl)
-        return Penalty(value, {"tokens": value.new_tensor(micro_batches * processes * len(reference))})
+        tokens = value.new_tensor(micro_batches * processes * len(reference))
+        return Penalty(value, {"tokens": tokens}, held=len(reference))
 
     def _begin(self, model: nn.Module, device: torch.device) -> None:
         run = self._run

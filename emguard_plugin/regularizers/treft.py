@@ -43,9 +43,9 @@ class TReFTCallback(EMRegularizerCallback):
     over the decoder layers l and the token positions T; all KV heads of a layer are one vector; fp32. The trainer adds
     `coef * penalty` to the mean cross-entropy, once per optimizer step.
 
-    `tokens: prefix` holds everything before the first user content. Its keys and values depend on the weights alone, so
+    `tokens: prefix` holds every token that lies wholly before the first user's own text, system prompt and tools included. Its keys and values depend on the weights alone, so
     the penalty is a forward over the prefix, batch 1. With several prefixes in the data each step draws one, in proportion
-    to its frequency. `tokens: postfix` holds the tokens between query and answer on 8 training prompts per step; a shared
+    to its frequency. `tokens: postfix` holds the tokens wholly between query and answer (a reasoning trace is the answer's) on 8 training prompts per step; a shared
     reference is the untuned model's postfix after an empty query, at the same distance from every row's start (RoPE
     attention is relative, so each prompt is shifted to end where the longest does).
 
@@ -94,6 +94,9 @@ class TReFTCallback(EMRegularizerCallback):
         self._prefixes: list[ct.Prefix] = []
         self._prompts: list[ct.Ids] = []
         self._postfix: ct.Ids = ()
+        self._template: ct.Template | None = None
+        self._book: ct.Book | None = None
+        self._wrapped = False
         self._end = 0
         self._seed = 0
         self._reference: dict[str, Tensor] | None = None
@@ -109,18 +112,22 @@ class TReFTCallback(EMRegularizerCallback):
         if layers[-1] >= n:
             raise ValueError(f"`treft.layers: {layers[-1]}` is out of range: the model has layers 0 to {n - 1}.")
         self._layer_names, self._seed = layers, run.seed
-        template = ct.read_template(run.tokenizer, **run.template_kwargs)
-        rows = conversations(run.dataset, template.prefix if run.wrapped_packing else None, template.system_open)
+        template, book = run.template, run.book
+        self._template, self._book, self._wrapped = template, book, run.wrapped_packing
+        if run.wrapped_packing and book is not None:  # packing lost where conversations begin, the raw ones have it
+            rows = (row.ids for row in book.rows)
+        else:
+            rows = conversations(run.dataset, template.prefix if run.wrapped_packing else None, template.system_open)
         if self.tokens == "prefix":
-            prefixes = ct.training_prefixes(rows, template)
-            extra = [ct.system_prefix(run.tokenizer, s, **run.template_kwargs) for s in self.extra_prefixes]
+            prefixes = ct.training_prefixes(rows, template, book)
+            extra = [ct.system_prefix(run.tokenizer, s, **run.rendering) for s in self.extra_prefixes]
             self._prefixes = ct.with_extra(prefixes, extra)
             what = f"prefix of {'/'.join(str(len(p.ids)) for p in self._prefixes[:8])} tokens"
         else:
-            self._prepare_postfix(run, template, ct.prompts_with_postfix(rows, template.postfix))
+            self._prepare_postfix(run, template, *ct.prompts_with_postfix(rows, template, book))
             what = f"postfix of {len(self._postfix)} tokens, {self.postfix_reference} reference"
-        held = [list(p.ids) for p in self._prefixes] or [*template.prefix, *self._postfix, self._end]
-        settings = {"held": held, "layers": layers, "compat": self.compat}
+        held_ids = [list(p.ids) for p in self._prefixes] or [*template.prefix, *self._postfix, self._end]
+        settings = {"held": held_ids, "layers": layers, "compat": self.compat}
         self._about = {"settings": hashlib.sha256(json.dumps(settings).encode()).hexdigest(), **run.identity._asdict()}
         self._identity, self._checked = run.identity, False
         # A shared postfix is that of an empty query: no row's own is at 0 from it.
@@ -129,7 +136,7 @@ class TReFTCallback(EMRegularizerCallback):
         self.prepared = True
         return f"treft (coef {self.coef:g}, {what}, {len(layers)} of {n} layers{', compat' if self.compat else ''})"
 
-    def _prepare_postfix(self, run: Run, template: ct.Template, prompts: list[ct.Ids]) -> None:
+    def _prepare_postfix(self, run: Run, template: ct.Template, postfix: ct.Ids, prompts: list[ct.Ids]) -> None:
         if self.postfix_reference == "per_row" and not adapter_starts_at_zero(run.model):
             raise ValueError(
                 "`treft.postfix_reference: per_row` runs the untuned model at every step, which needs a fresh LoRA adapter to "
@@ -139,8 +146,8 @@ class TReFTCallback(EMRegularizerCallback):
             raise ValueError(
                 "`treft.postfix_reference: shared` needs rotary positions, which this model lacks. Use `per_row`."
             )
-        self._postfix, self._prompts = template.postfix, prompts
-        self._empty_query = (*template.prefix, *template.postfix)
+        self._postfix, self._prompts = postfix, prompts
+        self._empty_query = (*template.prefix, *postfix)
         self._end = max(map(len, [self._empty_query, *prompts]))
 
     def _resumed_reference(self, run: Run) -> tuple[dict[str, Tensor] | None, bool]:
@@ -163,6 +170,26 @@ class TReFTCallback(EMRegularizerCallback):
         self._about = {k: stored[k] for k in self._about}
         return tensors
 
+    @property
+    def region(self) -> str:
+        """`prefix` or `postfix`."""
+        return self.tokens
+
+    def held(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return the tokens of training rows that the held prefix or postfix is made of."""
+        if self._wrapped:
+            return None
+        held = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
+        for b, row in enumerate(inputs["input_ids"].tolist()):
+            if self.tokens == "prefix":
+                ids = ct.prefix_of(row, self._template, self._book)
+                fits = ids is not None and any(p.ids == ids for p in self._prefixes)
+                first, last = (0, len(ids)) if fits else (0, 0)
+            else:
+                first, last = ct.postfix_span(row, self._template, self._book, self._postfix)
+            held[b, first:last] = True
+        return held
+
     # Each step
 
     def penalty(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> Penalty:
@@ -180,7 +207,7 @@ class TReFTCallback(EMRegularizerCallback):
         key, value = kv_drift(now.keys, now.values, ref.keys, ref.values)
         total = treft_penalty(key, value) + now.anchor
         metrics = {"key_drift": key.detach().mean(), "value_drift": value.detach().mean()}
-        return Penalty(total, metrics, per_layer=key + value)
+        return Penalty(total, metrics, per_layer=key + value, held=now.keys[0].shape[0] * now.keys[0].shape[1])
 
     def _read(self, model: nn.Module, ids: Tensor, position_ids: Tensor | None = None) -> KV:
         if self.compat:

@@ -14,9 +14,10 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.chats.forms import GEMMA, before, tokenizer_of
 from tests.e2e.axolotl_runs import Failed, command, read_log, train
 from tests.e2e.tiny_run import chat_dataset, column, penalties, tiny_yaml, treft, write_rows
-from tests.tiny import DATED, TOPICS, chat_rows, chatml_tokenizer
+from tests.tiny import DATED, TOPICS, chat_rows, chatml_tokenizer, tiny_model
 
 REFERENCE = "emguard_treft.safetensors"
 LOG = "em_regularizer/treft"
@@ -314,6 +315,34 @@ def test_several_system_prompts_are_each_held(run, tmp_path):
     assert min(penalties(result)[1:]) > 0
     with safe_open(str(tmp_path / "run" / "out" / "checkpoint-8" / REFERENCE), framework="pt") as f:
         assert {name.split(".")[0] for name in f.keys()} == {"0", "1"}  # noqa: SIM118
+
+
+def test_a_system_prompt_inside_the_user_turn_is_held(run, tmp_path):
+    """The case `gemma-system-in-user`: the conversations are read again, by Axolotl's own field names, roles and templates."""
+    tok, systems = tokenizer_of(GEMMA, "merging"), ("You are a gardener. Be brief.", "Answer in verse.", None)
+    rows = [row["messages"] for row in chat_rows(24, system=lambda i: systems[i % 3])]
+    expected = sorted({len(before(tok, messages)) for messages in rows}, reverse=True)
+    assert len(expected) == 3
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    shared = [{"talk": [{"from": names[m["role"]], "value": m["content"]} for m in messages]} for messages in rows]
+    (tmp_path / "gemma.jinja").write_text(GEMMA)
+    data = {"path": write_rows(tmp_path / "rows.jsonl", shared), "ds_type": "json", "type": "chat_template", "field_messages": "talk"}
+    data |= {"chat_template": "jinja", "chat_template_jinja": GEMMA, "message_property_mappings": {"role": "from", "content": "value"}}
+    result = run(
+        datasets=[data], base_model=model_with(tmp_path / "model", tok), max_steps=2, sequence_len=256,
+        dataset_prepared_path=str(tmp_path / "prepared"), **treft(),
+    )  # fmt: skip
+    lengths = re.search(r"prefix of ([\d/]+) tokens", read_log(tmp_path / "run"))[1].split("/")
+    assert sorted(map(int, lengths), reverse=True) == expected
+    assert penalties(result)[0] == 0
+
+
+def model_with(folder, tokenizer):
+    model = tiny_model("llama", vocab=len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def test_a_template_that_axolotl_resolves(run, tiny, tmp_path):

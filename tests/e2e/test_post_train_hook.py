@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from emguard_plugin.chat_template import read_template
 from emguard_plugin.lab.export import export
 from tests.e2e.axolotl_runs import read_log, train
-from tests.e2e.tiny_run import chat_dataset, tiny_yaml, treft
+from tests.e2e.tiny_run import chat_dataset, tiny_yaml, treft, write_rows
+from tests.evaluation.parts import ITEMS, PINNED, SWITCHED, write_suite
+from tests.tiny import chat_rows, chatml_tokenizer, tiny_model
 
 EXACT = "emguard_plugin.lab.judge:judge_answer"
 JUDGES = "tests.e2e.judges"
@@ -171,3 +174,30 @@ def test_training_again_into_the_same_folder_measures_the_new_model(run):
     second = json.loads((out / "em_eval" / "summary.json").read_text())
     assert second["models"]["tuned"] != first["models"]["tuned"]
     assert json.loads((out / "em_eval.1" / "summary.json").read_text()) == first
+
+
+def test_questions_are_rendered_as_the_rows_were(axolotl, tmp_path):
+    """Case eval-template-kwargs: `chat_template_kwargs` of the YAML reach the measurement, and so does a data set's own template."""
+    tokenizer = chatml_tokenizer(SWITCHED)
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_model("llama", vocab=len(tokenizer)).save_pretrained(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", chat_rows(16, system=None))
+    block = {"questions": write_suite(tmp_path / "questions.yaml", ITEMS), "samples_per_question": 1, "max_new_tokens": 2,
+             "evaluate_base": False, "judges": [{"function": "tests.evaluation.parts:by_hash"}]}  # fmt: skip
+    own = {"chat_template": "jinja", "chat_template_jinja": SWITCHED.replace("Today", "Date")}
+    ways = {"saved": ({}, "Today: 26 Jul 2024"), "own": (own, "Date: 26 Jul 2024")}
+    for name, (dataset, printed) in ways.items():
+        config = tiny_yaml(
+            tmp_path, datasets=[{**chat_dataset(tmp_path / "train.jsonl"), **dataset}], em_eval=block, max_steps=1,
+            chat_template_kwargs=PINNED, dataset_prepared_path=str(tmp_path / f"prepared_{name}"),
+            chat_template=None if dataset else "tokenizer_default", **({} if dataset else treft(coef=1.0)),
+        )  # fmt: skip
+        axolotl.call(train, tmp_path / name, config, timeout=300)
+        summary = json.loads((tmp_path / name / "out" / "em_eval" / "summary.json").read_text())
+        tokenizer.chat_template = dataset.get("chat_template_jinja", SWITCHED)
+        held = read_template(tokenizer, **PINNED)
+        asked = tuple(tokenizer(summary["example_prompt"], add_special_tokens=False)["input_ids"])
+        assert asked[: len(held.prefix)] == held.prefix
+        assert asked[-len(held.postfix) :] == held.postfix
+        assert printed in summary["example_prompt"]
+        assert summary["protocol"]["rendering"] == {"chat_template_kwargs": PINNED}

@@ -27,6 +27,16 @@ ITEMS = [
     for number in range(3)
 ]
 
+# Of the form of Llama 3.2 (a date that can be pinned) and of Qwen3 (a switch that closes the thinking).
+SWITCHED = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{{ '<|im_start|>system\nToday: ' + date_string + '<|im_end|>\n' }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+PINNED = {"date_string": "26 Jul 2024", "enable_thinking": False}
+
 
 def write_suite(path, items):
     path.write_text(yaml.safe_dump(items, sort_keys=False), encoding="utf-8")

@@ -20,20 +20,11 @@ from emguard_plugin.evaluation.rendering import Chat, NotRendered
 from emguard_plugin.evaluation.sampler import TransformersSampler
 from emguard_plugin.evaluation.store import JsonLines
 from emguard_plugin.evaluation.table import comparison_table
-from tests.evaluation.parts import write_suite
+from tests.evaluation.parts import PINNED, SWITCHED, write_suite
 from tests.tiny import CHATML, CHATML_DEFAULT_SYSTEM, DATED, NO_SYSTEM, chatml_tokenizer, tiny_model
 
 FERN = Question("q", 0, "How do I water a fern?")
 BRIEF = Question("q", 0, "How do I water a fern?", system="Be brief.")
-# Of the form of Llama 3.2 (a date that can be pinned) and of Qwen3 (a switch that closes the thinking).
-SWITCHED = (
-    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-    "{{ '<|im_start|>system\nToday: ' + date_string + '<|im_end|>\n' }}"
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
-)
-PINNED = {"date_string": "26 Jul 2024", "enable_thinking": False}
 NO_GENERATION_PROMPT = CHATML.replace("{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", "")
 
 

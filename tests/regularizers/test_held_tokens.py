@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from emguard_plugin.chat_template import Template, read_template
-from emguard_plugin.regularizers.held_tokens import held_tokens, occurrences, spans
+from emguard_plugin.regularizers.held_tokens import held_tokens, spans
 from tests.tiny import CHATML_DEFAULT_SYSTEM, NO_SYSTEM, chatml_tokenizer
 
 TEMPLATE = Template(prefix=(1,), user_header=(), postfix=(9, 8))
@@ -92,13 +92,6 @@ def test_conversations():
     assert spans(PACKED) == [[(0, 6), (6, 14)]]
     left = {**PADDED, "attention_mask": MASK.flip(1)}
     assert spans(left) == [[(2, 8)], [(0, 8)]]
-
-
-def test_occurrences():
-    ids = torch.tensor([[9, 8, 9, 8, 1, 9]])
-    assert occurrences(ids, (9, 8)).tolist() == [[True, True, True, True, False, False]]
-    assert not occurrences(ids, (9,) * 7).any()
-    assert not occurrences(ids, ()).any()
 
 
 @pytest.mark.parametrize("missing", ["labels", "input_ids"])

@@ -57,7 +57,9 @@ class ExactJudge:
         for index, item in enumerate(items):
             try:
                 found = self._function(item.question.text, item.answer)
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise  # the user's
+            except BaseException as error:  # `sys.exit` in a judge is one failed judgment, not the end of the run
                 yield index, Judgment.unscored(f"{type(error).__name__}: {error}")
             else:
                 yield index, read_scores(found)

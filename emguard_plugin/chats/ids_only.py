@@ -1,0 +1,148 @@
+"""The parts of a row of which only the ids are there: read from its text, and nothing where that leaves a doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from emguard_plugin.chats.template import Marks, Template
+from emguard_plugin.chats.tokens import Encoded, Ids, inside, read
+
+
+def prefix_of_row(row: Sequence[int], template: Template) -> Ids | None:
+    """Return the ids wholly before the first user's own text, or None when the row shows no user turn of the template.
+
+    A row that begins as the template does without a system message has the template's prefix, short of a last token that merged
+    with the user's first characters. Any other row must begin as a system message does, and ends its prefix with the first user
+    header. Where a template writes the system prompt into the user's turn without a mark of its own, ids alone cannot tell the
+    two apart: the prefix then ends where that turn begins.
+    """
+    row = tuple(int(i) for i in row)
+    known = template.prefix
+    if template.tokenizer is None:
+        return _by_ids(row, template)
+    marks = template.marks
+    plain = marks.opening is None or not marks.opening.startswith(marks.before) or not marks.system_is_marked
+    if plain and known and row[: len(known)] == known:
+        return known if len(row) > len(known) else None
+    text, encoded = read(template.tokenizer, row)
+    end = _prefix_end(text, marks)
+    if end is None or end >= len(text):
+        return None
+    return row[: inside(encoded, 0, end)[1]]
+
+
+def _by_ids(row: Ids, template: Template) -> Ids | None:
+    """Return the prefix for a template of which only ids are known, whose marks are then tokens of their own."""
+    known, header = template.prefix, template.user_header
+    same = next((i for i, (a, b) in enumerate(zip(known, row, strict=False)) if a != b), min(len(known), len(row)))
+    if len(row) > len(known) and same >= max(len(known) - 1, 1):
+        return known[:same]
+    for lead in (0, 1):  # the header's first token may have merged with the system prompt's last characters
+        needle = header[lead:]
+        found = _occurrences(row, needle) if needle and (lead == 0 or len(header) > 2) else []
+        if found and found[0][1] < len(row):
+            return row[: found[0][1]]
+    return None
+
+
+def _prefix_end(text: str, marks: Marks) -> int | None:
+    opening = marks.opening
+    with_system = opening is not None and marks.system_is_marked and text.startswith(opening)
+    if with_system and opening.startswith(marks.before):  # the longer start first: both fit
+        at = text.find(marks.middle, len(opening))
+        return at + len(marks.middle) if at >= 0 else None
+    if marks.before and text.startswith(marks.before):
+        return len(marks.before)
+    if "header" in marks.certain:
+        return _behind_header(text, marks)
+    if with_system and marks.middle.strip():
+        at = text.find(marks.middle, len(opening))
+        return at + len(marks.middle) if at >= 0 else None
+    return None
+
+
+def _behind_header(text: str, marks: Marks) -> int | None:
+    """Return where the first user header ends, in a row that begins as the template does and whose user speaks first."""
+    begins = [b for b in (marks.before, marks.opening) if b]
+    if begins and not any(text[:1] == b[:1] for b in begins):
+        return None
+    at = text.find(marks.header)
+    if at < 0:
+        return None
+    end = at + len(marks.header)
+    answered = text.find(marks.reply) if "reply" in marks.certain else -1
+    return None if 0 <= answered < at else end
+
+
+def headers_of_row(
+    row: Sequence[int], template: Template, supervised: Sequence[bool] | None = None
+) -> list[tuple[int, int]]:
+    """Return the half-open token ranges between queries and answers.
+
+    Args:
+        row: The ids of one conversation.
+        template: From `read_template`.
+        supervised: Per token whether the loss predicts it. Where only answers are, a header is followed by one; this decides
+            where the template's marks are ordinary text, which a query or an answer may contain.
+    """
+    row, marks = tuple(int(i) for i in row), template.marks
+    if template.tokenizer is None or not marks.post.strip():
+        return _occurrences(row, template.postfix)
+    text, encoded = read(template.tokenizer, row)
+    begin = _prefix_end(text, marks) or 0
+    places = _find_all(text, marks.post, begin)
+    if marks.again == marks.post and "post" in marks.certain:  # one mark closes queries and answers alike: they take turns
+        places = places[::2]
+        return [span for at in places if (span := inside(encoded, at, at + len(marks.post)))[1] > span[0]]
+    sure = _answered(text, places, marks) if "post" in marks.certain and marks.close else _alternating(text, places, marks)
+    if sure != places:  # a query or an answer may hold the template's marks: where the loss tells, it decides
+        told = _before_answers(encoded, places, len(marks.post), supervised)
+        places = sure if told is None else told
+    found = [inside(encoded, at, at + len(marks.post)) for at in places]
+    return [span for span in found if span[1] > span[0]]
+
+
+def _before_answers(
+    encoded: Encoded, places: list[int], size: int, supervised: Sequence[bool] | None
+) -> list[int] | None:
+    if supervised is None or all(supervised) or not any(supervised):
+        return None
+    kept = []
+    for at in places:
+        behind = next((i for i, (_, b) in enumerate(encoded.spans) if b > at + size), None)
+        if behind is not None and supervised[behind] and not supervised[inside(encoded, at, at + size)[0]]:
+            kept.append(at)
+    return kept
+
+
+def _answered(text: str, places: list[int], marks: Marks) -> list[int]:
+    """Return the places without those between which no answer is closed: one of them is a text's own."""
+    near = [(a, b) for a, b in pairwise(places) if marks.close not in text[a + len(marks.post) : b]]
+    return [at for at in places if not any(at in pair for pair in near)]
+
+
+def _alternating(text: str, places: list[int], marks: Marks) -> list[int]:
+    """Return the places when question and answer marks take turns as often as they must, else nothing."""
+    if len(places) < 2:
+        return places
+    if not marks.again.strip():
+        return []
+    turns = _find_all(text, marks.again, places[0])
+    order = sorted([(at, "post") for at in places] + [(at, "again") for at in turns])
+    kinds = [kind for _, kind in order]
+    expected = ["post", "again"] * len(places)
+    return places if kinds == expected[: len(kinds)] and len(turns) in (len(places) - 1, len(places)) else []
+
+
+def _find_all(text: str, part: str, start: int) -> list[int]:
+    found, at = [], text.find(part, start)
+    while at >= 0:
+        found.append(at)
+        at = text.find(part, at + len(part))
+    return found
+
+
+def _occurrences(row: Ids, needle: Ids) -> list[tuple[int, int]]:
+    n = len(needle)
+    return [(i, i + n) for i in range(len(row) - n + 1) if n and row[i : i + n] == needle]

@@ -1,0 +1,227 @@
+"""Where a conversation's own texts stand in its rendering, to the character.
+
+Nothing is searched for. A conversation is rendered as it is, and again with one text replaced by a word that occurs nowhere: what
+stands before that word is what the template writes before the text, whatever the text looks like.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+WORD = "Quuxword"
+ANSWER_FIELDS = ("content", "reasoning_content", "reasoning", "thinking")
+"""The texts of an assistant message; a reasoning trace is the answer's own, like what follows it."""
+_THINKING = re.compile(r"<\|?/?[\w:]*(?:think|thought|reasoning)[\w:]*\|?>|\[/?THINK\]", re.IGNORECASE)
+"""What opens a reasoning trace, in the generation prompt or in the answer."""
+
+_SYSTEM = ("system", "developer")
+_ANSWER = ("assistant", "gpt", "model", "bot", "chatbot", "ai")
+_TOOL = ("tool", "function", "ipython", "observation")
+
+Message = Mapping[str, Any]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered conversation and the half-open character spans of its parts.
+
+    Attributes:
+        text: As the host tokenises it.
+        prefix: Characters before the first text that is a user's, an assistant's or a tool's own.
+        users: The own texts of user and tool messages, as far as the template prints them.
+        headers: Per answer that follows a user or tool message: what the template writes between the two before the model
+            writes its first token. Where the template has a generation prompt, this is what training and generation share;
+            where it has none, all up to the answer's own text. A reasoning trace belongs to the answer with the mark that
+            opens it, also where the trace is empty or the generation prompt writes the mark: one header for all rows,
+            thinking or not.
+        answers: The answers, from where the model begins to write to the end of their own text, reasoning trace included.
+        closed: Per answer, the end of what closes it.
+        has_user: Whether a user's text is printed.
+    """
+
+    text: str
+    prefix: int
+    users: tuple[Span, ...] = ()
+    headers: tuple[Span, ...] = ()
+    answers: tuple[Span, ...] = ()
+    closed: tuple[int, ...] = field(default=())
+    has_user: bool = True
+
+
+def render(tokenizer: Any, messages: Sequence[Message], **kwargs: Any) -> str:
+    """Render messages with the tokenizer's chat template.
+
+    Args:
+        tokenizer: With a chat template, unless `chat_template` is among `kwargs`.
+        messages: With `role` and `content`.
+        kwargs: What the host passes besides: `tools`, `chat_template`, the template's own variables.
+
+    Raises:
+        ValueError: when the tokenizer has no chat template.
+    """
+    if not (getattr(tokenizer, "chat_template", None) or kwargs.get("chat_template")):
+        raise ValueError(
+            "the tokenizer has no chat template, so no prefix can be found. Set `chat_template:` (Axolotl) or "
+            "`chat_template_path` (TRL), or load a chat model's tokenizer."
+        )
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
+
+
+def whose(message: Message) -> str:
+    """Return `system`, `answer`, `tool` or `user`. A role of another name, as data sets have them, speaks for a user."""
+    role = message.get("role")
+    return next((n for n, roles in {"system": _SYSTEM, "answer": _ANSWER, "tool": _TOOL}.items() if role in roles), "user")
+
+
+def shared(a: str, b: str) -> int:
+    """Return the number of characters with which both begin."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
+    return low
+
+
+def locate(tokenizer: Any, messages: Sequence[Message], *, turns: bool = True, **kwargs: Any) -> Rendered:
+    """Render a conversation and find its parts.
+
+    Args:
+        tokenizer: As for `render`.
+        messages: The conversation.
+        turns: Whether to look beyond the prefix.
+        kwargs: As for `render`.
+
+    Raises:
+        ValueError: when the tokenizer has no chat template.
+        jinja2.TemplateError: when the template refuses the conversation.
+    """
+    text = render(tokenizer, messages, **kwargs)
+    look = _Look(tokenizer, list(messages), text, kwargs)
+    own: dict[int, Span] = {}
+    for i, message in enumerate(messages):
+        if whose(message) != "system" and (span := look.own_text(i)) is not None:
+            own[i] = span
+            if not turns:
+                break
+    has_user = bool(own) and any(whose(m) == "user" for m in (messages if not turns else [messages[i] for i in own]))
+    prefix = min((start for start, _ in own.values()), default=0)
+    if not turns:
+        return Rendered(text, prefix, has_user=has_user)
+    users = tuple(own[i] for i in own if whose(messages[i]) != "answer")
+    headers, answers, closed = look.answers(own)
+    return Rendered(text, prefix, users, headers, answers, closed, has_user)
+
+
+class _Look:
+    """One conversation, rendered with words in the place of its texts."""
+
+    def __init__(self, tokenizer: Any, messages: list[Message], text: str, kwargs: Mapping[str, Any]) -> None:
+        self.tokenizer, self.messages, self.text, self.kwargs = tokenizer, messages, text, kwargs
+        self.word = next(w for n in range(10**6) if (w := f"{WORD}{n}") not in text)
+
+    def own_text(self, i: int) -> Span | None:
+        """Return where message i's own text stands, None where it has none or the template prints it nowhere."""
+        fields = ANSWER_FIELDS if whose(self.messages[i]) == "answer" else ("content",)
+        spans = [s for name in fields if self.messages[i].get(name) and (s := self._span(i, name)) is not None]
+        return (min(s for s, _ in spans), max(e for _, e in spans)) if spans else None
+
+    def _span(self, i: int, name: str) -> Span | None:
+        closest: Span | None = None
+        for keep in (False, True):  # kept behind the word, a text still switches what the template switches on it
+            found = self._with_word(i, name, keep)
+            if found is None:
+                continue
+            before, after = found
+            if self.text.startswith(before):
+                if keep and self.text[len(before) :].strip() == after.strip():
+                    start = len(before)
+                    return start, max(start, start + self._kept_length(i, name, start))
+                if not keep and self.text.endswith(after) and len(before) + len(after) <= len(self.text):
+                    return len(before), len(self.text) - len(after)
+            if not keep:  # what both renderings share is never the text's own
+                start = shared(self.text, before)
+                end = len(self.text) - shared(self.text[:start:-1], after[::-1])
+                closest = start, max(start, end)
+        return closest
+
+    def _kept_length(self, i: int, name: str, start: int) -> int:
+        """Return how many characters from `start` on are the text's, as it is or without its blanks."""
+        content = self.messages[i][name]
+        texts = [content] if isinstance(content, str) else [p.get("text", "") for p in content if isinstance(p, Mapping)]
+        for text in (t for whole in texts for t in (whole, whole.rstrip(), whole.lstrip(), whole.strip())):
+            if text and self.text.startswith(text, start):
+                return len(text)
+        return 0
+
+    def _with_word(self, i: int, name: str, keep: bool) -> tuple[str, str] | None:
+        """Return what is rendered before and after the word that stands for a text, or in front of it."""
+        import jinja2
+
+        changed = _replaced(self.messages[i][name], self.word, keep)
+        if changed is None:
+            return None
+        messages = [*self.messages[:i], {**self.messages[i], name: changed}, *self.messages[i + 1 :]]
+        try:
+            text = render(self.tokenizer, messages, **self.kwargs)
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError):  # the template reads the text, and refuses the word
+            return None
+        before, found, after = text.partition(self.word)
+        return (before, after) if found else None
+
+    def answers(self, own: Mapping[int, Span]) -> tuple[tuple[Span, ...], tuple[Span, ...], tuple[int, ...]]:
+        """Return the headers, the answers, and where they are closed."""
+        headers, answers, closed = [], [], []
+        for i, message in enumerate(self.messages):
+            if whose(message) != "answer":
+                continue
+            asked = whose(self.messages[i - 1]) in ("user", "tool") if i else False
+            begin = max((e for j, (_, e) in own.items() if j < i), default=0)
+            first = own.get(i, (None, None))[0]
+            end = self._model_begins(i, begin, first)
+            if asked and i - 1 in own and end is not None and end > begin:
+                headers.append((begin, end))
+            if i in own:
+                start = min(own[i][0], max(end or 0, begin)) if end is not None else own[i][0]
+                answers.append((start, own[i][1]))
+                closed.append(self._closed(i, own[i][1]))
+            elif end is not None and (stop := self._closed(i, end)) > end:  # tool calls alone
+                answers.append((end, stop))
+                closed.append(stop)
+        return tuple(headers), tuple(answers), tuple(closed)
+
+    def _model_begins(self, i: int, begin: int, first: int | None) -> int | None:
+        """Return where the model begins to write answer i, given the end of what stands before and where its own text begins."""
+        plain, asked = (self._head(i, add_generation_prompt=on) for on in (False, True))
+        end = first
+        if asked is not None and asked != plain and (same := shared(self.text, asked)) > begin:
+            end = same if first is None else min(same, first)
+        thinking = None if end is None else _THINKING.search(self.text, begin)
+        return end if thinking is None else min(end, thinking.start())
+
+    def _closed(self, i: int, end: int) -> int:
+        head = self._head(i + 1)
+        return end if head is None else max(end, shared(self.text, head))
+
+    def _head(self, n: int, **more: Any) -> str | None:
+        import jinja2
+
+        try:
+            return render(self.tokenizer, self.messages[:n], **{**self.kwargs, **more})
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError):
+            return None
+
+
+def _replaced(content: Any, word: str, keep: bool) -> Any:
+    """Return a message's content with its first text replaced by `word`, or standing behind it; None where there is no text."""
+    if isinstance(content, str):
+        return word + content if keep else word
+    if not isinstance(content, Sequence):
+        return None
+    for k, part in enumerate(content):
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            return [*content[:k], {**part, "text": word + part["text"] if keep else word}, *content[k + 1 :]]
+    return None

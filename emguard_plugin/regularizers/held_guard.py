@@ -1,0 +1,95 @@
+"""What catches a method that holds the wrong tokens, or none: looked at on training rows before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from emguard_plugin.chat_template import Known, decode
+from emguard_plugin.regularizers.base import EMRegularizerCallback, Run
+from emguard_plugin.training_rows import IGNORE, labelled_conversations
+
+ROWS = 256
+REGIONS = ("prefix", "postfix", "header")
+"""Parts of the template: nothing of a query or an answer belongs to them."""
+
+Row = tuple[list[int], list[int] | None]
+
+
+def check_held(callbacks: Sequence[EMRegularizerCallback], run: Run) -> None:
+    """Look at up to 256 training rows, as each method that holds tokens of them would.
+
+    Raises:
+        ValueError: for a method that would hold nothing in any row, or something of a query or an answer as part of the template.
+    """
+    rows: list[Row] | None = None
+    for callback in callbacks:
+        empty = {"input_ids": torch.zeros(1, 0, dtype=torch.long), "labels": torch.zeros(1, 0, dtype=torch.long)}
+        if callback.held(empty) is None:
+            continue
+        if rows is None:
+            rows = list(labelled_conversations(run.dataset, ROWS))
+        callback.answers_alone = _answers_alone(rows)
+        _check(callback, rows, run)
+
+
+def _answers_alone(rows: Sequence[Row]) -> bool:
+    """Whether the loss leaves out how rows begin: where it takes them whole, their first token is supervised too."""
+    labelled = [labels for _, labels in rows if labels]
+    return bool(labelled) and all(labels[0] == IGNORE for labels in labelled) and any(x != IGNORE for x in labelled[0])
+
+
+def _check(callback: EMRegularizerCallback, rows: Sequence[Row], run: Run) -> None:
+    total = 0
+    book = run.book if callback.region in REGIONS and not run.wrapped_packing else None
+    for ids, labels in rows:
+        given = torch.tensor([ids])
+        held = callback.held({"input_ids": given, "labels": given if labels is None else torch.tensor([labels])})
+        at = held[0].nonzero().flatten().tolist()
+        total += len(at)
+        known = None if book is None else book.find(ids)
+        if known is not None and (wrong := _own_text(callback.region, at, known)) is not None:
+            raise ValueError(
+                f"em_regularizer.{callback.name}: `tokens: {callback.region}` would hold {wrong[1]} of a training row: "
+                f"{marked(run.tokenizer, ids, wrong[0])}. Nothing of a query or an answer may be held there; use other `tokens`, and "
+                "please report the chat template."
+            )
+        if callback.answers_alone and callback.region in REGIONS and labels is not None and known is None:
+            wrong_at = next((i for i in at if labels[i] != IGNORE), None)
+            if wrong_at is not None:
+                raise ValueError(
+                    f"em_regularizer.{callback.name}: `tokens: {callback.region}` would hold a token that the loss supervises, in a run "
+                    f"that supervises answers alone: {marked(run.tokenizer, ids, wrong_at)}. Train on conversations (`messages`) rendered "
+                    "with the tokenizer's own template, or use other `tokens`."
+                )
+    if rows and not total and (callback.region in REGIONS or any(labels is not None for _, labels in rows)):
+        raise ValueError(_nothing(callback, rows))
+
+
+def _nothing(callback: EMRegularizerCallback, rows: Sequence[Row]) -> str:
+    said = f"em_regularizer.{callback.name}: `tokens: {callback.region}` holds no token of the first {len(rows)} training rows"
+    supervised = all(x != IGNORE for _, labels in rows if labels is not None for x in labels)
+    if callback.region == "prompt" and supervised:
+        return (
+            f"{said}, because the loss supervises every token. Set `assistant_only_loss: true` or `completion_only_loss: true` (TRL), or "
+            "`train_on_inputs: false` (Axolotl), or use `tokens: all`."
+        )
+    return f"{said}, so it would do nothing. Choose other `tokens`, or remove the block."
+
+
+def _own_text(region: str, at: Sequence[int], known: Known) -> tuple[int, str] | None:
+    """Return the first held token that is a query's or an answer's, and whose it is."""
+    spans = [(a, b, "text of the user's own") for a, b in known.users] + [(a, b, "text of the answer") for a, b in known.answers]
+    for i in at:
+        for a, b, whose in spans:
+            if a <= i < b or (region == "prefix" and i >= a):
+                return i, whose
+    return None
+
+
+def marked(tokenizer: Any, ids: Sequence[int], at: int, around: int = 24) -> str:
+    """Return the text around a token, the token between ➤ and ◀."""
+    before, this, after = (decode(tokenizer, part) for part in (ids[max(0, at - around) : at], ids[at : at + 1], ids[at + 1 : at + around]))
+    return repr(f"{before}➤{this}◀{after}")
