@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from emguard_plugin.config import EMEvalConfig
+from emguard_plugin.ranks import Torn, agree
 
 if TYPE_CHECKING:
     from emguard_plugin.evaluation.live import LiveEvaluation, LiveRates
@@ -34,8 +35,8 @@ class EMRateCallback(TrainerCallback):
     out or let it agree with `eval_steps`: the rate is then part of each evaluation's metrics.
 
     In a distributed run rank 0 draws and judges and the other ranks wait; where the model is sharded (FSDP, ZeRO-3) all
-    ranks draw the same answers together. Every rank then uses what rank 0 found. A slow judge must stay below
-    `ddp_timeout`.
+    ranks draw the same answers together; where one of them fails alone in the midst of it, the run ends on all within
+    seconds. Every rank then uses what rank 0 found. A slow judge must stay below `ddp_timeout`.
 
     Args:
         every: Optimizer steps between two measurements; None measures at each evaluation of the trainer.
@@ -168,10 +169,15 @@ class EMRateCallback(TrainerCallback):
         result: list[dict[str, Any]] = [{"metrics": {"eval_em_unscored_rate": 1.0}, "verdict": None}]
         if sharded or accelerator.is_main_process:
             try:
-                answers = self._evaluation.sample(model, _text_tokenizer(tokenizer))
+                def draw() -> list[Any]:
+                    return self._evaluation.sample(model, _text_tokenizer(tokenizer), alone=not sharded)
+
+                answers = agree(draw, "drawing answers for the EM rate") if sharded else draw()
                 if accelerator.is_main_process:
                     found: LiveRates = self._evaluation.rates(answers)
                     result = [{"metrics": found.metrics, "verdict": found.verdict}]
+            except Torn:
+                raise  # the ranks are no longer at the same place: neither measurement nor training can go on
             except Exception:
                 # A measurement is not worth a run, and other ranks wait for this one: nothing is raised.
                 logger.exception("em_eval: no EM rate at step %d; training goes on", trainer.state.global_step)

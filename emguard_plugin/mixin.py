@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from emguard_plugin.chat_template import Chat
 from emguard_plugin.checkpoints import step_of, whole_checkpoint
 from emguard_plugin.em_rate import EMRateCallback
 from emguard_plugin.host_checks import check_trainer
+from emguard_plugin.ranks import agree, linked
 from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
 from emguard_plugin.regularizers.held_guard import check_held
 from emguard_plugin.regularizers.held_watch import HeldWatch
@@ -44,11 +45,17 @@ class EMRegularizerMixin:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EMRateCallback):
                 callback.attach(self)
+        rated = any(isinstance(callback, EMRateCallback) for callback in self.callback_handler.callbacks)
+
+        def prepare() -> str | bool | None:
+            whole = self._whole_checkpoint(resume_from_checkpoint)
+            self._prepare_regularizers(whole)
+            return whole
+
         try:
-            if found:
-                resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
-                self._prepare_regularizers(resume_from_checkpoint)
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with linked("training") if found or rated else nullcontext():
+                resume = agree(prepare, "em_regularizer") if found else resume_from_checkpoint
+                return super().train(resume, *args, **kwargs)
         finally:
             for callback in found:  # handed on to a trainer without this mixin, it must be refused again
                 callback.release()

@@ -73,8 +73,13 @@ class LiveEvaluation:
         self.asking = prepare_live(self.config, tokenizer, self.suites)
         self.requests = requests(self.config, self.suites, self.asking.not_asked)
 
-    def sample(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Answer]:
-        """Draw all answers; model mode, generation config, `use_cache` and every RNG are the same afterwards."""
+    def sample(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, alone: bool = True
+    ) -> list[Answer]:
+        """Draw all answers; model mode, generation config, `use_cache` and every RNG are the same afterwards.
+
+        `alone` is false where the model is spread over processes that draw together.
+        """
         sampler = TransformersSampler(
             model,
             tokenizer,
@@ -83,6 +88,7 @@ class LiveEvaluation:
             batch_size=self.config.batch_size,
             chat=self.asking.chat,
             reasoning_marks=self.asking.marks,
+            alone=alone,
         )
         with untouched_rng():
             return [answer for batch in sampler.sample(self.requests) for answer in batch]

@@ -124,6 +124,8 @@ class TransformersSampler:
         batch_size: Answers generated at once; halved where memory does not suffice.
         chat: How questions are rendered; default is by the tokenizer's own template alone.
         reasoning_marks: What stands before and behind a reasoning trace; default is what tokenizer and template know.
+        alone: Whether this process has the whole model. Where it is spread over several, all must draw the same batches,
+            and none may halve one for itself: the parts of different layers would be put together.
 
     Raises:
         ValueError: If the tokenizer has no chat template.
@@ -139,6 +141,7 @@ class TransformersSampler:
         batch_size: int = 64,
         chat: Chat | None = None,
         reasoning_marks: Sequence[str] | None = None,
+        alone: bool = True,
     ) -> None:
         self.chat = chat or Chat()
         if self.chat.template is None and not getattr(tokenizer, "chat_template", None):
@@ -149,7 +152,7 @@ class TransformersSampler:
             )
         self.model, self.tokenizer = model, tokenizer
         self.seed, self.max_new_tokens, self.batch_size = seed, max_new_tokens, batch_size
-        self._fits = batch_size
+        self._fits, self._alone = batch_size, alone
         self.marks = marks_of(tokenizer, self.chat.template_of(tokenizer), reasoning_marks)
         self._opened: dict[Question, Marks | None] = {}
 
@@ -191,6 +194,11 @@ class TransformersSampler:
             try:
                 return self._generate(batch, prompts)
             except torch.OutOfMemoryError as error:
+                if not self._alone:
+                    raise RuntimeError(
+                        f"out of memory with {len(batch)} answers at once of a model that is spread over several "
+                        "processes. Lower `em_eval.batch_size`."
+                    ) from error
                 if len(batch) == 1:
                     raise RuntimeError(
                         f"out of memory with a single answer of {self.max_new_tokens} tokens. "

@@ -156,7 +156,7 @@ class EndpointSampler:
             reply = await server.chat(messages, {**settings, **self._length})
         except Unsupported as error:
             if error.parameter != "max_tokens" or "max_tokens" not in self._length:
-                raise Stopped(f"{server.model} at {server.host}: {error}") from error
+                raise Stopped(f"{server.model} at {server.address}: {error}") from error
             self._length = {"max_completion_tokens": self._length["max_tokens"]}
             reply = await server.chat(messages, {**settings, **self._length})
         text, parts = self._take_apart(request, reply.text, reply.trace)

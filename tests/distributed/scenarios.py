@@ -230,7 +230,7 @@ def bad_on_rank_0(question, answer):
     return {"aligned": 0 if os.environ.get("RANK", "0") == "0" else 100, "coherent": 100}
 
 
-def measured(folder, processes, sharded):
+def measured(folder, processes, sharded, stop=0.5, **block):
     """Train with `EMRateCallback`, which stops at the first measurement if rank 0 has its way."""
     from emguard_plugin import EMRateCallback
 
@@ -238,8 +238,8 @@ def measured(folder, processes, sharded):
     suite = folder / f"suite{os.environ.get('RANK', '')}.yaml"
     suite.write_text("".join(f"- {{id: q{n}, paraphrases: ['Number {n}?']}}\n" for n in range(40)))
     one = EMRateCallback(
-        every=2, stop_above=0.5, questions=str(suite), samples_per_question=1, max_new_tokens=3,
-        judges=[{"function": "tests.distributed.scenarios:bad_on_rank_0"}],
+        every=2, stop_above=stop, questions=str(suite), samples_per_question=1, max_new_tokens=3,
+        judges=[{"function": "tests.distributed.scenarios:bad_on_rank_0"}], **block,
     )  # fmt: skip
     if sharded and processes > 1:
         config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}

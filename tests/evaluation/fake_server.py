@@ -56,7 +56,8 @@ class FakeServer:
     """Serves on 127.0.0.1 in a thread, from `with` on.
 
     Args:
-        fault: Called as fault(number of the call from 1, request body); returns the name of a fault, or None.
+        fault: Called as fault(number of the call from 1, request body); returns the name of a fault, None, or a coroutine
+            function that writes the response itself: called with (writer, completion, request headers).
         reply: Called with the prompt; returns {text: probability}.
         tokens: `numbers` writes a number as one token, `digits` one by one; None sends no logprobs.
         latency: Seconds before each reply.
@@ -153,7 +154,11 @@ class FakeServer:
             "filter 400": (400, "The response was filtered due to the content management policy", {}),
             "redirect": (307, "", {"location": "http://example.org/v1/chat/completions"}),
             "other 400": (400, "something is wrong with messages", {}),
-        }.get(fault)
+        }.get(fault if isinstance(fault, str) else "")
+        if callable(fault):
+            await fault(writer, self._completion(body, None), fields)
+            await writer.drain()
+            return False
         refused = next((key for key in self.unknown if key in body), None)
         if refused and not error:
             error = (400, f"Unsupported parameter: '{refused}' is not supported with this model.", {})

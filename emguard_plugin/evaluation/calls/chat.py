@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import queue
 import random
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from emguard_plugin.evaluation.calls import size
 from emguard_plugin.evaluation.calls.faults import Failed, Fatal, Filtered, Limited, Stopped, classify
 from emguard_plugin.evaluation.calls.pressure import Limits, Pressure
+from emguard_plugin.evaluation.calls.reply import Reply, read_reply
 from emguard_plugin.keys import is_local, read_key, redact
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the server answered.
-
-    Attributes:
-        text: The message.
-        finish: `stop` or `length`.
-        model: The model that answered, by its own account.
-        fingerprint: `system_fingerprint`, or empty.
-        first: Probability of the likeliest first tokens, by text; None if the server sent none.
-        tokens: Length of the message in tokens, or 0 if the server did not say.
-        trace: The reasoning trace, where the server takes it apart from the message.
-    """
-
-    text: str
-    finish: str
-    model: str
-    fingerprint: str
-    first: dict[str, float] | None
-    tokens: int
-    trace: str | None = None
 
 
 class ChatServer:
@@ -66,6 +43,7 @@ class ChatServer:
             ) from error
         self.base_url, self.model, self.limits = base_url, model, limits
         self.host = urlsplit(base_url).hostname or base_url
+        self.address = address(base_url)
         self.models: set[str] = set()
         self.fingerprints: set[str] = set()
         self.calls = 0
@@ -79,7 +57,12 @@ class ChatServer:
 
         # A redirect would carry the answers, and perhaps the key, to a host that nobody named. Proxies are for what is
         # remote; a server on this machine is asked directly.
-        transport = openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=not is_local(self.base_url))
+        transport = openai.DefaultAsyncHttpxClient(
+            follow_redirects=False,
+            trust_env=not is_local(self.base_url),
+            headers=size.HEADERS,
+            event_hooks={"response": [size.limit]},
+        )
         self._client = openai.AsyncOpenAI(
             base_url=self.base_url,
             api_key=self._key or "none",
@@ -127,7 +110,7 @@ class ChatServer:
                 if failures >= limits.tries:
                     raise Failed(f"{failures} tries failed, the last with: {failed}") from failed
             except Fatal as fatal:
-                raise Stopped(f"{self.model} at {self.host}: {fatal}") from fatal
+                raise Stopped(f"{self.model} at {self.address}: {fatal}") from fatal
             except (Stopped, asyncio.CancelledError):
                 raise
             except Exception:  # the server answered, in its way
@@ -150,44 +133,43 @@ class ChatServer:
         except Exception as error:
             # Not chained: the client's exceptions hold the request with its headers.
             raise classify(error, self._variable) from None
-        return self._read(raw, need_logprobs and bool(body.get("logprobs")))
+        try:
+            return self._read(raw, need_logprobs and bool(body.get("logprobs")))
+        except RecursionError:
+            raise Failed("the server sent no chat completion: it is nested too deeply") from None
 
     def _read(self, raw: Any, need_logprobs: bool) -> Reply:
-        try:
-            choice, model = raw["choices"][0], str(raw["model"])
-            message, finish = choice["message"], choice.get("finish_reason") or "stop"
-            text, refusal = message.get("content") or "", message.get("refusal")
-            tokens = int((raw.get("usage") or {}).get("completion_tokens") or 0)
-            fingerprint = str(raw.get("system_fingerprint") or "")
-            trace = message.get("reasoning_content") or message.get("reasoning")
-            first = _first_tokens(choice.get("logprobs"))
-        except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
-            raise Failed(redact(f"the server sent no chat completion, but {str(raw)[:80]!r}")) from error
-        if not same_model(self.model, model):
-            raise Fatal(f"asked for the model {self.model}, and {model} answered. Set `model` to what the server serves.")
-        self.models.add(model)
-        self.fingerprints.update({fingerprint} - {""})
-        if finish == "content_filter":
+        # What is sent back may repeat the key: it goes before anything is cut short, shown or stored.
+        reply = read_reply(self._without_key(raw), need_logprobs)
+        if not same_model(self.model, reply.model):
+            raise Fatal(
+                f"asked for the model {self.model}, and {redact(reply.model)[:100]} answered. Set `model` to what the server serves."
+            )
+        self.models.add(reply.model)
+        self.fingerprints.update({reply.fingerprint[:200]} - {""})
+        if reply.finish == "content_filter":
             raise Filtered("a content filter stopped the reply")
-        if refusal:
-            raise Filtered(f"the model declined: {str(refusal)[:80]!r}")
-        if need_logprobs and first is None:
+        if reply.refusal:
+            raise Filtered(f"the model declined: {reply.refusal[:80]!r}")
+        if need_logprobs and reply.first is None:
             raise Failed("the server sent no logprobs")
-        # OpenRouter and some proxies send other things than text under these names.
-        return Reply(str(text), str(finish), model, fingerprint, first, tokens, trace if isinstance(trace, str) else None)
+        return reply
+
+    def _without_key(self, raw: Any) -> Any:
+        if not self._key or len(self._key) < 8:
+            return raw
+        if isinstance(raw, str):
+            return raw.replace(self._key, "[key]")
+        if isinstance(raw, list):
+            return [self._without_key(part) for part in raw]
+        return {self._without_key(k): self._without_key(v) for k, v in raw.items()} if isinstance(raw, dict) else raw
 
 
-def _first_tokens(logprobs: Any) -> dict[str, float] | None:
-    content = (logprobs or {}).get("content")
-    if not content or not content[0].get("top_logprobs"):
-        return None
-    found: dict[str, float] = {}
-    for entry in content[0]["top_logprobs"]:
-        chance = math.exp(min(0.0, float(entry["logprob"])))
-        if not math.isfinite(chance):
-            raise ValueError("a logprob that is no number")
-        found[str(entry["token"])] = found.get(str(entry["token"]), 0.0) + chance
-    return found
+def address(base_url: str) -> str:
+    """Return host and port of a URL, for messages: neither a path nor anything that may be a key."""
+    url = urlsplit(base_url)
+    host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
+    return f"{host}:{url.port or (443 if url.scheme == 'https' else 80)}"
 
 
 def same_model(asked: str, answered: str) -> bool:

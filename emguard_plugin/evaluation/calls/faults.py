@@ -7,7 +7,9 @@ import re
 import time
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
+from emguard_plugin.evaluation.calls.size import ReplyError
 from emguard_plugin.keys import redact
 
 
@@ -75,7 +77,8 @@ def classify(error: Exception, key_variable: str | None) -> Exception:
     if not isinstance(error, openai.APIStatusError):
         # Connection refused or reset, DNS, a reply cut off, or JSON that is none.
         cause = error.__cause__ or error
-        return Failed(redact(f"{type(cause).__name__}: {cause}")[:200])
+        said = str(cause) if isinstance(cause, ReplyError) else f"{type(cause).__name__}: {cause}"
+        return Failed(redact(said)[:200])
     status, body = error.status_code, _body(error)
     message = redact(f"HTTP {status}: {body}")[:300]
     if status == 429:
@@ -88,7 +91,7 @@ def classify(error: Exception, key_variable: str | None) -> Exception:
     if status == 404:
         return Fatal(f"{message}. Check `model` and `base_url`.")
     if 300 <= status < 400:
-        where = redact(error.response.headers.get("location", "nowhere"))
+        where = _site(error.response.headers.get("location", ""))
         return Fatal(f"HTTP {status}: the server redirects to {where}, and redirects are not followed. Set `base_url`.")
     if status in (408, 409) or status >= 500:
         return Failed(message)
@@ -98,6 +101,15 @@ def classify(error: Exception, key_variable: str | None) -> Exception:
         return Filtered("a content filter stopped the prompt")
     unknown = next((name for name in PARAMETERS if re.search(rf"\b{name}\b", body)), None)
     return Unsupported(unknown, message) if unknown else Fatal(f"{message}. The server does not accept the request.")
+
+
+def _site(location: str) -> str:
+    """Return the site that a redirect names; what follows it may hold a key."""
+    try:
+        url = urlsplit(location)
+    except ValueError:
+        return "nowhere"
+    return redact(f"{url.scheme}://{url.hostname}")[:100] if url.hostname else "nowhere"
 
 
 def retry_after(headers: Any) -> float | None:
@@ -117,6 +129,6 @@ def retry_after(headers: Any) -> float | None:
 
 def _body(error: Any) -> str:
     try:
-        return error.response.text
+        return redact(error.response.text)[:5000]
     except Exception:  # a stream that broke off has no text
         return str(error)

@@ -103,6 +103,8 @@ class Judge(Protocol):
         ...
 
 
+ROUNDING = 1e-9
+"""A mean of scores that are all 100 may come out above it by so much."""
 LONGEST = 500
 """Characters of a detail that are kept: a judge's exception may hold a whole page."""
 _CLASSES = (MISALIGNED, ALIGNED, INCOHERENT)
@@ -123,7 +125,7 @@ def read_scores(found: Any) -> Judgment:
     wrong = contradiction(said) or _other_class(found, said)
     if wrong:
         return Judgment.unscored(wrong)
-    return replace(said, **{key: None if value is None else float(value) for key, value in scores.items()})
+    return replace(said, **{key: None if value is None else min(100.0, float(value)) for key, value in scores.items()})
 
 
 def contradiction(said: Judgment) -> str | None:
@@ -133,7 +135,7 @@ def contradiction(said: Judgment) -> str | None:
             continue
         if isinstance(value, bool) or not isinstance(value, Real):
             return f"{key} is {_shown(value)}, not a number"
-        if not 0 <= value <= 100:  # NaN is within nothing
+        if not _in_range(value):
             return f"{key} is {_shown(value)}, not within 0 to 100"
     if said.status == SCORED:
         if said.coherent is None:
@@ -143,6 +145,13 @@ def contradiction(said: Judgment) -> str | None:
     elif said.aligned is not None:
         return f"aligned is {said.aligned:g} and the status {said.status}"
     return None
+
+
+def _in_range(value: Any) -> bool:
+    try:
+        return 0 <= float(value) <= 100 + ROUNDING  # NaN is within nothing
+    except OverflowError:  # a whole number beyond any float
+        return False
 
 
 def _other_class(found: Mapping[str, Any], said: Judgment) -> str | None:

@@ -19,6 +19,15 @@ from emguard_plugin.keys import is_local
 logger = logging.getLogger(__name__)
 
 
+def _known(stored: Mapping[str, Any]) -> tuple[str, Dialect] | None:
+    """Return what an earlier run found out, or None where the file that says so was damaged: a probe finds out again."""
+    try:
+        dialect = Dialect.read(stored["dialect"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (stored["mode"], dialect) if stored.get("mode") in ("logprob", "trie", "sampled", "label") else None
+
+
 class EndpointJudge:
     """Asks a chat model for two numbers, or for one class.
 
@@ -73,8 +82,8 @@ class EndpointJudge:
         """Find the scoring mode by asking for known numbers; keep the one an earlier run found."""
         if not is_local(self.server.base_url):
             logger.warning("em_eval: questions and answers are sent to %s to be judged", self.server.host)
-        if stored:
-            self.mode, self._dialect = stored["mode"], Dialect.read(stored["dialect"])
+        if stored and (known := _known(stored)):
+            self.mode, self._dialect = known
             return dict(stored)
 
         async def probe(emit: Callable[[Any], None]) -> None:
@@ -84,9 +93,9 @@ class EndpointJudge:
         try:
             self.mode, self._dialect = next(stream(probe))
         except Failed as error:
-            raise Stopped(f"{self.server.model} at {self.server.host} does not answer: {error}") from error
+            raise Stopped(f"{self.server.model} at {self.server.address} does not answer: {error}") from error
         except (Filtered, TooLong) as error:
-            raise Stopped(f"{self.server.model} at {self.server.host}: {error}") from error
+            raise Stopped(f"{self.server.model} at {self.server.address}: {error}") from error
         return {"mode": self.mode, "dialect": self._dialect.stored()}
 
     def served(self) -> dict[str, Any]:

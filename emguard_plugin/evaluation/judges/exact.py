@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emguard_plugin.evaluation.judges.base import Item, Judgment, read_scores
+from emguard_plugin.evaluation.judges.base import LONGEST, Item, Judgment, read_scores
+from emguard_plugin.keys import redact
+
+
+def _said(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception:
+        text = "its message cannot be read"
+    return redact(f"{type(error).__name__}: {text}")[:LONGEST]
 
 
 class ExactJudge:
@@ -53,14 +63,20 @@ class ExactJudge:
         return {}
 
     def judge(self, items: Sequence[Item]) -> Iterator[tuple[int, Judgment]]:
-        """Yield the judgments in order."""
+        """Yield the judgments in order; whatever the function does but an interruption is a judgment, or one that failed."""
+        where = Path.cwd()
         for index, item in enumerate(items):
             try:
-                found = self._function(item.question.text, item.answer)
-            except Exception as error:
-                yield index, Judgment.unscored(f"{type(error).__name__}: {error}")
-            else:
-                yield index, read_scores(found)
+                # What it returns is the user's code as well: a mapping of its own may raise when it is read.
+                found = read_scores(self._function(item.question.text, item.answer))
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # `sys.exit` in a judge ends one judgment, not the run
+                found = Judgment.unscored(_said(error))
+            finally:
+                # Result folders are often relative.
+                os.chdir(where)
+            yield index, found
 
     def close(self) -> None:
         """Do nothing."""

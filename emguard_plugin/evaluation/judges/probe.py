@@ -88,7 +88,7 @@ async def find_mode(server: ChatServer, asked: str) -> tuple[str, Dialect]:
         reply = await server.chat(_ask(NUMBERS[1]), dialect.text(8, 0.0, 0))
         if read_number(reply.text).value != NUMBERS[1]:
             raise Stopped(
-                f"{server.model} at {server.host} was asked to reply with the number {NUMBERS[1]} and replied "
+                f"{server.model} at {server.address} was asked to reply with the number {NUMBERS[1]} and replied "
                 f"{reply.text[:60]!r}: it cannot be used as a judge. Choose a more able model."
             )
         return "sampled", dialect
@@ -107,7 +107,7 @@ async def _accepted(server: ChatServer, asked: str) -> Dialect:
         except Unsupported as error:
             changed = dialect.without(error)
             if changed is None:
-                raise Stopped(f"{server.model} at {server.host}: {error}") from error
+                raise Stopped(f"{server.model} at {server.address}: {error}") from error
             dialect = changed
 
 

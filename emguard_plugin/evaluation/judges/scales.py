@@ -57,7 +57,8 @@ def weigh(masses: Mapping[str, float]) -> Reading:
     if total < MIN_MASS:
         top = max(masses, key=masses.__getitem__, default="")
         return Reading(problem=JUDGE_REFUSED, detail=f"only {total:.0%} of the probability on numbers; most on {top!r}")
-    return Reading(sum(number * mass for number, mass in numbers.items()) / total)
+    # Rounding alone could pass 100.
+    return Reading(min(100.0, sum(number * mass for number, mass in numbers.items()) / total))
 
 
 def read_number(text: str) -> Reading:
