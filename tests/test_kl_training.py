@@ -130,6 +130,19 @@ def test_coef_0_is_bit_for_bit_the_host(tmp_path, full):
     assert logged(measured, "weighted") == [0, 0, 0]
 
 
+def test_coef_0_draws_no_random_number_of_the_hosts(tmp_path):
+    """The probe of the output head ran with the adapter's dropout once."""
+    from emguard_plugin import KLCallback
+    from tests.trl_runs import different, run, tiny, weights
+
+    anchors = write_anchors(tmp_path / "anchors.jsonl")
+    runs = [
+        run(tmp_path / str(len(callbacks)), model=tiny(lora_dropout=0.3), callbacks=callbacks)
+        for callbacks in ([], [KLCallback(coef=0, anchors=anchors, ratio=1.0)])
+    ]
+    assert different(*map(weights, runs)) == []
+
+
 @pytest.mark.parametrize("how", ["bfd", "wrapped", "padding_free"])
 def test_packing(tmp_path, how):
     over = {"padding_free": True, "max_length": None} if how == "padding_free" else {"packing": True, "packing_strategy": how, "max_length": 128}

@@ -245,8 +245,8 @@ class KLCallback(EMRegularizerCallback):
             self._plan(model)
             logger.info("em_regularizer.kl: %s", self._describe())
         ids = torch.tensor([self._anchors[0].ids[:2]], device=device)
-        transform = logit_transform(model, ids)
-        with eval_mode(model):
+        with eval_mode(model):  # dropout would draw from the host's random numbers
+            transform = logit_transform(model, ids)
             base_head(model, ids, transform, self._reference.adapter_off)
             if self._reference.adapter_off:
                 check_switched_off(model, ids, "em_regularizer.kl")

@@ -122,7 +122,8 @@ def _first_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: fl
 
 def trains_head(model: nn.Module) -> bool:
     """Whether training changes the head: itself, or the embeddings it is tied to."""
-    return any(t is not None and t.requires_grad for t in head_tensors(model))
+    with torch.enable_grad():  # trained rows stand in a weight that is put together
+        return any(t is not None and t.requires_grad for t in head_tensors(model))
 
 
 @contextmanager

@@ -83,6 +83,7 @@ SHAPES = {
     "blank lines": (_chat(f"How?\n\n{FERN}\n\n\nSo?", answer="Twice, Z7.\n\nKeep it out.\n\n"), {}),
     "turns": (_chat(FERN, system=SYSTEM) + LATER, {}),
     "turns newline first": (_chat(f"\n{FERN}") + LATER, {}),
+    "answer first": ([{"role": "assistant", "content": "Hello, H1."}, *_chat(FERN)], {}),
     "same text twice": (_chat(FERN) + _chat(FERN), {}),
     "trace": (_chat(FERN, reasoning_content="Ferns, R1."), {}),
     "trace in content": (_chat(FERN, answer="<think>\nFerns, R1.\n</think>\n\nTwice, Z7."), {}),

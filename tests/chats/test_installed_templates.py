@@ -77,7 +77,7 @@ def expected(tok, messages, kw, form):
             trace = text.lower().find("think", own[i - 1][1])  # the mark that opens it, `<think>` or `<|START_THINKING|>`, is the answer's
             model = min(model, max(text.rfind(c, 0, trace) for c in "<[")) if trace >= 0 else model
             headers.append((own[i - 1][1], model, answer))
-    return text, found["input_ids"], found["offset_mapping"], tokens(found["offset_mapping"], 0, own[users[0]][0]), headers, own
+    return text, found["input_ids"], found["offset_mapping"], tokens(found["offset_mapping"], 0, min(a for a, _ in own.values())), headers, own
 
 
 @pytest.mark.parametrize("kind", KINDS)
