@@ -164,6 +164,7 @@ def test_a_damaged_file_of_the_folder_is_named(folder, again, name, content):
 
 def test_a_summary_whose_rates_are_no_shares_is_refused(folder):
     stored = json.loads((folder / "summary.json").read_text())
+    del stored["seal"]
     stored["judges"][0]["rates"]["tuned"]["questions"]["em_all"]["value"] = 0.001
     (folder / "summary.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="is not the share"):
@@ -227,7 +228,7 @@ def test_a_folder_of_the_previous_format_is_read(folder, finished, again, counte
     stored["protocol"] |= {"judges": [finished.protocol["judges"][0]], "thresholds": finished.protocol["thresholds"]}
     (folder / "protocol.json").write_text(json.dumps(stored))
     known = json.loads((folder / "judges.json").read_text())
-    (folder / "judges.json").write_text(json.dumps({name: {k: v for k, v in one.items() if k != "identity"} for name, one in known.items()}))
+    (folder / "judges.json").write_text(json.dumps({name: {k: v for k, v in one.items() if k not in ("identity", "seal")} for name, one in known.items()}))
     for name in ("responses.jsonl", "judgments.jsonl"):
         rows = [{k: v for k, v in row.items() if k not in ("run", "by", "seal")} for row in JsonLines(folder / name).read()]
         (folder / name).unlink()
