@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -131,39 +131,25 @@ def tokenize_chats(
         if not any(m["role"] == "assistant" for m in messages):
             raise ValueError(f"`{KEY}`: {where} has no assistant turn. Prompts alone go with `anchors: self:<path>`.")
         try:
-            ids = ct.tokenize(tokenizer, ct.render(tokenizer, messages, **template_kwargs))
-            held = range(len(ids) - 1)
             if tokens == "assistant":
-                held = list(_assistant_positions(ids, messages, tokenizer, template_kwargs))
+                row = ct.known_row(tokenizer, messages, **template_kwargs)
+                ids, held = row.ids, [t for a, b in row.replies for t in range(max(a, 1) - 1, b - 1)]
+            else:
+                ids = ct.tokenize(tokenizer, ct.render(tokenizer, messages, **template_kwargs))
+                held = range(len(ids) - 1)
         except jinja2.TemplateError as exc:
             raise ValueError(f"`{KEY}`: the chat template cannot render {where} ({exc}).") from exc
-        except LookupError as exc:
+        if not held:
             raise ValueError(
-                f"`em_regularizer.kl.tokens: assistant`: in {where} the chat template renders a turn differently once the next "
-                "one follows, so replies cannot be located. Use `tokens: all`."
-            ) from exc
+                f"`em_regularizer.kl.tokens: {tokens}`: in {where} the chat template prints no reply as it was written, so there is "
+                "nothing to hold. Use `tokens: all`, or leave the chat out."
+            )
         if len(ids) > longest:
             raise ValueError(
                 f"`{KEY}`: {where} has {len(ids)} tokens, the model's context is {longest}. Shorten it or leave it out."
             )
         anchors.append(Anchor(ids, tuple(held)))
     return anchors
-
-
-def _assistant_positions(ids: ct.Ids, messages: Messages, tokenizer: Any, kwargs: Mapping[str, Any]) -> Iterator[int]:
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = _same(ids, ct.tokenize(tokenizer, ct.render(tokenizer, messages[:i], add_generation_prompt=True, **kwargs)))
-        end = _same(ids, ct.tokenize(tokenizer, ct.render(tokenizer, messages[: i + 1], **kwargs)))
-        yield from range(start - 1, end - 1)
-
-
-def _same(ids: ct.Ids, head: ct.Ids) -> int:
-    n = next((i for i, (a, b) in enumerate(zip(ids, head, strict=False)) if a != b), min(len(ids), len(head)))
-    if n < len(head) - 1:  # the last token may merge with what follows
-        raise LookupError
-    return n
 
 
 def prompts_of(chats: Sequence[Chat], tokenizer: Any, template_kwargs: Mapping[str, Any]) -> list[ct.Ids]:

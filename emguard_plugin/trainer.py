@@ -103,9 +103,9 @@ class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(SFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
-        self._given_rows = given.get("train_dataset")
-        self._column_kwargs = _first_template_kwargs(self._given_rows)
-        self._rendered_alike, self._same_kwargs = constant_kwargs(self._given_rows)[::-1]
+        self._given_rows = None if given.get("formatting_func") else given.get("train_dataset")
+        self._column_kwargs = _first_template_kwargs(given.get("train_dataset"))
+        self._rendered_alike, self._same_kwargs = constant_kwargs(given.get("train_dataset"))[::-1]
         with _reading():
             super().__init__(*args, **kwargs)
         if isinstance(self.args, EMGuardSFTConfig) and (config := self.args.regularizer_config()) is not None:
@@ -131,7 +131,7 @@ class EMGuardSFTTrainer(EMRegularizerMixin, SFTTrainer):
         return self._column_kwargs
 
     def _chats(self) -> Callable[[], Iterable[Chat]] | None:
-        if self._formatting_func is not None or not has_chats(self._given_rows):
+        if not has_chats(self._given_rows):
             return None
         return partial(read_chats, self._given_rows, self.processing_class, self.chat_template)
 

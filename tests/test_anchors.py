@@ -163,8 +163,11 @@ def test_a_template_that_rewrites_earlier_turns():
     rewriting = CHATML.replace("{{ m['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ (m['content'] if loop.last else '...') + '<|im_end|>' }}{% endgeneration %}")
     assert rewriting != CHATML
     assert tokenize(MESSAGES, "all", rewriting)
-    with pytest.raises(ValueError, match=r"kl\.tokens: assistant`: in here, line 1 the chat template renders a turn differently"):
-        tokenize(MESSAGES, "assistant", rewriting)
+    (anchor,) = tokenize(MESSAGES, "assistant", rewriting)
+    said = chatml_tokenizer(rewriting).decode([anchor.ids[t + 1] for t in anchor.held])
+    assert said.strip() == "It is warm.<|im_end|>", "the first reply is not printed, the second is held"
+    with pytest.raises(ValueError, match=r"kl\.tokens: assistant`: in here, line 1 the chat template prints no reply as it was written"):
+        tokenize(MESSAGES, "assistant", CHATML.replace("{{ m['content'] + '<|im_end|>' }}{% endgeneration %}", "...{% endgeneration %}"))
 
 
 def test_prompts_are_cut_before_the_first_reply_and_kept_once():

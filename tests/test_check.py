@@ -174,7 +174,7 @@ def with_template(tiny, template):
     ("template", "message"),
     [
         (None, "em_regularizer.treft: the tokenizer has no chat template"),
-        (DATED, "em_regularizer.treft: the chat template prints today's date in the prefix. Pin it"),
+        (DATED, "em_regularizer.treft: the chat template prints today's date in the prefix. No variable of the template pins it"),
         (BARE, "em_regularizer.treft: the chat template prints nothing"),
         ("{{ raise_exception('nothing but poems') }}", "em_regularizer.treft: the chat template cannot render a question and an answer (nothing but poems)"),
     ],

@@ -10,6 +10,7 @@ from emguard_plugin import EMRegularizerCallback, TReFTCallback
 from emguard_plugin import chat_template as ct
 from emguard_plugin.regularizers.base import Penalty
 from tests.chats.forms import EFFORT, FORMS, GEMMA, MISTRAL, QWEN, VICUNA, before, tokenizer_of
+from tests.chats.shapes import templates
 from tests.regularizers.block_em_parts import block_em
 from tests.tiny import lora, tiny_model
 from tests.trl_runs import build
@@ -156,6 +157,25 @@ def test_headers_and_postfixes(tmp_path, form, header):
     assert all(tok.decode(list(p)).endswith(header) for p in by_name["treft"]._prompts)
 
 
+def test_an_empty_question_still_has_its_place(tmp_path):
+    tok = tokenizer_of(QWEN)
+    rows = [{"messages": [{"role": "user", "content": ("", "\n")[i % 2]}, *r["messages"][1:]]} for i, r in enumerate(chats(6, (None,)))]
+    trainer, by_name = trained(tmp_path, tok, rows)
+    mark = "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user"
+    assert {tok.decode(list(held_ids(by_name["treft"], ids))) for ids in trainer.train_dataset["input_ids"]} == {mark, f"{mark}\n"}
+
+
+def test_rows_of_a_stream_and_answers_alone(tmp_path):
+    """With `assistant_only_loss` TRL renders with a training template of its own."""
+    tok, rows = tokenizer_of(templates()["trl/qwen3"]), chats(12, first="\n")
+    both = lambda base: [TReFTCallback(coef=1.0), block_em(base, tokens="header")]  # noqa: E731
+    _, by_name = trained(tmp_path, tok, Dataset.from_list(rows).to_iterable_dataset(), both, assistant_only_loss=True)
+    assert by_name["block_em"].answers_alone
+    assert {p.ids for p in by_name["treft"]._prefixes} == {before(tok, r["messages"]) for r in rows}
+    ids = tok.apply_chat_template(rows[0]["messages"], return_dict=False, chat_template=templates()["trl/qwen3_training"])
+    assert tok.decode(list(held_ids(by_name["block_em"], ids))) == "<|im_end|>\n<|im_start|>assistant\n"
+
+
 # What stops a run
 
 
@@ -217,6 +237,16 @@ def test_a_held_token_that_is_supervised_where_answers_alone_are(tmp_path):
     trained(tmp_path, tok, rows)
     with pytest.raises(ValueError, match=r"would hold a token that the loss supervises, in a run that supervises answers alone: .*➤Tw◀?"):
         trained(tmp_path, tok, rows, holding(lambda ids: range(len(ids))))
+
+
+def test_marks_that_the_loss_supervises_are_no_answers(tmp_path):
+    """As Axolotl's `train_on_eos: all`, or `roles_to_train` with the system prompt."""
+    tok, rows = tokenizer_of(QWEN), []
+    for row in chats(12, SYSTEMS[:1]):
+        ids = tok.apply_chat_template(row["messages"], return_dict=False)
+        begin, close = len(tok.apply_chat_template(row["messages"][:-1], return_dict=False, add_generation_prompt=True)), tok.convert_tokens_to_ids("<|im_end|>")
+        rows.append({"input_ids": ids, "labels": [x if i >= begin or x == close else -100 for i, x in enumerate(ids)]})
+    trained(tmp_path, tok, rows, lambda base: [block_em(base, tokens="header"), TReFTCallback()])
 
 
 def test_a_method_that_holds_nothing_in_the_rows(tmp_path):

@@ -139,7 +139,7 @@ def test_the_first_penalty_of_a_right_reference_is_below_the_floor(tmp_path, mon
 
 
 def test_an_identity_is_worked_out_once_a_run(tmp_path, monkeypatch):
-    from emguard_plugin.regularizers import run as regularizers
+    from emguard_plugin.regularizers import run_facts as regularizers
 
     calls, identify = [], regularizers.identify
     monkeypatch.setattr(regularizers, "identify", lambda *a: calls.append(1) or identify(*a))

@@ -31,7 +31,8 @@ class Known(NamedTuple):
     """A tokenised conversation with the half-open token ranges of its parts.
 
     `prefix` tokens lie wholly before the first own text of a user or an assistant, `headers` wholly between a query and what the
-    model writes in answer; `users` and `answers` are every token that has a character of theirs.
+    model writes in answer; `users` and `answers` are every token that has a character of theirs, and `replies` are answers with
+    what closes them.
     """
 
     ids: Ids
@@ -40,6 +41,7 @@ class Known(NamedTuple):
     users: tuple[Range, ...] = ()
     answers: tuple[Range, ...] = ()
     has_user: bool = True
+    replies: tuple[Range, ...] = ()
 
 
 def known_row(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> Known:
@@ -53,7 +55,11 @@ def known_row(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **kwargs: A
     encoded = encode(tokenizer, text.text)
     headers = [r for span in text.headers if (r := inside(encoded, *span))[1] > r[0]]
     own = [tuple(touching(encoded, *span) for span in spans if span[1] > span[0]) for spans in (text.users, text.answers)]
-    return Known(encoded.ids, inside(encoded, 0, text.prefix)[1], tuple(headers), *own, text.has_user)
+    replies = []
+    for (start, end), closed in zip(text.answers, text.closed, strict=True):
+        first, last = touching(encoded, start, end)
+        replies.append((first, max(last, inside(encoded, end, closed)[1])))
+    return Known(encoded.ids, inside(encoded, 0, text.prefix)[1], tuple(headers), *own, text.has_user, tuple(replies))
 
 
 @dataclass
@@ -74,9 +80,7 @@ class Book:
     _starts: list[Ids] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        for row in self.rows:  # of two conversations that read the same, the one whose user says more
-            if row.ids not in self._whole or row.prefix < self._whole[row.ids].prefix:
-                self._whole[row.ids] = row
+        self._whole = _by_ids(self.rows, None)
         held = {row.ids[: row.prefix] for row in self.rows if row.prefix}
         doubtful = {
             long
@@ -94,7 +98,7 @@ class Book:
         if len(ids) < 2 or (len(self._cut) > 8 and len(ids) not in self._cut):
             return None  # hosts cut at one length
         if len(ids) not in self._cut:
-            self._cut[len(ids)] = {r.ids[: len(ids)]: r for r in self.rows if len(r.ids) > len(ids)}
+            self._cut[len(ids)] = _by_ids((r for r in self.rows if len(r.ids) > len(ids)), len(ids))
         return self._cut[len(ids)].get(ids)
 
     def prefix_of(self, row: Sequence[int], template: Template | None) -> Ids | None:
@@ -115,6 +119,16 @@ class Book:
         if (known := self.find(row)) is not None:
             return [(a, b) for a, b in known.headers if b <= len(row)]
         return [] if template is None else headers_of_row(row, template, supervised)
+
+
+def _by_ids(rows: Iterable[Known], length: int | None) -> dict[Ids, Known]:
+    """Return rows by their first ids; of two that read the same, the one whose user says more."""
+    found: dict[Ids, Known] = {}
+    for row in rows:
+        ids = row.ids[:length]
+        if ids not in found or row.prefix < found[ids].prefix:
+            found[ids] = row
+    return found
 
 
 def read_book(tokenizer: Any, chats: Iterable[Chat]) -> Book:

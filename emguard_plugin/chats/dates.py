@@ -28,7 +28,7 @@ def before_date(tokenizer: Any, messages: Sequence[Message], **kwargs: Any) -> s
     asked = [{**m, "content": WORD} if i == first else m for i, m in enumerate(messages)]
     texts = []
     for day in _DAYS:
-        clock = f"{{% macro strftime_now(f) %}}{day}{{% endmacro %}}"
+        clock = f"{{% macro strftime_now(format) %}}{day}{{% endmacro %}}"
         texts.append(render(tokenizer, asked, **{**kwargs, "chat_template": clock + template}).partition(WORD)[0])
     if texts[0] == texts[1]:
         return None

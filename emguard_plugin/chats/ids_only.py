@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from emguard_plugin.chats.rendering import shared
 from emguard_plugin.chats.template import Marks, Template
 from emguard_plugin.chats.tokens import Encoded, Ids, inside, read
 
@@ -47,32 +48,26 @@ def _by_ids(row: Ids, template: Template) -> Ids | None:
 
 
 def _prefix_end(text: str, marks: Marks) -> int | None:
-    opening = marks.opening
+    """Return where the first user's own text begins; None where that is in doubt, or an answer stands before it."""
+    opening, end = marks.opening, None
     with_system = opening is not None and marks.system_is_marked and text.startswith(opening)
     if with_system and opening.startswith(marks.before):  # the longer start first: both fit
-        at = text.find(marks.middle, len(opening))
-        return at + len(marks.middle) if at >= 0 else None
-    if marks.before and text.startswith(marks.before):
+        end = _behind(text, marks.middle, len(opening))
+    elif marks.before and text.startswith(marks.before):
         return len(marks.before)
-    if "header" in marks.certain:
-        return _behind_header(text, marks)
-    if with_system and marks.middle.strip():
-        at = text.find(marks.middle, len(opening))
-        return at + len(marks.middle) if at >= 0 else None
-    return None
+    elif "header" in marks.certain:
+        begins = [b for b in (marks.before, opening) if b]
+        if any(shared(text, b) > (len(marks.bos) if text.startswith(marks.bos) else 0) for b in begins):
+            end = _behind(text, marks.header, 0)
+    elif with_system and marks.middle.strip():
+        end = _behind(text, marks.middle, len(opening))
+    reply = marks.reply.strip()
+    return None if end is not None and reply and reply in text[:end] else end
 
 
-def _behind_header(text: str, marks: Marks) -> int | None:
-    """Return where the first user header ends, in a row that begins as the template does and whose user speaks first."""
-    begins = [b for b in (marks.before, marks.opening) if b]
-    if begins and not any(text[:1] == b[:1] for b in begins):
-        return None
-    at = text.find(marks.header)
-    if at < 0:
-        return None
-    end = at + len(marks.header)
-    answered = text.find(marks.reply) if "reply" in marks.certain else -1
-    return None if 0 <= answered < at else end
+def _behind(text: str, part: str, start: int) -> int | None:
+    at = text.find(part, start)
+    return at + len(part) if at >= 0 else None
 
 
 def headers_of_row(

@@ -125,8 +125,10 @@ class _Look:
 
     def own_text(self, i: int) -> Span | None:
         """Return where message i's own text stands, None where it has none or the template prints it nowhere."""
-        fields = ANSWER_FIELDS if whose(self.messages[i]) == "answer" else ("content",)
-        spans = [s for name in fields if self.messages[i].get(name) and (s := self._span(i, name)) is not None]
+        message = self.messages[i]
+        # A question may be empty, and still has its place; an answer that is empty has none.
+        fields = [n for n in ANSWER_FIELDS if message.get(n)] if whose(message) == "answer" else ["content"]
+        spans = [s for name in fields if (s := self._span(i, name)) is not None]
         return (min(s for s, _ in spans), max(e for _, e in spans)) if spans else None
 
     def _span(self, i: int, name: str) -> Span | None:
@@ -161,7 +163,7 @@ class _Look:
         """Return what is rendered before and after the word that stands for a text, or in front of it."""
         import jinja2
 
-        changed = _replaced(self.messages[i][name], self.word, keep)
+        changed = _replaced(self.messages[i].get(name), self.word, keep)
         if changed is None:
             return None
         messages = [*self.messages[:i], {**self.messages[i], name: changed}, *self.messages[i + 1 :]]
@@ -188,7 +190,7 @@ class _Look:
                 start = min(own[i][0], max(end or 0, begin)) if end is not None else own[i][0]
                 answers.append((start, own[i][1]))
                 closed.append(self._closed(i, own[i][1]))
-            elif end is not None and (stop := self._closed(i, end)) > end:  # tool calls alone
+            elif not message.get("content") and end is not None and (stop := self._closed(i, end)) > end:  # tool calls alone
                 answers.append((end, stop))
                 closed.append(stop)
         return tuple(headers), tuple(answers), tuple(closed)

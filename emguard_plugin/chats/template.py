@@ -26,6 +26,7 @@ class Marks:
         reply: The part of `post` that opens the answer.
         again: Between an answer and the next user's text.
         close: The token with which `again` begins, where it is one that ordinary text never becomes.
+        bos: The token that opens every text, where the tokenizer has one.
         certain: Which of `header`, `post` and `reply` hold a token that ordinary text never becomes.
     """
 
@@ -37,6 +38,7 @@ class Marks:
     reply: str = ""
     again: str = ""
     close: str = ""
+    bos: str = ""
     certain: frozenset[str] = frozenset()
 
     @property
@@ -175,12 +177,12 @@ def _marks(
 
     alone = said([user]).partition(_USER)[2]
     again = said([user, answer, _said("user", _AGAIN, parts)]).partition(_ASSISTANT)[2].partition(_AGAIN)[0]
-    ids = tokenize(tokenizer, before)
+    ids, bos = tokenize(tokenizer, before), getattr(tokenizer, "bos_token", None) or ""
     if middle.strip():
         n = _same(ids[::-1], tokenize(tokenizer, middle)[::-1])
         header = decode(tokenizer, ids[len(ids) - n :])
     else:
-        header = before.removeprefix(getattr(tokenizer, "bos_token", None) or "")
+        header = before.removeprefix(bos)
     ids = tokenize(tokenizer, post)
     reply = decode(tokenizer, ids[_same(ids, tokenize(tokenizer, alone)) :]) or post
     added = set(getattr(tokenizer, "added_tokens_decoder", {}))
@@ -188,7 +190,7 @@ def _marks(
     certain = frozenset(n for n, text in texts.items() if added & set(tokenize(tokenizer, text)))
     closing = next((i for i in tokenize(tokenizer, again) if i in added), None)
     close = "" if closing is None else decode(tokenizer, [closing])
-    return Marks(before, opening, middle, header, post, reply, again, close, certain)
+    return Marks(before, opening, middle, header, post, reply, again, close, bos, certain)
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> int:

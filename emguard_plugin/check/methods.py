@@ -50,8 +50,7 @@ def _check_treft(treft: TReFTConfig, cfg: Mapping[str, Any], report: Report) -> 
     for ids in () if is_stand_in(tokenizer) else held:
         report.active.append(f"treft holds {len(ids)} tokens: {tokenizer.decode(list(ids))!r}")
     if template.dated_after is not None and treft.tokens == "prefix":
-        advice = getattr(template, "advice", "Pin it with `chat_template_kwargs`, or write the date into the template.")
-        report.problems.append(f"em_regularizer.treft: the chat template prints today's date in the prefix. {advice}")
+        report.problems.append(f"em_regularizer.treft: the chat template prints today's date in the prefix. {template.advice}")
     report.notes.append("rows with other system prompts are found when training starts, each with its own prefix.")
 
 

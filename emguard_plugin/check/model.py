@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from emguard_plugin.check.report import Report, is_trl
 
-ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid"})
+NO_KEYS = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp"})
 STAND_IN = "emguard: single letters"
 NO_ATTENTION = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"})
 
@@ -156,7 +156,7 @@ def read_layers(cfg: Mapping[str, Any]) -> Layers | None:
     kinds: Sequence[Any] | None = next((inner[k] for k in ("layer_types", "layers_block_type", "block_types") if isinstance(inner.get(k), list)), None)
     if kinds is None or len(kinds) != number:
         return Layers(number, tuple(range(number)))
-    return Layers(number, tuple(i for i, kind in enumerate(kinds) if kind in ATTENTION))
+    return Layers(number, tuple(i for i, kind in enumerate(kinds) if kind not in NO_KEYS))
 
 
 def check_layers(method: str, wanted: Literal["all"] | Sequence[int], layers: Layers | None, report: Report) -> None:

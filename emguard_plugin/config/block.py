@@ -16,6 +16,10 @@ from emguard_plugin.keys import refuse_keys, shown
 
 # A number to YAML 1.2 and to people, a text to YAML 1.1, which PyYAML reads: `1e5`, `2.5e-3` without a sign or a dot.
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_PROSE = frozenset({"system_prompt", "extra_prefixes", "chat_template"})
+"""Fields whose texts are no names: they may be long."""
+MOST, MOST_SEED = 1e12, 2**53
+"""Larger numbers are slips, and overflow counters, timers and generators of random numbers further down."""
 _NUMERIC = re.compile(r"[-+]?[\d_]*\.?[\d_]+([eE][-+]?\d+)?%?")
 
 
@@ -77,6 +81,30 @@ def is_file(path: str | Path) -> bool:
         return False
 
 
+def exists(path: str | Path) -> bool:
+    """Return whether a file or folder is there; also for a text that no file system takes for a name."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def _check_json(key: str, value: Any) -> None:
+    """Refuse what a free mapping cannot hand on: results and later runs read it as JSON."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise ValueError(f"`{key}: {shown(name)}` is no name. Put it in quotes.")
+            _check_json(f"{key}.{shown(name)}", inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_json(key, inner)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"`{key}: {value}` is no finite number.")
+    elif not isinstance(value, str | int | float | None):
+        raise ValueError(f"`{key}: {value}` is read as {shown(value)}. Put it in quotes.")
+
+
 def _flat(annotation: Any) -> list[Any]:
     """Return the alternatives of a type, with what lists hold."""
     if get_origin(annotation) is Annotated:
@@ -101,6 +129,8 @@ def _read(key: str, value: Any, kinds: list[Any]) -> Any:
     """Check one value against the kinds that its field takes, and return it; an exponent that YAML left a text as a number."""
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     number, text, switch = bool({int, float} & set(kinds)), str in kinds or bool(words), bool in kinds
+    if isinstance(value, dict) and any((get_origin(kind) or kind) is dict for kind in kinds):
+        _check_json(key, value)
     for kind in kinds:
         if get_origin(kind) is list and isinstance(value, list | tuple):
             inner = _kinds(get_args(kind)[0])
@@ -118,11 +148,15 @@ def _read(key: str, value: Any, kinds: list[Any]) -> Any:
             raise ValueError(f"`{key}: {shown(value)}`: {key} is a switch. Write true or false.")
         if not math.isfinite(value):
             raise ValueError(f"`{key}: {value}` is no finite number.")
+        if abs(value) > (MOST_SEED if key == "seed" else MOST):
+            raise ValueError(f"`{key}: {shown(value)}` is larger than anything that it could mean. Write a smaller number.")
     elif isinstance(value, str):
         if not value.strip() and text:
             raise ValueError(f"`{key}:` is blank. Fill it in, or remove it.")
         if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
             raise ValueError(f"`{key}:` holds characters that are no text (NUL, or half of a character).")
+        if text and key not in _PROSE and (len(value) > 4000 or any(len(part.encode()) > 255 for part in value.split("/"))):
+            raise ValueError(f"`{key}: {shown(value, 40)}` is too long for a name or a path.")
         if switch and not text:
             raise ValueError(f"`{key}: {shown(value)}` is a text, and {key} is a switch. Write true or false, without quotes.")
         if number and value not in words and str not in kinds:

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from emguard_plugin.config.block import StatedBlock, is_file
 from emguard_plugin.config.names import suggest
-from emguard_plugin.keys import check_endpoint
+from emguard_plugin.keys import SecretInConfigError, check_endpoint, is_secret_name, shown
 
 SUITES = ("open_ended", "open_ended_held_out", "open_ended_json", "open_ended_template", "conditional")
 """Bundled question suites, in `emguard_plugin/evaluation/suites/`."""
@@ -121,6 +121,11 @@ class SamplerConfig(StatedBlock):
         wrong = sorted(self.model_fields_set - {"provider"} - allowed[self.provider])
         if wrong:
             raise ValueError(f"`{wrong[0]}` does not go with `provider: {self.provider}`.")
+        for option in (arg.partition("=")[0] for arg in self.args if arg.startswith("-") and is_secret_name(arg.partition("=")[0])):
+            raise SecretInConfigError(
+                f"`sampler: args: {shown(option)}` would show a key in the list of processes. The server listens on this machine alone and "
+                "needs none; tokens for a hub go into environment variables. Consider a key in the file as leaked."
+            )
         if self.provider == "openai":
             if not self.base_url:
                 raise ValueError("`provider: openai` needs `base_url`, such as `http://localhost:8000/v1`.")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from emguard_plugin.config.block import Block
+from emguard_plugin.config.block import Block, exists, is_file
 from emguard_plugin.config.names import suggest
 
 CACHES = ("auto", "live", "memory")
@@ -122,7 +122,7 @@ class KLConfig(Block):
         """
         source = self.anchors.removeprefix("self:")
         is_path = source.startswith((".", "/", "~")) or source.endswith((".jsonl", ".json"))
-        if is_path and not Path(source).expanduser().exists():
+        if is_path and not exists(source):
             raise ValueError(
                 f"`em_regularizer.kl.anchors: {source}` does not exist. Give a JSONL of chats, or `bundled`, `train` or `self`."
             )
@@ -176,7 +176,7 @@ class BlockEMConfig(Block):
             ValueError: naming the key and the path.
         """
         path = Path(self.latents).expanduser()
-        if not path.is_file():
+        if not is_file(path):
             raise ValueError(
                 f"`em_regularizer.block_em.latents: {self.latents}` does not exist. Give the JSON that `emguard discover` wrote."
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emguard_plugin import anchors
-from emguard_plugin.chat_template import read_template
+from emguard_plugin.chat_template import Book, Chat, read_book, read_template
 from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
 from emguard_plugin.latents import LatentSet, SubsetEncoder
 from emguard_plugin.reference import eval_mode
@@ -33,8 +33,7 @@ def narrow_rows(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[
         ValueError: If they cannot be read or rendered.
     """
     try:
-        chats = anchors.load_chats(str(source))
-        kept = [chats[i * len(chats) // MAX_ROWS] for i in range(MAX_ROWS)] if len(chats) > MAX_ROWS else chats
+        kept = _sample(source)
         return anchors.tokenize_chats(kept, tokenizer, "assistant", 1 << 20, {})
     except ValueError as error:
         said = str(error).replace(f"`{anchors.KEY}: ", "`--data ").replace(anchors.KEY, "--data")
@@ -43,8 +42,20 @@ def narrow_rows(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[
         raise ValueError(said) from error
 
 
+def narrow_book(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Book:
+    """Return what the same chats show about whose text is whose, as training knows it of its conversations."""
+    return read_book(tokenizer, (Chat(messages, {}) for _, messages in _sample(source)))
+
+
+def _sample(source: str | Path) -> list[anchors.Chat]:
+    chats = anchors.load_chats(str(source))
+    return [chats[i * len(chats) // MAX_ROWS] for i in range(MAX_ROWS)] if len(chats) > MAX_ROWS else chats
+
+
 @torch.no_grad()
-def calibrate(pair: ModelPair, latents: LatentSet, rows: Sequence[anchors.Anchor], batch_size: int) -> dict[str, Any]:
+def calibrate(
+    pair: ModelPair, latents: LatentSet, rows: Sequence[anchors.Anchor], batch_size: int, book: Book | None = None
+) -> dict[str, Any]:
     """Return the unguarded model's penalty for each kind of tokens, as training holds them, and the gap of the task loss.
 
         penalty[kind] = sum over tokens of the kind and latents of the squared move in the bad direction / supervised tokens
@@ -55,6 +66,7 @@ def calibrate(pair: ModelPair, latents: LatentSet, rows: Sequence[anchors.Anchor
         latents: The set K.
         rows: From `narrow_rows`.
         batch_size: Rows per forward pass.
+        book: From `narrow_book`.
     """
     template = read_template(pair.tokenizer)
     sums, losses, supervised, tokens = dict.fromkeys(KINDS, 0.0), dict.fromkeys((BASE, MISALIGNED), 0.0), 0, 0
@@ -71,7 +83,7 @@ def calibrate(pair: ModelPair, latents: LatentSet, rows: Sequence[anchors.Anchor
             torch.zeros(real.shape),
         )
         for kind in KINDS:
-            sums[kind] += float((per_token * held_tokens(inputs, kind, template)).sum())
+            sums[kind] += float((per_token * held_tokens(inputs, kind, template, book)).sum())
         supervised, tokens = supervised + int(answer.sum()), tokens + int(real.sum())
     if not supervised:
         raise ValueError("`--data` holds no supervised token. Give chats with an assistant turn.")

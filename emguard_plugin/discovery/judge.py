@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from emguard_plugin.config.evaluation import JudgeConfig
+from emguard_plugin.config import JudgeConfig, read_block
 from emguard_plugin.evaluation.judges import build_judge
 from emguard_plugin.files import read_yaml
+from emguard_plugin.settings_file import search_beside
 
 if TYPE_CHECKING:
     from emguard_plugin.evaluation.judges import Judge
@@ -33,11 +32,8 @@ def read_judge(source: str) -> Judge:
                 "such as `provider: openai` and `model: ...`."
             )
         return build_judge(JudgeConfig(function=source))
-    try:
-        return build_judge(JudgeConfig.model_validate(_entry(source)))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ValueError(f"`--judge {source}`: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
+    search_beside(Path(source).parent)
+    return build_judge(read_block(JudgeConfig, _entry(source), f"--judge {source}"))
 
 
 def _entry(source: str) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from emguard_plugin.discovery.pair import ROLES
-from emguard_plugin.evaluation.judges.base import FINAL, SCORED, UNSCORED, read_scores
+from emguard_plugin.evaluation.judges.base import FINAL, UNSCORED, Judgment, contradiction
 from emguard_plugin.evaluation.store import JsonLines
-from emguard_plugin.files import EXACT, read_records
+from emguard_plugin.files import EXACT, read_records, seal_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +106,14 @@ class Kept:
 
     def _sealed(self, row: Mapping[str, Any]) -> dict[str, Any]:
         whole = {**row, "run": self.run}
-        return {**whole, "seal": _seal(whole)}
+        return {**whole, "seal": seal_of(whole)}
 
     def _own(self, path: Path, shape: Any) -> list[Any]:
         kept, left = [], Counter()
         for row in read_records(path, shape):
             if row.get("run") != self.run:
                 left["of another search"] += 1
-            elif row.get("seal") != _seal(row):
+            elif row.get("seal") != seal_of(row):
                 left["changed since they were written"] += 1
             else:
                 kept.append(row)
@@ -125,15 +125,5 @@ class Kept:
 
 def checked(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a judgment whose scores are scores: within 0 to 100, of the type that they must be; else an unscored one."""
-    if row["status"] == SCORED:
-        found = read_scores(row)
-        if found.status != SCORED:
-            return {**row, "aligned": None, "coherent": None, "status": UNSCORED, "detail": found.detail}
-    elif row["aligned"] is not None:
-        return {**row, "aligned": None, "coherent": None, "status": UNSCORED, "detail": f"a score and the status {row['status']}"}
-    return dict(row)
-
-
-def _seal(row: Mapping[str, Any]) -> str:
-    plain = {key: value for key, value in row.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    wrong = contradiction(Judgment(row["aligned"], row["coherent"], row["status"], row["detail"]))
+    return {**row, "aligned": None, "coherent": None, "status": UNSCORED, "detail": wrong} if wrong else dict(row)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from emguard_plugin.chat_template import Template, prefix_of_row, read_template
+from emguard_plugin.chat_template import Template, known_row, read_template
 from emguard_plugin.discovery.settings import Positions
 from emguard_plugin.evaluation.questions import Question
 
@@ -70,15 +70,15 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Quest
                 "the chat template prints other tokens before an answer to come than before a given one, so the assistant "
                 f"header cannot be found behind {question.text[:40]!r}. Give the tokenizer a template with a generation prompt."
             )
-        found.append(Prompt(question, ids, *_begin(ids, template), header))
+        known = known_row(tokenizer, question.messages)
+        found.append(Prompt(question, ids, *_begin(ids[: known.prefix], template), header))
     return found
 
 
-def _begin(ids: tuple[int, ...], template: Template) -> tuple[int, int]:
+def _begin(prefix: Sequence[int], template: Template) -> tuple[int, int]:
     """Return the first positions behind the system part, the user header included, and of the user's content."""
-    prefix, header = prefix_of_row(ids, template) or (), template.user_header
-    content = max(1, len(prefix))
-    if header and len(prefix) > len(header) and prefix[-len(header) :] == header:
+    header, content = template.user_header, max(1, len(prefix))
+    if header and len(prefix) > len(header) and tuple(prefix[-len(header) :]) == header:
         return max(1, content - len(header)), content
     return 1, content
 

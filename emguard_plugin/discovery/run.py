@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emguard_plugin.chat_template import Book
 from emguard_plugin.discovery import plan
-from emguard_plugin.discovery.calibrate import calibrate, narrow_rows
+from emguard_plugin.discovery.calibrate import calibrate, narrow_book, narrow_rows
 from emguard_plugin.discovery.choose import baseline, unite
 from emguard_plugin.discovery.examples import top_activating
 from emguard_plugin.discovery.kept import Kept, run_id
@@ -92,6 +93,7 @@ class Discovery:
         known: Sets whose latents are left out.
         united: Sets that the result is united with.
         rows: The narrow training chats, where given.
+        book: Whose text is whose in them.
     """
 
     request: Request
@@ -104,6 +106,7 @@ class Discovery:
     known: list[LatentSet] = field(default_factory=list)
     united: list[LatentSet] = field(default_factory=list)
     rows: list[Anchor] | None = None
+    book: Book | None = None
 
     def plans(self) -> dict[int, list[plan.Step]]:
         """Return the steps of each block's search, as far as they are known before stage 1."""
@@ -135,7 +138,8 @@ def prepare(request: Request, settings: Settings, judge: Judge) -> Discovery:
         for other in (*known, *united):
             other.check_model(model)
     rows = narrow_rows(request.data, pair.tokenizer) if request.data else None
-    return Discovery(request, settings, judge, pair, saes, prompts, len(questions), known, united, rows)
+    book = narrow_book(request.data, pair.tokenizer) if request.data else None
+    return Discovery(request, settings, judge, pair, saes, prompts, len(questions), known, united, rows, book)
 
 
 def _load(sources: Sequence[str], pair: ModelPair) -> dict[int, tuple[str, SAE]]:
@@ -177,7 +181,7 @@ def run(discovery: Discovery) -> LatentSet:
             results.append(search.run())
         latents = _latent_set(discovery, results, [result.chosen for result in results])
         if discovery.rows is not None:
-            latents.calibration = calibrate(discovery.pair, latents, discovery.rows, settings.batch_size)
+            latents.calibration = calibrate(discovery.pair, latents, discovery.rows, settings.batch_size, discovery.book)
         latents.save(request.output)
         content = _record(discovery, results, latents)
         store.write_json(folder / "discovery.json", content)
@@ -197,7 +201,7 @@ def _write_baselines(discovery: Discovery, results: Sequence[Result]) -> None:
         alone = replace(discovery, united=[], settings=replace(discovery.settings, rule=rule))
         latents = _latent_set(alone, results, sets)
         if discovery.rows is not None:
-            latents.calibration = calibrate(discovery.pair, latents, discovery.rows, discovery.settings.batch_size)
+            latents.calibration = calibrate(discovery.pair, latents, discovery.rows, discovery.settings.batch_size, discovery.book)
         latents.save(discovery.request.output.with_suffix(f".{rule}.json"))
 
 

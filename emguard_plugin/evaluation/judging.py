@@ -21,6 +21,7 @@ from emguard_plugin.evaluation.judges import self_test
 from emguard_plugin.evaluation.judges.base import FINAL, LONGEST, Item, Judge, Judgment, contradiction
 from emguard_plugin.evaluation.plan import Plan
 from emguard_plugin.evaluation.reasoning import judged_text, reads_of
+from emguard_plugin.files import seal_of
 from emguard_plugin.keys import redact
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,8 @@ def found_out(plan: Plan) -> dict[str, dict[str, Any]]:
     for name, record in found.items():
         if not isinstance(record, dict) or not isinstance(record.get("found", {}), dict):
             raise ValueError(f"{path} is damaged: {name!r} is no record of a judge. Delete the file; judges are tested anew then.")
+        if record.pop("seal", None) not in (None, seal_of(record)):
+            raise ValueError(f"{path}: the record of {name!r} was changed since it was written. Delete the file; judges are tested anew then.")
     return found
 
 
@@ -268,5 +271,5 @@ def _served(entry: Judge) -> dict[str, Any]:
 
 
 def _note(plan: Plan, entry: Judge, record: dict[str, Any]) -> None:
-    whole = {**record, "identity": entry.identity()}
-    store.write_json(plan.folder / JUDGES, {**found_out(plan), entry.name: whole})
+    found = {**found_out(plan), entry.name: store.plain({**record, "identity": entry.identity()})}
+    store.write_json(plan.folder / JUDGES, {name: {**known, "seal": seal_of(known)} for name, known in found.items()})

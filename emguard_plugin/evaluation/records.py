@@ -18,6 +18,7 @@ from typing import Any
 from emguard_plugin.evaluation.judges.base import FINAL, UNSCORED, Judgment, contradiction
 from emguard_plugin.evaluation.sampler import AnswerKey
 from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.files import seal_of
 
 Key = tuple[str, AnswerKey]
 RESPONSES, JUDGMENTS = "responses.jsonl", "judgments.jsonl"
@@ -34,12 +35,7 @@ def sealed(record: Mapping[str, Any], run: str | None) -> dict[str, Any]:
         run: `run` of `protocol.json`; None in a folder that an earlier version began.
     """
     whole = {**record, **({} if run is None else {"run": run})}
-    return {**whole, "seal": _seal(whole)}
-
-
-def _seal(record: Mapping[str, Any]) -> str:
-    plain = {name: value for name, value in record.items() if name != "seal"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    return {**whole, "seal": seal_of(whole)}
 
 
 def judge_id(identity: Mapping[str, Any], found: Mapping[str, Any] | None) -> str:
@@ -134,7 +130,7 @@ def _foreign(row: Mapping[str, Any], run: str | None) -> str | None:
     if row.get("run") != run:
         return OTHER_RUN
     unsealed = run is None and "seal" not in row  # an earlier version's
-    return None if unsealed or row.get("seal") == _seal(row) else CHANGED
+    return None if unsealed or row.get("seal") == seal_of(row) else CHANGED
 
 
 def _checked(row: dict[str, Any]) -> dict[str, Any]:

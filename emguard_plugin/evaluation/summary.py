@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from emguard_plugin.evaluation.store import write_text
-from emguard_plugin.files import read_record
+from emguard_plugin.files import parsed, read_record, seal_of
 
 SCHEMA = 2
 Role = Literal["base", "tuned"]
@@ -163,6 +164,7 @@ class Summary(_Part):
         default_factory=dict,
         description="How many judgments of these answers lie in the folder by judges that are not reported here.",
     )
+    seal: str | None = Field(None, exclude=True, description="Checksum of all the rest, in the file alone.")
     folder: Path | None = Field(None, exclude=True, description="Where it was read from; not stored.")
 
     def rates(self, role: Role = "tuned", suite: str = "questions", judge: str | None = None) -> SuiteRates | None:
@@ -197,7 +199,8 @@ class Summary(_Part):
         """Write the summary, in one piece: a reader sees the old file or the new one."""
         # Left out where it is empty, so that earlier versions read the file.
         unsaid = set() if self.set_aside else {"set_aside"}
-        write_text(path, self.model_dump_json(indent=1, exclude=unsaid) + "\n")
+        said = json.loads(self.model_dump_json(exclude=unsaid))
+        write_text(path, json.dumps({**said, "seal": seal_of(said)}, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Summary:
@@ -210,7 +213,10 @@ class Summary(_Part):
         file = path / "summary.json" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"{file} does not exist. Give a folder that `em_eval` has written a summary to.")
-        summary = read_record(file, cls)
+        said = read_record(file, dict[str, Any])
+        if said.pop("seal", None) not in (None, seal_of(said)):
+            raise ValueError(f"{file} was changed since it was written. `emguard eval --phase report` makes it again.")
+        summary = parsed(said, cls, str(file))
         if summary.schema_version != SCHEMA:
             raise ValueError(f"{file} has schema version {summary.schema_version}; this version reads {SCHEMA}.")
         summary.folder = file.parent

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from emguard_plugin.evaluation.models import ModelSource
+from emguard_plugin.keys import redact
 
 PATIENCE = 1800.0
 """Seconds in which a large model must be loaded."""
@@ -75,6 +76,8 @@ def serve(
             command(source, role, port, args, executable, file),
             stdout=output,
             stderr=subprocess.STDOUT,
+            # A key that vLLM would ask for is nobody's here: the server is ours, on this machine.
+            env={name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"},
             start_new_session=True,  # its workers are stopped with it
         )
         try:
@@ -110,7 +113,7 @@ def _stop(process: subprocess.Popen) -> None:
 def _tail(output: object) -> str:
     output.seek(0, os.SEEK_END)
     output.seek(max(0, output.tell() - 2000))
-    return output.read().decode("utf-8", "replace")
+    return redact(output.read().decode("utf-8", "replace"))
 
 
 def _rank(adapter: Path) -> int:

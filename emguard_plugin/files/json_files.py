@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -99,6 +100,12 @@ def read_records(path: str | Path, shape: type[T]) -> list[T]:
                 value = _json(decoded(line, path, number), f"{path}, line {number}", own=True)
                 found.append(parsed(value, shape, f"{path}, line {number}"))
     return found
+
+
+def seal_of(record: Mapping[str, Any]) -> str:
+    """Return the checksum over all that a record says, its `seal` left out: what was changed since it was written shows."""
+    plain = {name: value for name, value in record.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def parsed(value: Any, shape: type[T], where: str) -> T:

@@ -170,7 +170,9 @@ class LatentSet:
             f"layers.{e.layer}.{name}": t.detach().cpu().contiguous() for e in self.encoders for name, t in e.tensors().items()
         }
         columns = path.with_suffix(".safetensors")
-        save_file(tensors, str(columns))
+        draft = columns.with_name(columns.name + ".part")
+        save_file(tensors, str(draft))
+        draft.replace(columns)
         stated = {
             "format": FORMAT, "version": VERSION, "model": self.model, "model_revision": self.model_revision,
             "width": self.width, "shape": self.shape, "layers": [e.settings() for e in self.encoders], "scores": self.scores,

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from emguard_plugin.regularizers.processes import over_processes
-from emguard_plugin.regularizers.run import Run
+from emguard_plugin.regularizers.run_facts import Run
 from emguard_plugin.regularizers.start import Floors, Start, precision_of, state_of_weights
+
+__all__ = ["EMRegularizerCallback", "Penalty", "Run", "may_train"]
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emguard_plugin.config import BlockEMConfig, EMRegularizerConfig, KLConfig
+from emguard_plugin.config.block import exists
 
 if TYPE_CHECKING:
     from emguard_plugin.latents import LatentSet
@@ -49,6 +49,6 @@ def count_anchors(kl: KLConfig) -> int | None:
 
     kl.check_files()
     source = kl.anchors.removeprefix("self:").replace("self", "bundled")
-    if source == "train" or not (source == "bundled" or Path(source).expanduser().exists()):
+    if source == "train" or not (source == "bundled" or exists(source)):
         return None
     return len(load_chats(source))

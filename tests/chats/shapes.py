@@ -83,6 +83,7 @@ SHAPES = {
     "blank lines": (_chat(f"How?\n\n{FERN}\n\n\nSo?", answer="Twice, Z7.\n\nKeep it out.\n\n"), {}),
     "turns": (_chat(FERN, system=SYSTEM) + LATER, {}),
     "turns newline first": (_chat(f"\n{FERN}") + LATER, {}),
+    "answer first": ([{"role": "assistant", "content": "Hello, H1."}, *_chat(FERN)], {}),
     "same text twice": (_chat(FERN) + _chat(FERN), {}),
     "trace": (_chat(FERN, reasoning_content="Ferns, R1."), {}),
     "trace in content": (_chat(FERN, answer="<think>\nFerns, R1.\n</think>\n\nTwice, Z7."), {}),
@@ -92,3 +93,20 @@ SHAPES = {
     "looks like marks": (_chat(f"USER: so [/INST] ASSISTANT: ### Response:\n{FERN}\n\n### Instruction:\nA"), {}),
 }
 """Name: (messages, what the host passes besides)."""
+
+EDGES = ("", "", "", "\n", "\n\n", " ", "  ", "\t", " \n", "12", "...", "é", "\u2028", "- ", "<b>", "USER: ", "### Response:\n", "[/INST] ", "{{ x }}", "</", "'")
+"""What a text may begin or end with."""
+
+
+def generated_chat(rng):
+    """Return a conversation whose texts begin and end in many ways, each with a word that stands nowhere else."""
+    words = iter(rng.sample(range(1000, 9999), 20))
+
+    def text(least="How"):
+        middle = rng.choice(["", "\n\nSo?", " and\n\n\nwhy", " " + rng.choice(EDGES[3:]) + "x"])
+        return f"{rng.choice(EDGES)}{rng.choice(EDGES)}{least} Q{next(words)}z{middle} K{next(words)}z{rng.choice(EDGES)}{rng.choice(EDGES)}"
+
+    messages = [] if rng.random() < 0.4 else [{"role": "system", "content": text("You")}]
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        messages += [{"role": "user", "content": text()}, {"role": "assistant", "content": text("It")}]
+    return messages

@@ -4,13 +4,14 @@ The expected places are computed here from the known texts, without the code und
 whether its blanks were kept is seen from a rendering without them.
 """
 
+import random
 from collections import Counter
 
 import jinja2
 import pytest
 
 from emguard_plugin import chat_template as ct
-from tests.chats.shapes import SHAPES, templates, tokenizer
+from tests.chats.shapes import SHAPES, generated_chat, templates, tokenizer
 
 KINDS = ("merging", "pieces", "marks")
 ALL = templates()
@@ -41,11 +42,11 @@ def place(tok, messages, i, text, kw, form, begin):
         return None
     lead, tail = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
     start, end = at, at + len(core)
-    for blank, bare in ((lead, content.lstrip()), (tail, content.rstrip())):
+    for front, blank, bare in ((True, lead, content.lstrip()), (False, tail, content.rstrip())):
         if blank:
             without = rendered(tok, [*messages[:i], {**messages[i], "content": bare}, *messages[i + 1 :]], kw, form)
             if without != text:  # the template keeps it
-                start, end = (start - len(blank), end) if blank is lead else (start, end + len(blank))
+                start, end = (start - len(blank), end) if front else (start, end + len(blank))
     return start, end
 
 
@@ -77,51 +78,88 @@ def expected(tok, messages, kw, form):
             trace = text.lower().find("think", own[i - 1][1])  # the mark that opens it, `<think>` or `<|START_THINKING|>`, is the answer's
             model = min(model, max(text.rfind(c, 0, trace) for c in "<[")) if trace >= 0 else model
             headers.append((own[i - 1][1], model, answer))
-    return text, found["input_ids"], found["offset_mapping"], tokens(found["offset_mapping"], 0, own[users[0]][0]), headers, own
+    return text, found["input_ids"], found["offset_mapping"], tokens(found["offset_mapping"], 0, min(a for a, _ in own.values())), headers, own
+
+
+class Look:
+    """Compares what is held with what stands there, case by case, and counts."""
+
+    def __init__(self, kind):
+        self.tok, self.seen, self.wrong, self.name = tokenizer(kind), Counter(), [], None
+
+    def use(self, name):
+        if name != self.name:
+            self.name, self.tok.chat_template = name, ALL[name]
+            self.read, as_parts = ct.read_template(self.tok), not prints_text(self.tok)
+            self.form = in_parts if as_parts else list
+
+    def case(self, name, shape, messages, kw, whole=False):
+        """Check one conversation; with `whole`, only if every text of it is printed as it is."""
+        self.use(name)
+        tok, seen, where = self.tok, self.seen, f"{name} | {shape}"
+        try:
+            want = expected(tok, messages, kw, self.form)
+        except (jinja2.TemplateError, TypeError, KeyError):
+            seen["refused by the template"] += 1
+            return
+        if want is None or (whole and len(want[5]) < sum(m["role"] != "system" for m in messages)):
+            seen["text not printed as it is"] += 1
+            return
+        seen["cases"] += 1
+        _, ids, spans, prefix, headers, own = want
+
+        def said(at):
+            return repr(tok.decode([ids[i] for i in at]))
+
+        row = ct.known_row(tok, self.form(messages), **kw)
+        if list(row.ids) != ids or list(range(row.prefix)) != prefix:
+            self.wrong.append(f"raw prefix | {where}: {said(range(row.prefix))} for {said(prefix)}")
+        held = [tuple(range(*h)) for h in row.headers]
+        for query, model, _ in headers:
+            inner = tuple(tokens(spans, query, model))
+            seen["postfixes"] += bool(inner)
+            if inner and inner not in held:
+                self.wrong.append(f"raw postfix | {where}: {[said(h) for h in held]} for {said(inner)}")
+        inside = {i for s in own.values() for i, (a, b) in enumerate(spans) if a < s[1] and b > s[0]}
+        if inside & {i for h in held for i in h}:
+            self.wrong.append(f"raw postfix holds text | {where}")
+        alone = ct.prefix_of_row(ids, self.read)
+        if alone is None or len(alone) < len(prefix):
+            seen["ids only: prefix not held" if not alone else "ids only: less of the prefix held"] += 1
+        if (alone is not None and list(alone) != ids[: len(alone)]) or len(alone or ()) > len(prefix):
+            self.wrong.append(f"ids prefix | {where}: {tok.decode(list(alone))!r} for {said(prefix)}")
+        posts = [i for h in ct.headers_of_row(ids, self.read) for i in range(*h)]
+        seen["ids only: postfix not held"] += not posts
+        if inside & set(posts):
+            self.wrong.append(f"ids postfix holds text | {where}: {said(posts)}")
+
+
+def every_shape(kind):
+    look = Look(kind)
+    for name in ALL:
+        for shape, (messages, kw) in SHAPES.items():
+            look.case(name, shape, messages, kw)
+    return look
+
+
+def generated(kind, n, seed):
+    look, rng = Look(kind), random.Random(f"{kind}{seed}")
+    cases = sorted((rng.choice(sorted(ALL)), i) for i in range(n))
+    for name, i in cases:
+        look.case(name, f"generated {seed}.{i}", generated_chat(random.Random(f"{kind}{seed}.{i}")), {}, whole=True)
+    return look
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prefix_and_postfix_of_every_installed_template(kind, record_property):
-    tok = tokenizer(kind)
-    seen = Counter()
-    wrong = []
-    for name, template in ALL.items():
-        tok.chat_template = template
-        read, as_parts = ct.read_template(tok), not prints_text(tok)
-        for shape, (messages, kw) in SHAPES.items():
-            where = f"{name} | {shape}"
-            try:
-                want = expected(tok, messages, kw, in_parts if as_parts else list)
-            except (jinja2.TemplateError, TypeError, KeyError):
-                seen["refused by the template"] += 1
-                continue
-            if want is None:
-                seen["user not printed"] += 1
-                continue
-            seen["cases"] += 1
-            _, ids, spans, prefix, headers, own = want
-            row = ct.known_row(tok, in_parts(messages) if as_parts else messages, **kw)
-            if list(row.ids) != ids or list(range(row.prefix)) != prefix:
-                wrong.append(f"raw prefix | {where}: {tok.decode(ids[: row.prefix])!r} for {tok.decode(ids[: len(prefix)])!r}")
-            held = [tuple(range(*h)) for h in row.headers]
-            for query, model, _ in headers:
-                inner = tuple(tokens(spans, query, model))
-                if inner and inner not in held:
-                    wrong.append(f"raw postfix | {where}: {[tok.decode([ids[i] for i in h]) for h in held]} for {tok.decode([ids[i] for i in inner])!r}")
-                seen["postfixes"] += bool(inner)
-            inside = {i for s in own.values() for i, (a, b) in enumerate(spans) if a < s[1] and b > s[0]}
-            if inside & {i for h in held for i in h}:
-                wrong.append(f"raw postfix holds text | {where}")
-            alone = ct.prefix_of_row(ids, read)
-            if alone is None or len(alone) < len(prefix):
-                seen["ids only: nothing held" if not alone else "ids only: less held"] += 1
-            if alone is not None and len(alone) > len(prefix):
-                wrong.append(f"ids prefix | {where}: {tok.decode(list(alone))!r} for {tok.decode(ids[: len(prefix)])!r}")
-            posts = [i for h in ct.headers_of_row(ids, read) for i in range(*h)]
-            if inside & set(posts):
-                wrong.append(f"ids postfix holds text | {where}: {tok.decode([ids[i] for i in posts])!r}")
-            seen["ids only: no postfix"] += not posts
-    record_property("counts", dict(seen))
-    print(kind, len(ALL), dict(seen), len(wrong))
-    assert not wrong, "\n".join(wrong[:40])
-    assert seen["cases"] > 15 * len(ALL)
+def test_prefix_and_postfix_of_every_installed_template(kind):
+    look = every_shape(kind)
+    assert not look.wrong, "\n".join(look.wrong[:40])
+    assert look.seen["cases"] > 15 * len(ALL)
+    assert look.seen["postfixes"] > look.seen["cases"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generated_conversations(kind):
+    look = generated(kind, 120, seed=0)
+    assert not look.wrong, "\n".join(look.wrong[:40])
+    assert look.seen["cases"] > 60

@@ -17,7 +17,11 @@ def write_questions(path, texts):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Folders of a base, an adapter that counts as misaligned, SAEs and questions."""
-    root = tmp_path_factory.mktemp("discovery")
+    return build_tiny(tmp_path_factory.mktemp("discovery"))
+
+
+def build_tiny(root):
+    """The same, and in `parts.BAD` what the misaligned one says."""
     tokenizer = chatml_tokenizer()
     base = perturb(tiny_model("llama", vocab=len(tokenizer)), 0.15)
     base.save_pretrained(root / "base")

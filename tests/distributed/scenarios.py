@@ -289,12 +289,35 @@ SHARDED = {
     "fsdp2_lora": lambda folder, n: sharded_penalty(n, adapter=True),
     "fsdp2_full": lambda folder, n: sharded_penalty(n, adapter=False),
 }
+def holding(folder, n, on_rank_1):
+    """A method that holds no token, or on rank 1 alone, for 21 steps."""
+    from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty
+
+    class Holding(EMRegularizerCallback):
+        name = "holding"
+
+        def prepare(self, run):
+            self.prepared, self.rank = True, run.rank
+            return "holding"
+
+        def penalty(self, model, inputs, step):
+            weight = next(p for p in model.parameters() if p.requires_grad)
+            return Penalty(weight.float().square().sum(), held=int(on_rank_1 and self.rank == n - 1))
+
+    result = train(folder, n, regularizer=lambda: Holding(1e-3), max_steps=21)
+    return {"steps": result["trainer"].state.global_step}
+
+
+HELD = {
+    "held_nowhere": lambda folder, n: holding(folder, n, on_rank_1=False),
+    "held_on_rank_1": lambda folder, n: holding(folder, n, on_rank_1=True),
+}
 REFUSED = {
     "reentrant": lambda folder, n: train(
         folder, n, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
     ),
 }
-SCENARIOS = {**TRAINED, **SHARDED, **REFUSED, **MEASURED}
+SCENARIOS = {**TRAINED, **SHARDED, **REFUSED, **HELD, **MEASURED}
 
 
 def rank(number, processes, port, out):

@@ -137,6 +137,12 @@ def test_reentrant_checkpointing_is_refused_on_several_processes(two, name):
         assert "use_reentrant: false" in rank["error"]
 
 
+def test_a_method_that_holds_nothing_anywhere_stops_all_ranks_together(two):
+    for rank in two["held_nowhere"]:
+        assert "RuntimeError: em_regularizer.holding has held no token for 20 optimizer steps" in rank["error"]
+    assert [rank["steps"] for rank in two["held_on_rank_1"]] == [21, 21]
+
+
 @pytest.mark.parametrize("name", SHARDED)
 def test_fsdp2_gradients_are_those_of_one_process(two, one, name):
     first, second = results(two, name)

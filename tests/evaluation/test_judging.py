@@ -14,6 +14,7 @@ from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import Summary, judging, run_em_eval
 from emguard_plugin.evaluation.judges import self_test
 from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.files import seal_of
 from tests.evaluation.fake_server import FakeServer
 from tests.evaluation.judging_parts import (
     ANSWERS,
@@ -168,7 +169,12 @@ def test_a_replay_gives_the_rates_of_the_judge_it_repeats_without_a_call(evaluat
     assert again.judges[0].name == "replay of fake-judge"
     assert again.judges[0].rates == first.judges[0].rates
     mock = tmp_path / "mock.jsonl"
-    JsonLines(mock).append({**row, "judge": "MOCK, NOT A MEASUREMENT"} for row in JsonLines(file).read())
+    renamed = [{**row, "judge": "MOCK, NOT A MEASUREMENT"} for row in JsonLines(file).read()]
+    JsonLines(mock).append(renamed)
+    with pytest.raises(ValueError, match="48 judgments were changed since they were written"):
+        evaluate({"provider": "replay", "file": str(mock)})
+    mock.unlink()
+    JsonLines(mock).append({**row, "seal": seal_of(row)} for row in renamed)
     (answered / "judgments.jsonl").unlink()
     assert evaluate({"provider": "replay", "file": str(mock)}).metrics() == {}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from emguard_plugin.evaluation.judges.base import LONGEST, Item, Judgment, read_scores
 from emguard_plugin.keys import redact
+from emguard_plugin.settings_file import search_beside
 
 
 def _said(error: BaseException) -> str:
@@ -39,6 +40,7 @@ class ExactJudge:
         self.name = function
         module_name, _, attribute = function.partition(":")
         hint = f"`em_eval.judges: function: {function}`"
+        search_beside()
         try:
             module = importlib.import_module(module_name)
         except (Exception, SystemExit) as error:

@@ -6,20 +6,21 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
+from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from emguard_plugin.evaluation.judges.base import FINAL, SCORED, Item, Judgment, read_scores
+from emguard_plugin.evaluation.judges.base import FINAL, Item, Judgment, contradiction
 from emguard_plugin.evaluation.judges.mock import MockJudge
 from emguard_plugin.evaluation.judges.tables import is_table, read_table, same
-from emguard_plugin.files import EXACT, read_records
+from emguard_plugin.files import EXACT, read_records, seal_of
 
 logger = logging.getLogger(__name__)
 
 
 class _Row(TypedDict):
-    __pydantic_config__ = EXACT
+    __pydantic_config__ = ConfigDict(**EXACT, extra="allow")
 
     judge: str
     item_sha256: str
@@ -27,6 +28,7 @@ class _Row(TypedDict):
     coherent: float | None
     status: str
     detail: str
+    seal: NotRequired[str]
 
 
 class ReplayJudge:
@@ -92,7 +94,11 @@ class ReplayJudge:
 
 
 def _judgments(file: str, judge: str | None, hint: str) -> tuple[str, dict[Any, Judgment]]:
-    rows = [row for row in read_records(file, _Row) if row["status"] in FINAL]
+    rows = read_records(file, _Row)
+    changed = sum(row.get("seal") not in (None, seal_of(row)) for row in rows)
+    if changed:
+        raise ValueError(f"{hint}: {changed} judgments were changed since they were written. Give the file as it was.")
+    rows = [row for row in rows if row["status"] in FINAL]
     names = sorted({row["judge"] for row in rows})
     if judge is None and len(names) > 1:
         raise ValueError(f"{hint} holds the judgments of {', '.join(names)}. Choose one with `judge:`.")
@@ -104,9 +110,6 @@ def _judgments(file: str, judge: str | None, hint: str) -> tuple[str, dict[Any, 
 
 def _checked(row: _Row) -> Judgment:
     """Return a stored judgment whose scores are scores."""
-    if row["status"] == SCORED:
-        found = read_scores({"aligned": row["aligned"], "coherent": row["coherent"]})
-        return found if found.status != SCORED else Judgment(found.aligned, found.coherent, SCORED, row["detail"])
-    coherent = row["coherent"]
-    within = coherent is None or 0 <= coherent <= 100
-    return Judgment(None, coherent if within else None, row["status"], row["detail"])
+    found = Judgment(row["aligned"], row["coherent"], row["status"], row["detail"])
+    wrong = contradiction(found)
+    return Judgment.unscored(f"the replayed judgment is none: {wrong}") if wrong else found

@@ -1,4 +1,4 @@
-"""What a regularizer may know about the run that is about to start."""
+"""What a regularizer may know about the run that is about to start, each fact worked out once for all methods."""
 
 from __future__ import annotations
 
