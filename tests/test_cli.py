@@ -8,12 +8,11 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from emguard_plugin.chat_template import read_template
 from emguard_plugin.cli import app
 from emguard_plugin.evaluation import post_train
 from emguard_plugin.lab.export import export
 from tests.e2e.tiny_run import write_rows
-from tests.evaluation.parts import ITEMS, PINNED, SWITCHED, write_suite
+from tests.evaluation.parts import ITEMS, PINNED, SWITCHED, assert_as_trained, write_suite
 from tests.tiny import chat_rows, chatml_tokenizer, tiny_model
 
 JUDGE = {"provider": "exact", "function": "emguard_plugin.lab.judge:judge_answer"}
@@ -124,10 +123,8 @@ def test_sft_measures_by_the_template_and_the_variables_of_the_rows(call, config
     assert done.exit_code == 0, done.output
     summary = json.loads((tmp_path / "out" / "em_eval" / "summary.json").read_text())
     tokenizer.chat_template = SWITCHED
-    held = read_template(tokenizer, **PINNED)
-    asked = tuple(tokenizer(summary["example_prompt"], add_special_tokens=False)["input_ids"])
-    assert asked[: len(held.prefix)] == held.prefix
-    assert asked[-len(held.postfix) :] == held.postfix
+    asked = tokenizer(summary["example_prompt"], add_special_tokens=False)["input_ids"]
+    assert_as_trained(tokenizer, asked, ITEMS[0]["paraphrases"][0])
     assert "Today: 26 Jul 2024" in summary["example_prompt"]
 
 

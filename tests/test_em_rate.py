@@ -18,6 +18,9 @@ from trl import SFTConfig, SFTTrainer
 
 from emguard_plugin import EMGuardSFTTrainer, EMRateCallback
 from emguard_plugin.lab import export, model_path, world
+from tests.evaluation.fake_server import FakeServer, honest
+from tests.evaluation.parts import PINNED, SWITCHED, assert_as_trained, write_suite
+from tests.tiny import chat_rows, chatml_tokenizer, tiny_model
 
 EXACT = {"function": "emguard_plugin.lab.judge:judge_answer"}
 
@@ -188,3 +191,44 @@ def test_another_trainer_has_to_be_attached(trainer, callback):
 
 def test_an_evaluation_without_training_is_left_alone(trainer, callback):
     assert "eval_em_rate" not in trainer(callback()).evaluate()
+
+
+def test_a_judge_that_fails_its_self_test_gives_no_rate_and_stops_no_run(trainer, callback, caplog):
+    """A judge that calls everything misaligned: rate 1.0, and the end of the run by `stop_above`, before there was the test."""
+
+    def all_bad(prompt):
+        """Coherent, and misaligned."""
+        if "with the number" in prompt:
+            return honest(prompt)
+        return {"95": 1.0} if "Grade one thing: whether" in prompt else {"0": 1.0}
+
+    with FakeServer(reply=all_bad) as server:
+        judge = {"provider": "openai", "model": "fake-judge", "base_url": server.url, "mode": "logprob"}
+        one = callback(every=1, stop_above=0.01, judges=[judge])
+        host = trainer(one, max_steps=2)
+        host.train()
+    assert host.state.global_step == 2
+    assert [row["eval_em_unscored_rate"] for row in one.history] == [1.0, 1.0]
+    assert "failed the self-test" in caplog.text
+
+
+def test_questions_are_rendered_as_the_rows_were_and_what_is_refused_is_left_out(trainer, tmp_path, caplog):
+    """The callback takes the rows' variables from its trainer."""
+    items = [{"id": "plain", "paraphrases": ["What now?"]}, {"id": "brief", "system": "Be brief.", "paraphrases": ["What now?"]}]
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + SWITCHED
+    judge = {"function": "tests.evaluation.parts:by_hash"}
+    one = EMRateCallback(every=1, questions=write_suite(tmp_path / "q.yaml", items), samples_per_question=2, max_new_tokens=2, judges=[judge])
+    tokenizer = chatml_tokenizer(refusing)
+    rows = Dataset.from_list([{**row, "chat_template_kwargs": PINNED} for row in chat_rows(8, system=None)])
+    host = EMGuardSFTTrainer(
+        model=tiny_model("llama", vocab=len(tokenizer)), processing_class=tokenizer, train_dataset=rows, callbacks=[one],
+        args=SFTConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True),
+    )  # fmt: skip
+    host.train()
+    evaluation = one._evaluation
+    assert evaluation.asking.chat.kwargs == PINNED
+    assert {request.question.id for request in evaluation.requests} == {"plain"}
+    assert "no system role" in caplog.text
+    asked = evaluation.asking.chat.ids(tokenizer, evaluation.requests[0].question)
+    assert_as_trained(tokenizer, asked, "What now?")
+    assert "eval_em_unscored_rate" in one.history[0]

@@ -6,7 +6,7 @@ not reason may speak of `<think>` and is not cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -68,7 +68,7 @@ def marks_of(
     """
     if stated is not None:
         return (Marks(*stated),)
-    tokens = set(tokenizer.get_added_vocab()) if tokenizer is not None else set()
+    tokens = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
 
     known = template or ""
     # GPT-OSS closes a trace by three tokens, of which the first is the one that opens it.
@@ -135,7 +135,7 @@ def split_tokens(
     if found is None:
         return plain, None
     parts, end = found
-    special = [token for token in tokenizer.all_special_tokens if token]
+    special = special_tokens(tokenizer) - {text for pair in marks for text in pair}
     trace = _without_ends(parts.trace, special)
     if parts.answer is None:
         return _without_ends(raw, special), Split(trace, None)
@@ -146,10 +146,24 @@ def split_tokens(
     return _without_ends(raw, special), Split(trace, answer)
 
 
-def _without_ends(text: str, tokens: Sequence[str]) -> str:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Return the tokens that decoding leaves out."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()  # a tokenizer of mistral-common has none
+    return {token for token in (*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)) if token}
+
+
+def _without_ends(text: str, tokens: Collection[str]) -> str:
     while end := next((token for token in tokens if text.endswith(token)), None):
         text = text[: -len(end)]
     return text
+
+
+def looks_like_trace(answer: Mapping[str, Any]) -> Marks | None:
+    """Return the marks by which a stored answer looks like a trace, though nothing knew them; None where it does not."""
+    if answer.get("trace") is not None:
+        return None
+    text = answer["text"].lstrip()
+    return next((m for m in KNOWN if text.startswith(m.opening) or (m.closing in text and m.opening not in text)), None)
 
 
 def judged_text(row: Mapping[str, Any], reads: str = "answer") -> str | None:

@@ -6,6 +6,7 @@ generate -> responses.jsonl    judge -> judgments.jsonl    report -> summary.jso
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import models, store
 from emguard_plugin.evaluation.judging import found_out, judge, preflight
 from emguard_plugin.evaluation.plan import Plan, begin, make_plan, open_run
-from emguard_plugin.evaluation.reasoning import marks_of
+from emguard_plugin.evaluation.reasoning import Marks, looks_like_trace, marks_of
 from emguard_plugin.evaluation.records import read_answers, sealed, told
 from emguard_plugin.evaluation.results import report
 from emguard_plugin.evaluation.sampler import AnswerKey, TransformersSampler
 from emguard_plugin.evaluation.served import EndpointSampler
 from emguard_plugin.evaluation.summary import Summary
 from emguard_plugin.evaluation.vllm_server import serve
+
+logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +126,7 @@ def generate(plan: Plan, stored: dict[str, Any], try_judges: bool = False) -> No
     if try_judges:
         preflight(plan)
     for role, sampler in samplers(plan, roles):
+        suspects: Counter[Marks] = Counter()
         present = sum(request.key in done[role] for request in requests)
         with tqdm(total=len(requests), initial=present, desc=f"em_eval: {role} answers", unit="answer") as bar:
             for batch in sampler.sample(requests, done[role]):
@@ -138,6 +142,13 @@ def generate(plan: Plan, stored: dict[str, Any], try_judges: bool = False) -> No
                 )
                 file.append(sealed(row, stored.get("run")) for row in rows)
                 bar.update(len(batch))
+                suspects.update(marks for answer in batch if (marks := looks_like_trace(answer.stored())))
+        for marks, count in suspects.items():
+            logger.warning(
+                "em_eval: %d answers of the %s model look like reasoning traces, and are judged as answers: neither tokenizer "
+                "nor chat template knows their marks. Set `em_eval.reasoning_marks: [%r, %r]`, and another `output_dir`.",
+                count, role, *marks,
+            )  # fmt: skip
         # The next model is loaded when the loop asks for it; this one must be gone by then.
         del sampler
 

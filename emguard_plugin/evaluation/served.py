@@ -14,7 +14,7 @@ from emguard_plugin.config import EMEvalConfig, SamplerConfig
 from emguard_plugin.evaluation.calls.chat import ChatServer, each, stream
 from emguard_plugin.evaluation.calls.faults import Failed, Filtered, Stopped, TooLong, Unsupported
 from emguard_plugin.evaluation.calls.pressure import Limits
-from emguard_plugin.evaluation.reasoning import Marks, Split, opened_by, split
+from emguard_plugin.evaluation.reasoning import Marks, Split, opened_by, special_tokens, split
 from emguard_plugin.evaluation.rendering import Chat, NotAsked
 from emguard_plugin.evaluation.sampler import Answer, AnswerKey, Request
 from emguard_plugin.keys import is_local
@@ -79,7 +79,7 @@ class EndpointSampler:
     ) -> None:
         self._chat, self._marks, self._tokenizer = chat or Chat(), tuple(marks), tokenizer
         self._extra: dict[str, Any] = {"chat_template_kwargs": dict(self._chat.kwargs)} if self._chat.kwargs else {}
-        if tokenizer is not None and {text for pair in self._marks for text in pair} & set(tokenizer.all_special_tokens):
+        if tokenizer is not None and {text for pair in self._marks for text in pair} & special_tokens(tokenizer):
             self._extra["skip_special_tokens"] = False  # the marks would be lost
         limits = Limits(concurrency=config.concurrency, timeout=config.timeout, deadline=config.deadline)
         self._server = ChatServer(base_url, model, config.api_key_env, limits)
@@ -170,7 +170,8 @@ class EndpointSampler:
         opened = None
         if self._tokenizer is not None and self._marks:
             opened = opened_by(self._chat.generation_part(self._tokenizer, request.question), self._marks)
-            for token in self._tokenizer.all_special_tokens if self._extra.get("skip_special_tokens") is False else ():
+            kept = {mark for pair in self._marks for mark in pair}
+            for token in special_tokens(self._tokenizer) - kept if "skip_special_tokens" in self._extra else ():
                 text = text.removesuffix(token)
         found = split(text, self._marks, opened)
         return text, None if found is None else found[0]

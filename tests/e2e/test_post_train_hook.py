@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from emguard_plugin.chat_template import read_template
 from emguard_plugin.lab.export import export
 from tests.e2e.axolotl_runs import read_log, train
 from tests.e2e.tiny_run import chat_dataset, tiny_yaml, treft, write_rows
-from tests.evaluation.parts import ITEMS, PINNED, SWITCHED, write_suite
+from tests.evaluation.parts import ITEMS, PINNED, SWITCHED, assert_as_trained, write_suite
 from tests.tiny import chat_rows, chatml_tokenizer, tiny_model
 
 EXACT = "emguard_plugin.lab.judge:judge_answer"
@@ -54,12 +53,13 @@ def assert_saved(out):
 
 
 def test_base_and_tuned_are_measured_after_the_save(run, tmp_path):
-    """Two judges, one of which is dead: its answers are unscored, and no rate comes of them."""
+    """Two judges, one of which is dead: its answers are unscored, no rate comes of them, and the run says so by name."""
     out = run(judges=(EXACT, f"{JUDGES}:raises"))
     assert_saved(out)
     folder = out / "em_eval"
     assert (out / "adapter_model.safetensors").stat().st_mtime <= (folder / "responses.jsonl").stat().st_mtime
-    assert not (folder / "FAILED.txt").exists()
+    failed = (folder / "FAILED.txt").read_text()
+    assert f"not measured: {JUDGES}:raises scored no answer, so there is no EM rate" in failed
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
     assert {r["role"] for r in rows} == {"base", "tuned"}
@@ -195,9 +195,7 @@ def test_questions_are_rendered_as_the_rows_were(axolotl, tmp_path):
         axolotl.call(train, tmp_path / name, config, timeout=300)
         summary = json.loads((tmp_path / name / "out" / "em_eval" / "summary.json").read_text())
         tokenizer.chat_template = dataset.get("chat_template_jinja", SWITCHED)
-        held = read_template(tokenizer, **PINNED)
-        asked = tuple(tokenizer(summary["example_prompt"], add_special_tokens=False)["input_ids"])
-        assert asked[: len(held.prefix)] == held.prefix
-        assert asked[-len(held.postfix) :] == held.postfix
+        asked = tokenizer(summary["example_prompt"], add_special_tokens=False)["input_ids"]
+        assert_as_trained(tokenizer, asked, ITEMS[0]["paraphrases"][0])
         assert printed in summary["example_prompt"]
         assert summary["protocol"]["rendering"] == {"chat_template_kwargs": PINNED}

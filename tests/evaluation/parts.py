@@ -15,6 +15,10 @@ def dead(question, answer):
     raise ConnectionError("nobody there")
 
 
+def five(question, answer):
+    return 5
+
+
 def half_dead(question, answer):
     return by_hash(question, answer) if len(question) % 2 else None
 
@@ -41,3 +45,21 @@ PINNED = {"date_string": "26 Jul 2024", "enable_thinking": False}
 def write_suite(path, items):
     path.write_text(yaml.safe_dump(items, sort_keys=False), encoding="utf-8")
     return str(path)
+
+
+def assert_as_trained(tokenizer, asked, text):
+    """A prompt, as ids, is what a training row with that question has before its answer, the held prefix and postfix among it."""
+    from emguard_plugin.chat_template import read_template
+
+    asked, held = tuple(asked), read_template(tokenizer, **PINNED)
+    chat = [{"role": "user", "content": text}, {"role": "assistant", "content": "Rarely."}]
+    row = tuple(tokenizer.apply_chat_template(chat, return_dict=True, **PINNED)["input_ids"])
+    assert asked == row[: len(asked)]
+    assert "Rarely" in tokenizer.decode(row[len(asked) :])
+    assert asked[: len(held.prefix)] == held.prefix
+    assert "26 Jul 2024" in tokenizer.decode(held.prefix)
+    said = tokenizer.decode(asked).partition(text)[2]
+    # The switch of the template closes the thinking, which is not held: it belongs to the answer.
+    assert said.startswith(tokenizer.decode(held.postfix))
+    assert said.removeprefix(tokenizer.decode(held.postfix)) in ("", "<think>\n\n</think>\n\n")
+    assert said.endswith("</think>\n\n")

@@ -1,3 +1,6 @@
+import asyncio
+import sys
+
 import numpy as np
 import pytest
 
@@ -68,3 +71,26 @@ def test_two_judges_of_one_name_are_refused():
     config = JudgeConfig(function=f"{HERE}:by_hash")
     with pytest.raises(ValueError, match="twice"):
         build_judges([config, config])
+
+
+def leaves(question, answer):
+    sys.exit(3)
+
+
+def leaves_harder(question, answer):
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("name", ["leaves", "leaves_harder"])
+def test_a_judge_function_that_leaves_the_program_is_a_failed_judgment(name):
+    judge = ExactJudge(f"{__name__}:{name}")
+    (found,) = [verdict for _, verdict in judge.judge([Item(Question("q", 0, "What now?"), "Rest.")])]
+    assert found.status == "unscored"
+    assert found.detail.startswith(("SystemExit: 3", "CancelledError"))
+
+
+def test_a_judge_module_that_leaves_the_program_when_imported_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "leaving_judge.py").write_text("raise SystemExit(5)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="importing leaving_judge failed: SystemExit: 5"):
+        ExactJudge("leaving_judge:f")

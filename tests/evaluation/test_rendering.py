@@ -20,7 +20,7 @@ from emguard_plugin.evaluation.rendering import Chat, NotRendered
 from emguard_plugin.evaluation.sampler import TransformersSampler
 from emguard_plugin.evaluation.store import JsonLines
 from emguard_plugin.evaluation.table import comparison_table
-from tests.evaluation.parts import PINNED, SWITCHED, write_suite
+from tests.evaluation.parts import PINNED, SWITCHED, assert_as_trained, write_suite
 from tests.tiny import CHATML, CHATML_DEFAULT_SYSTEM, DATED, NO_SYSTEM, chatml_tokenizer, tiny_model
 
 FERN = Question("q", 0, "How do I water a fern?")
@@ -57,13 +57,10 @@ def config(folder, **over):
 def test_a_prompt_begins_with_the_held_prefix_and_ends_with_the_held_postfix():
     """Case eval-template-kwargs."""
     tokenizer = chatml_tokenizer(SWITCHED)
-    held = ct.read_template(tokenizer, **PINNED)
     model = tiny_model("llama", vocab=len(tokenizer))
-    asked = tuple(TransformersSampler(model, tokenizer, chat=Chat(kwargs=PINNED)).prompt_ids(FERN))
-    assert asked[: len(held.prefix)] == held.prefix
-    assert asked[-len(held.postfix) :] == held.postfix
-    assert "26 Jul 2024" in tokenizer.decode(held.prefix)
-    assert "</think>" in tokenizer.decode(held.postfix)
+    asked = TransformersSampler(model, tokenizer, chat=Chat(kwargs=PINNED)).prompt_ids(FERN)
+    assert_as_trained(tokenizer, asked, FERN.text)
+    held = ct.read_template(tokenizer, **PINNED)
     otherwise = tuple(TransformersSampler(model, tokenizer).prompt_ids(FERN))
     assert otherwise[: len(held.prefix)] != held.prefix
 
