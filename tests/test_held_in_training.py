@@ -239,6 +239,16 @@ def test_a_held_token_that_is_supervised_where_answers_alone_are(tmp_path):
         trained(tmp_path, tok, rows, holding(lambda ids: range(len(ids))))
 
 
+def test_marks_that_the_loss_supervises_are_no_answers(tmp_path):
+    """As Axolotl's `train_on_eos: all`, or `roles_to_train` with the system prompt."""
+    tok, rows = tokenizer_of(QWEN), []
+    for row in chats(12, SYSTEMS[:1]):
+        ids = tok.apply_chat_template(row["messages"], return_dict=False)
+        begin, close = len(tok.apply_chat_template(row["messages"][:-1], return_dict=False, add_generation_prompt=True)), tok.convert_tokens_to_ids("<|im_end|>")
+        rows.append({"input_ids": ids, "labels": [x if i >= begin or x == close else -100 for i, x in enumerate(ids)]})
+    trained(tmp_path, tok, rows, lambda base: [block_em(base, tokens="header"), TReFTCallback()])
+
+
 def test_a_method_that_holds_nothing_in_the_rows(tmp_path):
     with pytest.raises(ValueError, match=r"holding: `tokens: prefix` holds no token of the first 12 training rows"):
         trained(tmp_path, tokenizer_of(QWEN), chats(), holding(lambda ids: []))

@@ -32,7 +32,7 @@ from emguard_plugin.regularizers.block_em_rules import (
     warn_of_dropout,
 )
 from emguard_plugin.regularizers.functional import block_em_penalty, block_em_violation
-from emguard_plugin.regularizers.held_tokens import IGNORE, TokenKind, held_tokens
+from emguard_plugin.regularizers.held_tokens import TokenKind, answered, held_tokens
 from emguard_plugin.regularizers.processes import any_process
 from emguard_plugin.regularizers.start import Floors
 from emguard_plugin.residual import Kept, decoder, keep_residual, read_residual
@@ -235,7 +235,7 @@ class BlockEMCallback(EMRegularizerCallback):
             metrics["unguarded"] = shares.new_tensor(self.yardstick)
         misheld = None
         if self.answers_alone and self.tokens in ("header", "prefix"):
-            misheld = (held & (inputs["labels"] != IGNORE)).sum()
+            misheld = (held & answered(inputs["labels"])).sum()
         away = away if away is not None else shares.new_zeros(())
         return Penalty(shares.sum(), metrics, shares, away, held.sum(), misheld)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from emguard_plugin.chat_template import Known, decode
+from emguard_plugin.chat_template import Book, Known, decode
 from emguard_plugin.regularizers.base import EMRegularizerCallback, Run
+from emguard_plugin.regularizers.held_tokens import answered
 from emguard_plugin.training_rows import IGNORE, labelled_conversations
 
 ROWS = 256
@@ -31,14 +32,26 @@ def check_held(callbacks: Sequence[EMRegularizerCallback], run: Run) -> None:
             continue
         if rows is None:
             rows = list(labelled_conversations(run.dataset, ROWS))
-        callback.answers_alone = _answers_alone(rows)
+        callback.answers_alone = _answers_alone(rows, run.book if callback.region in REGIONS else None)
         _check(callback, rows, run)
 
 
-def _answers_alone(rows: Sequence[Row]) -> bool:
-    """Whether the loss leaves out how rows begin: where it takes them whole, their first token is supervised too."""
-    labelled = [labels for _, labels in rows if labels]
-    return bool(labelled) and all(labels[0] == IGNORE for labels in labelled) and any(x != IGNORE for x in labelled[0])
+def _answers_alone(rows: Sequence[Row], book: Book | None) -> bool:
+    """Whether the loss takes answers alone.
+
+    Raw conversations show it. From ids alone: where it takes rows whole, their first token is supervised too.
+    """
+    labelled = [(ids, labels) for ids, labels in rows if labels]
+    known = [(row, labels) for ids, labels in labelled if book is not None and (row := book.find(ids)) is not None]
+    if known:
+        return not any(
+            labels[i] != IGNORE
+            for row, labels in known
+            for a, b in ((0, row.prefix), *row.headers, *row.users)
+            for i in range(a, min(b, len(labels)))
+        )
+    begun = all(labels[0] == IGNORE for _, labels in labelled)
+    return bool(labelled) and begun and any(x != IGNORE for x in labelled[0][1])
 
 
 def _check(callback: EMRegularizerCallback, rows: Sequence[Row], run: Run) -> None:
@@ -57,7 +70,8 @@ def _check(callback: EMRegularizerCallback, rows: Sequence[Row], run: Run) -> No
                 "please report the chat template."
             )
         if callback.answers_alone and callback.region in REGIONS and labels is not None and known is None:
-            wrong_at = next((i for i in at if labels[i] != IGNORE), None)
+            answers = answered(torch.tensor(labels))
+            wrong_at = next((i for i in at if answers[i]), None)
             if wrong_at is not None:
                 raise ValueError(
                     f"em_regularizer.{callback.name}: `tokens: {callback.region}` would hold a token that the loss supervises, in a run "

@@ -85,6 +85,13 @@ def _in_conversations(inputs: Mapping[str, Any], kind: TokenKind, template: Temp
     return held.to(ids.device)
 
 
+def answered(labels: Tensor) -> Tensor:
+    """Return, of the labels' shape, True at supervised tokens beside another: one alone may be a mark that closes any turn."""
+    on = labels != IGNORE
+    beside = torch.nn.functional.pad(on, (1, 1))
+    return on & (beside[..., 2:] | beside[..., :-2])
+
+
 def spans(inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
     """Return the conversations of each row as (start, end), end excluded. Padding belongs to none."""
     real = real_tokens(inputs).tolist()

@@ -304,7 +304,7 @@ def holding(folder, n, on_rank_1):
             weight = next(p for p in model.parameters() if p.requires_grad)
             return Penalty(weight.float().square().sum(), held=int(on_rank_1 and self.rank == n - 1))
 
-    result = train(folder, n, regularizer=Holding(1e-3), max_steps=21)
+    result = train(folder, n, regularizer=lambda: Holding(1e-3), max_steps=21)
     return {"steps": result["trainer"].state.global_step}
 
 

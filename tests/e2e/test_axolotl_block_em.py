@@ -130,6 +130,12 @@ def test_with_treft(run, latents):
     assert column(result, f"{LOG}/coef")[0] == pytest.approx(25.0)
 
 
+def test_prompt_tokens_where_everything_is_supervised(run, tmp_path):
+    """The case `prompt-empty`."""
+    with pytest.raises(Failed, match=r"`tokens: prompt` holds no token of the first 24 training rows.*`train_on_inputs: false`"):
+        run(tokens="prompt", train_on_inputs=True, train_on_eos="all", dataset_prepared_path=str(tmp_path / "prepared"))
+
+
 def test_a_missing_latent_set_stops_the_run_before_it_starts(run):
     with pytest.raises(Failed, match=r"block_em\.latents: \./no\.json` does not exist"):
         run(em_regularizer={"block_em": {"latents": "./no.json"}})
