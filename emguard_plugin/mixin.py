@@ -81,6 +81,7 @@ class EMRegularizerMixin:
             rank=self.accelerator.process_index,
             optimizer_built=self.optimizer is not None,
             steps_early=self.is_deepspeed_enabled,
+            autocast=str(self.accelerator.mixed_precision),
             chats=self._chats(),
         )
         active = [c.prepare(run) for c in self._regularizers]

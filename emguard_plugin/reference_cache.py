@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -223,7 +223,8 @@ def discard_unfinished(folder: Path) -> None:
 def discard(folder: Path) -> None:
     """Remove the files of a cache, the description first, and leave what is not one of them."""
     for name in sorted(_ours(folder), key=lambda n: n != META):
-        os.unlink(folder / name)
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _names(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,11 @@ def moved_into_place(path: Path) -> Iterator[Path]:
     Raises:
         OSError: naming `path` and why, when it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # A folder of our own: libraries write beside the name that they are given (safetensors: `.tmpXXXXXX`).
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        beside.mkdir(exist_ok=True)
+        part = beside / path.name
         yield part
         with part.open("rb") as file:
             os.fsync(file.fileno())
@@ -38,8 +42,7 @@ def moved_into_place(path: Path) -> Iterator[Path]:
     except OSError as exc:
         raise cannot_write(path, exc) from exc
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def cannot_write(path: Path, why: Any) -> OSError:

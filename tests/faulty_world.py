@@ -190,6 +190,19 @@ def targets(world):
     def nothing(folder):
         return None
 
+    def fresh(folder):
+        return ["eval", folder / "adapter", "--config", root / "eval.json", "--output-dir", folder / "out"]
+
+    def on_sae(folder):
+        return [folder / "sae" if part == root / "sae" else part for part in dry("--exclude", root / "found.json")(folder)]
+
+    def cuts(content, rng):
+        """What is no safetensors file any more; a flipped bit is another model's."""
+        yield from faulty.of_whole(rng, 3)
+        for _ in range(3):
+            at = rng.randrange(1, len(content))
+            yield f"cut at byte {at}", content[:at]
+
     other_eval, other_found = root / "eval_other", root / "other.work" / "block1"
 
     def lines(n, other=None):
@@ -245,6 +258,10 @@ def targets(world):
         "found.work/block1/protocol.json": ("found.work", one(6), found, latents),
         "found.work/block1/responses.jsonl": ("found.work", lines(6, (other_found / "responses.jsonl").read_bytes()), found, latents),
         "found.work/block1/judgments.jsonl": ("found.work", lines(6, (other_found / "judgments.jsonl").read_bytes()), found, latents),
+        "adapter/adapter_config.json": ("adapter", lambda content, rng: faulty.of_whole(rng, 6), fresh, rates),
+        "adapter/adapter_model.safetensors": ("adapter", lambda content, rng: cuts(content, rng), fresh, rates),
+        "sae/cfg.json": ("sae", lambda content, rng: faulty.of_whole(rng, 6), on_sae, nothing),
+        "sae/sae_weights.safetensors": ("sae", lambda content, rng: cuts(content, rng), on_sae, nothing),
         "found.json": ("found", one(12), dry("--exclude", "found.json"), nothing),
         "found.safetensors": ("found", faulty.of_a_binary, dry("--exclude", "found.json"), nothing),
     }
@@ -269,6 +286,9 @@ def spoilt(world, name, content, folder, command, read):
     elif within == "found.work":
         shutil.copytree(root / "found.work", folder / "work")
         place = folder / "work" / "block1" / Path(name).name
+    elif within in ("adapter", "sae"):
+        shutil.copytree(root / within, folder / within)
+        place = folder / name
     else:
         for file in ("found.json", "found.safetensors") if within == "found" else (name,):
             shutil.copy(root / file, folder / file)
@@ -296,7 +316,8 @@ def check(world, name, content, folder):
         return Outcome("same" if numbers == world.numbers[name] else "wrong", result.exit_code, said)
     last = said.splitlines()[-1] if said else ""
     # Nothing measured, and the reason said: answers that the file does not judge are unscored.
-    named = result.exit_code in (2, 4) and (Path(name).stem in last or (numbers and numbers == world.numbers[name]))
+    place = Path(name).parts[0] if name.startswith(("adapter/", "sae/")) else Path(name).stem
+    named = result.exit_code in (2, 4) and (place in last or (numbers and numbers == world.numbers[name]))
     return Outcome("refused" if named else "bare", result.exit_code, said)
 
 

@@ -14,7 +14,8 @@ SEED, EACH = 7, 3
 FILES = (
     "eval/protocol.json", "eval/judges.json", "eval/responses.jsonl", "eval/judgments.jsonl", "eval/summary.json", "open.yaml", "rows.jsonl",
     "judged.csv", "judgments.jsonl", "found.work/block1/protocol.json", "found.work/block1/responses.jsonl",
-    "found.work/block1/judgments.jsonl", "found.json", "found.safetensors",
+    "found.work/block1/judgments.jsonl", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "sae/cfg.json",
+    "sae/sae_weights.safetensors", "found.json", "found.safetensors",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from emguard_plugin import KLCallback, TReFTCallback
+from emguard_plugin.regularizers.base import EMRegularizerCallback
 from emguard_plugin.regularizers.kl import STATE_FILE as KL_STATE
 from emguard_plugin.regularizers.kl_reference import FOLDER as KL_FOLDER
 from emguard_plugin.state_files import FORMAT, digest
@@ -122,9 +123,11 @@ def test_latents_that_are_not_this_models_are_found_out_by_the_first_penalty(tmp
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("name", FILES)
-def test_the_first_penalty_of_a_right_reference_is_below_the_floor(tmp_path, name, precision):
+def test_the_first_penalty_of_a_right_reference_is_below_the_floor(tmp_path, monkeypatch, name, precision):
     """Recorded in other batches than the step's, with dropout on, in every precision a CPU has."""
-    over = {"bf16": True} if precision == "autocast" else {}
+    over, seen = ({"bf16": True} if precision == "autocast" else {}), []
+    check = TReFTCallback._check_start
+    monkeypatch.setattr(EMRegularizerCallback, "_check_start", lambda self, start: seen.append(start.precision) or check(self, start))
     for family in ("llama", "gemma2", "mixtral"):
         model = tiny_model(family, vocab=len(chatml_tokenizer()), attention_dropout=0.1)
         if precision == "bfloat16":
@@ -132,10 +135,11 @@ def test_the_first_penalty_of_a_right_reference_is_below_the_floor(tmp_path, nam
         callback = method(name, tmp_path) if name != "block_em" else block_em(model)
         trained = run(tmp_path / family, model=model, callbacks=[callback], max_steps=1, learning_rate=0.002, **over)
         assert len(column(trained, f"em_regularizer/{name}/penalty")) == 1
+    assert seen == ["float32" if precision == "float32" else "bfloat16"] * 3
 
 
 def test_an_identity_is_worked_out_once_a_run(tmp_path, monkeypatch):
-    from emguard_plugin.regularizers import base as regularizers
+    from emguard_plugin.regularizers import run_facts as regularizers
 
     calls, identify = [], regularizers.identify
     monkeypatch.setattr(regularizers, "identify", lambda *a: calls.append(1) or identify(*a))

@@ -43,7 +43,7 @@ class ModelPair:
         try:
             self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(self.source)
             self._models = self._load()
-        except OSError as error:
+        except (OSError, models.CannotLoadError) as error:
             raise ValueError(
                 f"the misaligned model {misaligned} or its base {self.source.base} cannot be loaded: {error}\nGive the folder or hub "
                 "name of the base with `--base`."

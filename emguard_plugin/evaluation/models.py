@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from emguard_plugin.files import first_line, read_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +18,27 @@ if TYPE_CHECKING:
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 # Both patterns also match what a trainer leaves beside the weights.
 NOT_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin", "scheduler.bin", "scaler.pt")
+
+
+class CannotLoadError(ValueError):
+    """A folder or name from which no model or tokenizer can be loaded."""
+
+
+@contextmanager
+def loading(what: str, name: str | Path) -> Iterator[None]:
+    """Say which model cannot be loaded: libraries raise whatever their parts raise, and name no file.
+
+    Raises:
+        CannotLoadError: In place of every exception but those of memory.
+    """
+    import torch
+
+    try:
+        yield
+    except (CannotLoadError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CannotLoadError(f"the {what} of {name} cannot be loaded: {type(error).__name__}: {first_line(error)}.") from error
 
 
 @dataclass(frozen=True)
@@ -48,7 +71,7 @@ def resolve_model(path: str | Path, base: str | Path | None = None) -> ModelSour
         raise ValueError(f"model folder {path} does not exist. Give the folder that the training run saved.")
     adapter_config = path / "adapter_config.json"
     if adapter_config.is_file():
-        named = base or json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        named = base or read_record(adapter_config, dict[str, Any]).get("base_model_name_or_path")
         if not named:
             raise ValueError(
                 f"{adapter_config} does not name its base model. Pass `base`, the model it was trained on."
@@ -103,7 +126,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     own = (source.path / "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(source.path if own or not source.base else source.base)
+    place = source.path if own or not source.base else source.base
+    with loading("tokenizer", place):
+        return AutoTokenizer.from_pretrained(place)
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -142,14 +167,16 @@ def _load(name: str | Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval()
+    with loading("model", name):
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval()
 
 
 def _attach(model: PreTrainedModel, adapter: Path, vocabulary: int) -> PreTrainedModel:
     from peft import PeftModel
 
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_record(adapter / "adapter_config.json", dict[str, Any])
     holds_embedding = bool(config.get("modules_to_save") or config.get("trainable_token_indices"))
     if holds_embedding and vocabulary > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(vocabulary)
-    return PeftModel.from_pretrained(model, adapter).eval()
+    with loading("adapter", adapter):
+        return PeftModel.from_pretrained(model, adapter).eval()

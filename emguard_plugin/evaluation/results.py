@@ -19,6 +19,7 @@ from emguard_plugin.evaluation.rates import THRESHOLDS, Scored, difference, suit
 from emguard_plugin.evaluation.reasoning import UNFINISHED, judged_text, reads_of
 from emguard_plugin.evaluation.records import judge_id
 from emguard_plugin.evaluation.store import plain
+from emguard_plugin.evaluation.suites import named
 from emguard_plugin.evaluation.summary import JudgeResult, NotAsked, Summary
 from emguard_plugin.evaluation.verdict import verdict
 
@@ -80,7 +81,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
         not_asked=[NotAsked(**asdict(one)) for one in plan.asking.not_asked],
         models=stored["models"],
         sources={
-            name: source if "://" in source else Path(source).name for name, source in plan.config.suites().items()
+            name: named(source) if "://" in source else Path(source).name for name, source in plan.config.suites().items()
         },
         judges=results,
         agreement=[pair for suite, answers in pooled.items() for pair in agreement(answers, suite)],

@@ -14,8 +14,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from emguard_plugin.evaluation.models import ModelSource
+from emguard_plugin.files import read_record
 from emguard_plugin.keys import redact
 
 PATIENCE = 1800.0
@@ -117,9 +119,8 @@ def _tail(output: object) -> str:
 
 
 def _rank(adapter: Path) -> int:
-    import json
 
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_record(adapter / "adapter_config.json", dict[str, Any])
     rank = max([config.get("r") or 8, *(config.get("rank_pattern") or {}).values()])
     return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)  # what vLLM allows
 

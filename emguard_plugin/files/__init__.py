@@ -18,9 +18,9 @@ from emguard_plugin.files.json_files import (
     read_rows,
     seal_of,
 )
-from emguard_plugin.files.text import read_text, shown
+from emguard_plugin.files.text import first_line, read_text, shown
 from emguard_plugin.files.yaml_files import read_yaml
 
 __all__ = [
-    "EXACT", "Row", "parsed", "read_json", "read_objects", "read_record", "read_records", "read_rows", "read_text", "read_yaml", "seal_of", "shown",
+    "EXACT", "Row", "first_line", "parsed", "read_json", "read_objects", "read_record", "read_records", "read_rows", "read_text", "read_yaml", "seal_of", "shown",
 ]  # fmt: skip

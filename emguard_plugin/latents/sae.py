@@ -43,7 +43,11 @@ def load_sae(source: str, device: str = "cpu") -> Any:
         raise RuntimeError(f"SAEs are loaded with sae-lens: {exc}. Run `pip install 'emguard-plugin[sae]'`.") from exc
     folder = Path(source).expanduser()
     if (folder / "cfg.json").is_file():
-        sae = SAE.load_from_disk(folder, device=device)
+        try:
+            sae = SAE.load_from_disk(folder, device=device)
+        except Exception as exc:  # sae-lens raises whatever its parts raise: missing keys, types, shapes, damaged tensors
+            said = (str(exc).splitlines() or [""])[0]
+            raise ValueError(f"`{source}` holds no SAE that can be read, in `cfg.json` or `sae_weights.safetensors`: {type(exc).__name__}: {said}") from exc
     elif folder.is_dir() or source.startswith((".", "/", "~")):
         raise ValueError(f"`{source}` is no folder with an SAE (`cfg.json`, `sae_weights.safetensors`).")
     else:

@@ -103,7 +103,7 @@ class EMRegularizerCallback(TrainerCallback):
         self._layer_names: Sequence[int] = ()
         self.source = "the reference"
         self.saved_in: Path | None = None
-        self._fresh, self._steps_early, self._start = False, False, None
+        self._fresh, self._steps_early, self._autocast, self._start = False, False, "no", None
 
     @abstractmethod
     def prepare(self, run: Run) -> str:
@@ -156,7 +156,7 @@ class EMRegularizerCallback(TrainerCallback):
     def started(self, run: Run) -> None:
         """Note what the trainer mixin has just prepared for."""
         self._fresh, self._steps_early = run.resume_from is None, run.steps_early
-        self._start, self.saved_in, self._model = None, None, run.identity.in_words()
+        self._start, self.saved_in, self._model, self._autocast = None, None, run.identity.in_words(), run.autocast
 
     def measure(
         self,
@@ -195,7 +195,7 @@ class EMRegularizerCallback(TrainerCallback):
         if step == 0 and self._fresh and self.floors is not None:
             away = (penalty.value if penalty.away is None else penalty.away).detach().float()
             share = away if self.every == "optimizer_step" else away / micro_batch[1]
-            self._start = Start(share if self._start is None else self._start.away + share, precision_of(model))
+            self._start = Start(share if self._start is None else self._start.away + share, precision_of(model, self._autocast))
         self._trains = True  # the graph is the same at every step of a run: walk it once
         self._last = Penalty(
             value, penalty.metrics, None if penalty.per_layer is None else penalty.per_layer.detach()

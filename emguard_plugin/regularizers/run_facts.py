@@ -34,6 +34,7 @@ class Run:
         optimizer_built: Whether the optimizer exists already, so that it is too late to freeze parameters.
         chats: Gives the training conversations as they were before they were tokenised, up to 2,000 evenly spread; None where the
             host has them no more.
+        autocast: The precision that the host runs forward passes in, as accelerate names it.
         steps_early: Whether the host has taken the optimizer step by the time it calls `on_pre_optimizer_step` (DeepSpeed).
     """
 
@@ -51,6 +52,7 @@ class Run:
     rank: int = 0
     optimizer_built: bool = False
     steps_early: bool = False
+    autocast: str = "no"
     chats: Callable[[], Iterable[Chat]] | None = None
 
     @cached_property

@@ -41,14 +41,17 @@ class Start(NamedTuple):
     precision: str
 
 
-def precision_of(model: nn.Module) -> str:
-    """Return the lowest precision that a model computes in where this is called: quantised, bfloat16, float16 or float32."""
+def precision_of(model: nn.Module, autocast: str = "no") -> str:
+    """Return the lowest precision that a model computes in: quantised weights, bfloat16, float16 or float32.
+
+    Args:
+        model: The model.
+        autocast: What the host runs its forward passes in, as accelerate names it: `no`, `bf16`, `fp16` or `fp8`.
+    """
     weights = {p.dtype for p in model.parameters()}
-    if any(not t.is_floating_point or t.itemsize == 1 for t in weights):
+    if autocast == "fp8" or any(not t.is_floating_point or t.itemsize == 1 for t in weights):
         return QUANTISED
-    for kind in {p.device.type for p in model.parameters()} - {"meta"}:
-        if torch.is_autocast_enabled(kind):
-            weights.add(torch.get_autocast_dtype(kind))
+    weights |= {"bf16": {torch.bfloat16}, "fp16": {torch.float16}}.get(autocast, set())
     lowest = next((t for t in (torch.bfloat16, torch.float16) if t in weights), torch.float32)
     return str(lowest).removeprefix("torch.")
 

@@ -63,10 +63,16 @@ class Commands:
         return process.exitcode
 
 
-def after(seconds):
-    """Hold once so many seconds have passed."""
-    start = time.monotonic()
-    return lambda: time.monotonic() - start > seconds
+def at_size(work, size, delay):
+    """Hold `delay` seconds after the files of a search have grown to so many bytes: a place in its course, whatever the load."""
+    reached = []
+
+    def holds():
+        if not reached and sum(file.stat().st_size for file in work.glob("block*/*.jsonl")) >= size:
+            reached.append(time.monotonic())
+        return bool(reached) and time.monotonic() - reached[0] >= delay
+
+    return holds
 
 
 def records(work):
@@ -96,22 +102,21 @@ def campaign(commands, root, folder, points, seed, kills=2):
         kills: Kills of one search.
     """
     rng = random.Random(seed)
-    whole, started = folder / "whole.json", time.monotonic()
+    whole = folder / "whole.json"
     assert commands.run(command(root, whole)) == 0, commands.log.read_text()[-2000:]
-    takes = time.monotonic() - started
     want, wanted = content(whole), sorted(records(whole.with_suffix(".discovery")))
-    found = {"points": 0, "ended_before": 0, "same": 0, "other": 0, "not_resumed": 0, "records_lost": 0, "seconds_of_a_whole_run": round(takes, 2)}
-    at = []
+    found = {"points": 0, "ended_before": 0, "same": 0, "other": 0, "not_resumed": 0, "records_lost": 0}
+    size, at = sum(len(line) for _, _, line in wanted), []
     number = 0
     while found["points"] < points:
         number += 1
         output = folder / f"{number}.json"
         work = output.with_suffix(".discovery")
-        for _ in range(min(kills, points - found["points"])):
-            moment = rng.uniform(0.1, 1.0) * takes
-            if commands.run(command(root, output), after(moment)) == -signal.SIGKILL:
+        # Later kills of one search come later in its course.
+        for share in sorted(rng.uniform(0, 1) for _ in range(min(kills, points - found["points"]))):
+            if commands.run(command(root, output), at_size(work, share * size, rng.uniform(0, 0.1))) == -signal.SIGKILL:
                 found["points"] += 1
-                at.append(round(moment / takes, 3))
+                at.append(round(share, 3))
                 before = records(work) if work.exists() else []
             else:
                 found["ended_before"] += 1
@@ -125,4 +130,4 @@ def campaign(commands, root, folder, points, seed, kills=2):
         same = content(output) == want and sorted(left) == wanted
         found["same" if same else "other"] += 1
         shutil.rmtree(work)
-    return {**found, "searches": number, "moments": at}
+    return {**found, "searches": number, "shares_of_the_records_written": at}

@@ -101,6 +101,12 @@ def is_rows(source: str) -> bool:
     return source.partition("#")[0].removesuffix(".gz").endswith((".jsonl", ".ndjson"))
 
 
+def named(source: str) -> str:
+    """Return an address as results show it: without what opens it, and with the hash that pins its content."""
+    _, mark, pin = source.partition("#")
+    return f"{plain(source)}{mark}{pin}"
+
+
 def plain(source: str) -> str:
     """Return a source as a message may show it: of an address, no password and nothing that signs it."""
     if "://" not in source:
