@@ -114,7 +114,7 @@ class EMRateCallback(TrainerCallback):
                 logger.info("em_eval: %s", note)
             number = len(self._evaluation.requests)
             when = f"every {self.every} steps" if self.every else "at each evaluation"
-            logger.info("em_eval: %d answers are drawn and judged %s", number, when)
+            logger.info("em_eval: %d answers are drawn and judged by %s %s", number, self._evaluation.judge, when)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -21,7 +21,7 @@ _SIGNED = re.compile(
     r"(?i)(?P<name>[?&;](?:x-(?:amz|goog|oss|ms)-[\w-]+|sig|signature|se|sp|sv|sr|skoid|sktid|key|apikey|api[-_]key|code|token|\w*[-_]token|"
     r"auth\w*|policy|awsaccesskeyid|googleaccessid|key-pair-id|secret|password|passwd|pwd|credential)=)[^&;\s#'\"`]+"
 )
-_SECRET_WORDS = re.compile(r"(?i)(?:api)?keys?|token|secrets?|passwords?|passphrase|passwd|pwd|auth\w*|bearer|credentials?|cookies?")
+_SECRET_WORDS = re.compile(r"(?i)(?:api)?keys?|token|secrets?|passwords?|passphrase|passwd|pwd|auth|authorization|authentication|authtoken|bearer|credentials?|cookies?")
 _HEX = re.compile("[0-9a-fA-F]{32,}")
 
 
@@ -82,8 +82,8 @@ def looks_like_key(text: str) -> bool:
         return True
     path = "/" in text or "sha256=" in text  # commits and hashes are parts of addresses
     for piece in re.split(r"[/._\-+=\s:#@,;()\[\]|]+", text):
-        if _HEX.fullmatch(piece) and len(set(piece)) > 4:
-            if not (path and len(piece) in (40, 64)):
+        if _HEX.fullmatch(piece):
+            if len(set(piece)) > 4 and not (path and len(piece) in (40, 64)):
                 return True
         elif len(piece) >= 20 and sum(c.isdigit() for c in piece) >= 3:
             kinds = ["digit" if c.isdigit() else "upper" if c.isupper() else "lower" for c in piece]
@@ -125,9 +125,9 @@ def refuse_keys(data: Any, where: str = "", _seen: tuple[int, ...] = ()) -> None
         if looks_like_key(str(key)):
             remember(str(key))
             raise _found(f"{where}: a key" if where else "a key")
-        if key == "api_key_env":
+        if key == "api_key_env" and isinstance(value, str):
             _check_variable(value)
-        elif is_secret_name(key) and value is not None and not isinstance(value, bool):
+        elif is_secret_name(key) and key != "api_key_env" and value is not None and not isinstance(value, bool):
             for text in (value if isinstance(value, list) else [value]):
                 remember(str(text))
             raise _found(f"`{shown(str(key))}`" + (f" (in `{where}`)" if where else ""))
@@ -137,7 +137,7 @@ def refuse_keys(data: Any, where: str = "", _seen: tuple[int, ...] = ()) -> None
 
 
 def _refuse_value(value: Any, place: str, key: str) -> None:
-    if isinstance(value, str) and looks_like_key(value) and not (key == "revision" and _HEX.fullmatch(value)):
+    if isinstance(value, str) and looks_like_key(value) and not (key == "revision" and len(value) == 40 and _HEX.fullmatch(value)):
         remember(value)
         what = "an address with a password or a signature" if "://" in value else "what looks like a key"
         raise _found(f"`{place}` holds {what}, which")
@@ -150,11 +150,9 @@ def _found(what: str) -> SecretInConfigError:
     )
 
 
-def _check_variable(value: Any) -> None:
-    if value is None or isinstance(value, bool):
-        return
-    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,63}", str(value)) or looks_like_key(str(value)):
-        remember(str(value))
+def _check_variable(value: str) -> None:
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,63}", value) or looks_like_key(value):
+        remember(value)
         raise SecretInConfigError(
             "`api_key_env` must be the name of an environment variable, such as OPENAI_API_KEY, not a key. If it is one, consider it as "
             "leaked."

@@ -56,7 +56,7 @@ def _refuse(message: str) -> NoReturn:
 def _check_keys(arguments: list[str], known: set[str]) -> Path:
     """Check the names of all keys, and return the folder of the YAML."""
     from emguard_plugin.config import BLOCKS, misplaced_blocks, suggest
-    from emguard_plugin.keys import shown
+    from emguard_plugin.keys import refuse_keys, shown
     from emguard_plugin.settings_file import read_settings
 
     keys: list[Any] = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
@@ -66,6 +66,8 @@ def _check_keys(arguments: list[str], known: set[str]) -> Path:
             raise ValueError("`--config` needs a file.")
         path = Path(arguments[arguments.index("--config") + 1])
         cfg, folder = read_settings(path), path.parent
+        for name in BLOCKS:
+            refuse_keys(cfg.get(name), name)
         for place in misplaced_blocks(cfg):
             raise ValueError(f"`{place}` stands where nothing reads it. Move it to the top level of the file, without indentation.")
         for key in (k for k in BLOCKS if k in cfg and cfg[k] is None):

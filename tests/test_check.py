@@ -5,7 +5,8 @@ import yaml
 
 from emguard_plugin.check import check_config
 from tests.e2e.tiny_run import tiny_yaml, treft, write_tiny
-from tests.tiny import CHATML, DATED, chatml_tokenizer, tiny_model
+from tests.evaluation.parts import write_suite
+from tests.tiny import CHATML, DATED, NO_SYSTEM, chatml_tokenizer, tiny_model
 
 EXACT = {"function": "emguard_plugin.lab.judge:judge_answer"}
 HELD = "treft holds 20 tokens: '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n<|im_start|>user\\n'"
@@ -268,3 +269,18 @@ def test_block_em_shows_the_template_tokens_that_it_holds(check, trl, tmp_path):
     assert r"tokens of each conversation: '<|im_end|>\n<|im_start|>assistant\n'" in " ".join(header.active)
     assert "cannot be found under" in " ".join(trl(packing=True, packing_strategy="wrapped", **prefix).problems)
     assert r"'user\n', or" in " ".join(check(chat_template="chatml", **prefix).active)
+
+
+def test_questions_that_the_template_refuses_are_named(tmp_path):
+    """Case eval-system-refused, before anything is trained."""
+    tokenizer = chatml_tokenizer(NO_SYSTEM)
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_model("llama", vocab=len(tokenizer)).save_pretrained(tmp_path / "model")
+    items = [{"id": "plain", "paraphrases": ["What now?"]}, {"id": "brief", "system": "Be brief.", "paraphrases": ["What now?"]}]
+    block = {"questions": write_suite(tmp_path / "q.yaml", items), "judges": [{"provider": "mock"}]}
+    path = tmp_path / "run.yaml"
+    for over, named in (({}, "notes"), ({"system_prompt": "Be kind."}, "problems")):
+        path.write_text(yaml.safe_dump({"model_name_or_path": str(tmp_path / "model"), "em_eval": {**block, **over}}))
+        found = check_config(path)
+        assert any("brief of questions: no system" in line for line in found.notes), found
+        assert any("refuse" in line for line in getattr(found, named)), found

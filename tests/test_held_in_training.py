@@ -221,10 +221,10 @@ def holding(*args, **kw):
 def test_a_held_token_of_the_users_own_is_an_error_that_shows_the_row(tmp_path):
     tok = tokenizer_of(QWEN)
     first = len(before(tok, chats(1, (None,))[0]["messages"]))
-    with pytest.raises(ValueError, match=r"holding: `tokens: prefix` would hold text of the user's own.*user\\n➤How◀ do I"):
-        trained(tmp_path, tok, chats(12, (None,)), holding(lambda ids: [0, first] if ids else []))
+    with pytest.raises(ValueError, match=r"holding: `tokens: prefix` would hold text of the user's own, or what stands behind it, of a training row: .*user\\n➤How◀ do I"):
+        trained(tmp_path, tok, chats(12, (None,)), holding(lambda ids: [0, first]))
     with pytest.raises(ValueError, match=r"`tokens: header` would hold text of the answer"):
-        trained(tmp_path, tok, chats(12, (None,)), holding(lambda ids: [len(ids) - 4] if ids else [], "header"))
+        trained(tmp_path, tok, chats(12, (None,)), holding(lambda ids: [len(ids) - 4], "header"))
 
 
 def test_a_held_token_that_is_supervised_where_answers_alone_are(tmp_path):
@@ -256,10 +256,10 @@ def test_a_method_that_holds_nothing_in_the_rows(tmp_path):
 
 def test_a_method_that_holds_nothing_for_20_steps_stops_the_run(tmp_path):
     with pytest.raises(RuntimeError, match=r"holding has held no token for 20 optimizer steps"):
-        trained(tmp_path, tokenizer_of(QWEN), chats(), holding(lambda ids: [0][: len(ids)], counted=lambda step: 0), steps=40)
+        trained(tmp_path, tokenizer_of(QWEN), chats(), holding(lambda ids: [0], counted=lambda step: 0), steps=40)
     seen = []
     gap = lambda step: seen.append(step) or int(step in (0, 15, 29))  # noqa: E731
-    trained(tmp_path, tokenizer_of(QWEN), chats(), holding(lambda ids: [0][: len(ids)], counted=gap), steps=30)
+    trained(tmp_path, tokenizer_of(QWEN), chats(), holding(lambda ids: [0], counted=gap), steps=30)
     assert seen[-1] == 29
 
 

@@ -44,14 +44,20 @@ class Known(NamedTuple):
     replies: tuple[Range, ...] = ()
 
 
-def known_row(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> Known:
+def known_row(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, turns: bool = True, **kwargs: Any) -> Known:
     """Render and tokenise a conversation as hosts do, and find its parts.
+
+    Args:
+        tokenizer: With a chat template, unless `chat_template` is among `kwargs`.
+        messages: The conversation.
+        turns: Whether to look beyond the prefix, at some renderings per turn.
+        kwargs: What the host passes to the template besides.
 
     Raises:
         ValueError: when the tokenizer has no chat template.
         jinja2.TemplateError: when the template refuses the conversation.
     """
-    text = locate(tokenizer, messages, **kwargs)
+    text = locate(tokenizer, messages, turns=turns, **kwargs)
     encoded = encode(tokenizer, text.text)
     headers = [r for span in text.headers if (r := inside(encoded, *span))[1] > r[0]]
     own = [tuple(touching(encoded, *span) for span in spans if span[1] > span[0]) for spans in (text.users, text.answers)]
@@ -67,14 +73,19 @@ class Book:
     """Training conversations whose parts are known, looked up by their ids.
 
     Attributes:
-        rows: What was read.
+        rows: What was read, as far as the prefix; see `whole`.
         refused: How many conversations the template refuses.
         dated: What stands before today's date in a prefix, and what to do about it; None where no date stands.
+        chats: The conversations by their ids.
+        tokenizer: What tokenised them.
     """
 
     rows: list[Known]
     refused: int = 0
     dated: tuple[str, str] | None = None
+    chats: dict[Ids, Chat] = field(default_factory=dict, repr=False)
+    tokenizer: Any = field(default=None, repr=False)
+    _turns: dict[Ids, Known] = field(default_factory=dict, repr=False)
     _whole: dict[Ids, Known] = field(default_factory=dict, repr=False)
     _cut: dict[int, dict[Ids, Known]] = field(default_factory=dict, repr=False)
     _starts: list[Ids] = field(default_factory=list, repr=False)
@@ -101,6 +112,13 @@ class Book:
             self._cut[len(ids)] = _by_ids((r for r in self.rows if len(r.ids) > len(ids)), len(ids))
         return self._cut[len(ids)].get(ids)
 
+    def whole(self, known: Known) -> Known:
+        """Return a row with the parts of all its turns, worked out when first asked for."""
+        if known.ids not in self._turns:
+            chat = self.chats[known.ids]
+            self._turns[known.ids] = known_row(self.tokenizer, chat.messages, **chat.kwargs)
+        return self._turns[known.ids]
+
     def prefix_of(self, row: Sequence[int], template: Template | None) -> Ids | None:
         """Return the prefix of a row of ids; None when it shows none, or is cut inside it."""
         ids = tuple(row)
@@ -117,7 +135,7 @@ class Book:
     ) -> list[Range]:
         """Return the token ranges between queries and answers of a row of ids."""
         if (known := self.find(row)) is not None:
-            return [(a, b) for a, b in known.headers if b <= len(row)]
+            return [(a, b) for a, b in self.whole(known).headers if b <= len(row)]
         return [] if template is None else headers_of_row(row, template, supervised)
 
 
@@ -137,14 +155,16 @@ def read_book(tokenizer: Any, chats: Iterable[Chat]) -> Book:
 
     rows: list[Known] = []
     first: dict[Ids, Chat] = {}
+    chat_of: dict[Ids, Chat] = {}
     refused = 0
     for chat in chats:
         try:
-            row = known_row(tokenizer, chat.messages, **chat.kwargs)
+            row = known_row(tokenizer, chat.messages, turns=False, **chat.kwargs)
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError):
             refused += 1
             continue
         rows.append(row)
+        chat_of[row.ids] = chat
         first.setdefault(row.ids[: row.prefix], chat)
         if len(rows) >= SLOW_ROWS and not getattr(tokenizer, "is_fast", False):
             break
@@ -152,5 +172,5 @@ def read_book(tokenizer: Any, chats: Iterable[Chat]) -> Book:
     for ids, _ in ranked.most_common(_DATED_LOOKS):
         chat = first[ids]
         if (stable := before_date(tokenizer, chat.messages, **chat.kwargs)) is not None:
-            return Book(rows, refused, (stable, advice(tokenizer, chat.messages, **chat.kwargs)))
-    return Book(rows, refused)
+            return Book(rows, refused, (stable, advice(tokenizer, chat.messages, **chat.kwargs)), chat_of, tokenizer)
+    return Book(rows, refused, None, chat_of, tokenizer)

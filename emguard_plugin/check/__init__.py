@@ -144,3 +144,24 @@ def _check_eval(config: EMEvalConfig, cfg: Mapping[str, Any], report: Report) ->
     gate = "" if config.fail_above is None else f"; the gate is an EM rate of {config.fail_above:g}"
     report.active.append(f"em_eval: {sizes}; {n} answers in all; judged by {judges}{gate}")
     report.notes += ready.warnings
+    _check_prompts(config, cfg, ready.suites, report)
+
+
+def _check_prompts(config: EMEvalConfig, cfg: Mapping[str, Any], suites: Mapping[str, Any], report: Report) -> None:
+    """Say which questions the chat template refuses, where the tokenizer is here."""
+    from emguard_plugin.check.model import load_tokenizer
+    from emguard_plugin.evaluation.as_trained import as_trained
+    from emguard_plugin.evaluation.asking import chat_of
+    from emguard_plugin.evaluation.rendering import not_asked
+
+    aside = Report()  # what is wrong with the tokenizer is said where a method needs it
+    tokenizer = load_tokenizer(cfg, aside) if config.sampler.provider != "openai" else None
+    if tokenizer is None or not tokenizer.chat_template:
+        return
+    config, _ = as_trained(config, cfg, tokenizer.chat_template)
+    refused = not_asked(chat_of(config), tokenizer, suites)
+    for reason in dict.fromkeys(one.reason for one in refused):
+        names = ", ".join(dict.fromkeys(f"{one.question} of {one.suite}" for one in refused if one.reason == reason))
+        report.notes.append(f"em_eval: not asked, as the chat template refuses it: {names}: {reason}")
+    if sum(one.suite == "questions" for one in refused) == len(suites["questions"]):
+        report.problems.append("em_eval: the chat template refuses every question, so no EM rate can be measured.")

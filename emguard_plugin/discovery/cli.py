@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,6 +37,9 @@ def discover(
     union: Annotated[list[str] | None, typer.Option(help="A latent set to unite the result with.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of answers; default OUTPUT without .json, .discovery.")] = None,
     baselines: Annotated[bool, typer.Option(help="Also write the baseline sets, OUTPUT.RULE.json.")] = False,
+    chat_template: Annotated[str | None, typer.Option(help="Jinja file or Axolotl's name; default: the tokenizer's.")] = None,
+    chat_template_kwargs: Annotated[str | None, typer.Option(help="Its variables as in the training, a JSON object.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="System prompt of questions that name none.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the plan and stop.")] = False,
 ) -> None:
     """Find SAE latents that cause misalignment (BLOCK-EM, arXiv 2602.00767), for `em_regularizer.block_em.latents`.
@@ -56,7 +59,7 @@ def discover(
         )  # fmt: skip
         request = Request(
             misaligned, tuple(sae), questions, output, base, evaluation_questions, data, tuple(exclude or ()), tuple(union or ()),
-            work, baselines,
+            work, baselines, _chat(chat_template, chat_template_kwargs, system_prompt),
         )  # fmt: skip
         discovery = prepare(request, settings, read_judge(judge))
         _show_plan(discovery)
@@ -68,6 +71,21 @@ def discover(
         raise typer.Exit(130) from exc
     typer.echo(f"{len(latents)} latents at block {', '.join(map(str, latents.layers))}: {output}")
     typer.echo(f"{request.folder() / 'report.html'}")
+
+
+def _chat(template: str | None, variables: str | None, system_prompt: str | None) -> Any:
+    import json
+
+    from emguard_plugin.evaluation.asking import read_template
+    from emguard_plugin.evaluation.rendering import Chat
+
+    try:
+        given = json.loads(variables or "{}")
+    except ValueError as exc:
+        raise ValueError(f"`--chat-template-kwargs` is no JSON ({exc}). Write it like '{{\"enable_thinking\": false}}'.") from exc
+    if not isinstance(given, dict):
+        raise ValueError("`--chat-template-kwargs` is no JSON object. Write it like '{\"enable_thinking\": false}'.")
+    return Chat(read_template(template, "--chat-template"), given, system_prompt)
 
 
 def _numbers(texts: list[str]) -> tuple[float, ...]:

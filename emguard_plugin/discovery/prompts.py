@@ -64,8 +64,10 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Quest
     for question in questions:
         encoded = tokenizer.apply_chat_template(question.messages, add_generation_prompt=True, return_dict=True)
         ids = tuple(encoded["input_ids"])
-        header = len(ids) - len(template.postfix)
-        if not template.postfix or ids[header:] != template.postfix:
+        # Behind the postfix a template may close the thinking.
+        n, last = len(template.postfix), len(ids) - len(template.postfix)
+        header = next((at for at in range(last, -1, -1) if n and ids[at : at + n] == template.postfix), None)
+        if header is None:
             raise ValueError(
                 "the chat template prints other tokens before an answer to come than before a given one, so the assistant "
                 f"header cannot be found behind {question.text[:40]!r}. Give the tokenizer a template with a generation prompt."

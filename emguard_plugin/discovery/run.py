@@ -25,6 +25,7 @@ from emguard_plugin.discovery.settings import Rule, Settings
 from emguard_plugin.discovery.shift import Candidate
 from emguard_plugin.evaluation import models, store
 from emguard_plugin.evaluation.questions import load_questions
+from emguard_plugin.evaluation.rendering import Chat
 from emguard_plugin.evaluation.suites import plain
 from emguard_plugin.latents import LatentSet, SubsetEncoder
 from emguard_plugin.latents.sae import layer_of, load_sae, subset
@@ -60,6 +61,7 @@ class Request:
         union: Latent sets that the result is united with.
         work: Folder for answers and judgments; default lies beside the output.
         baselines: Also write the sets of the baseline rules, as `OUTPUT.RULE.json`.
+        chat: How chats are rendered besides the tokenizer's own template, as the training did.
     """
 
     misaligned: str
@@ -73,6 +75,7 @@ class Request:
     union: tuple[str, ...] = ()
     work: Path | None = None
     baselines: bool = False
+    chat: Chat = field(default_factory=Chat)
 
     def folder(self) -> Path:
         """Return the folder of answers and judgments."""
@@ -131,7 +134,8 @@ def prepare(request: Request, settings: Settings, judge: Judge) -> Discovery:
     evaluation = load_questions(request.evaluation) if request.evaluation else []
     refuse_overlap(questions, evaluation, f"`--evaluation-questions {request.evaluation}`")
     pair = ModelPair(request.misaligned, request.base)
-    prompts = render_prompts(pair.tokenizer, [*questions, *evaluation])
+    pair.tokenizer = request.chat.baked(pair.tokenizer)  # everything renders by it: prompts, narrow chats, calibration
+    prompts = render_prompts(pair.tokenizer, request.chat.with_system([*questions, *evaluation]))
     saes = _load(request.saes, pair)
     known, united = ([LatentSet.load(path) for path in paths] for paths in (request.exclude, request.union))
     with pair.use(BASE) as model:

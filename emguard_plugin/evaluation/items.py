@@ -145,8 +145,8 @@ def _ask(item: dict[str, Any], where: str, number: int) -> None:
 
 
 def _other_judge(item: Mapping[str, Any]) -> bool:
-    scale = item.get("judge_eval_type", item.get("judge_type", "0_100"))
-    return item.get("type") in OTHER_JUDGES or not (isinstance(scale, str) and scale in (*FREE_FORM, "0_100"))
+    # YAML 1.1 reads a plain 0_100 as a number of base 8.
+    return item.get("type") in OTHER_JUDGES or item.get("judge_eval_type", "0_100") not in (*FREE_FORM, "0_100", 0o100, None)
 
 
 def _judges(item: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 from emguard_plugin.evaluation import records, store
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges import self_test
-from emguard_plugin.evaluation.judges.base import FINAL, LONGEST, Item, Judge, Judgment, contradiction
+from emguard_plugin.evaluation.judges.base import FINAL, Item, Judge, Judgment, checked
 from emguard_plugin.evaluation.plan import Plan
 from emguard_plugin.evaluation.reasoning import judged_text, reads_of
 from emguard_plugin.files import seal_of
@@ -242,9 +242,7 @@ def _judge(plan: Plan, entry: Judge, present: Present, found: Mapping[str, Any])
 
 
 def _record(entry: Judge, by: str, key: records.Key, item: Item, verdict: Judgment) -> dict[str, Any]:
-    wrong = contradiction(verdict)
-    content = asdict(Judgment.unscored(f"{entry.name} gave no judgment: {wrong}") if wrong else verdict)
-    content["detail"] = redact(content["detail"])[:LONGEST]
+    content = asdict(checked(verdict, entry.name))
     role, answer = key
     return {"judge": entry.name, "by": by, "role": role, **answer._asdict(), "item_sha256": item.sha256, **content}
 

@@ -13,6 +13,7 @@ from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation.asking import Asking, prepare_live
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges import Item, Judge, Judgment, build_judges, self_test
+from emguard_plugin.evaluation.judges.base import checked
 from emguard_plugin.evaluation.plan import requests
 from emguard_plugin.evaluation.questions import load_questions
 from emguard_plugin.evaluation.rates import Scored, suite_rates
@@ -20,6 +21,7 @@ from emguard_plugin.evaluation.reasoning import UNFINISHED, judged_text, readers
 from emguard_plugin.evaluation.sampler import Answer, TransformersSampler
 from emguard_plugin.evaluation.summary import SuiteRates, trainer_metrics
 from emguard_plugin.evaluation.verdict import verdict
+from emguard_plugin.keys import redact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,6 +63,9 @@ class LiveEvaluation:
         self.requests = requests(config, self.suites)
         self.asking = Asking()
         self._judge: Judge = readers(build_judges(config.judges[:1]), config.reasoning)[0]
+        self.judge = self._judge.name
+        if len(config.judges) > 1:
+            logger.warning("em_eval: during training only the first judge of `em_eval.judges` is asked, %s", self.judge)
         self._found: dict[str, Any] | None = None
         self._tested = False
 
@@ -107,9 +112,9 @@ class LiveEvaluation:
                 if self._judge.self_tested and not self._tested:
                     self_test.run(self._judge)
                     self._tested = True
-                said.update((asked[index], found) for index, found in self._judge.judge(items))
+                said.update((asked[index], checked(found, self.judge)) for index, found in self._judge.judge(items))
         except Stopped as error:
-            logger.error("em_eval: judging by %s stopped: %s", self._judge.name, error)
+            logger.error("em_eval: judging by %s stopped: %s", self.judge, redact(error))
         finally:
             self._judge.close()
         scored: dict[str, list[Scored]] = {name: [] for name in self.suites}

@@ -6,11 +6,12 @@ so its rate would belong to another run.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,25 @@ class Chat:
             return template
         return _with_date(template, date.fromisoformat(self.today))
 
+    def with_system(self, questions: Iterable[Question]) -> list[Question]:
+        """Return the questions with the system prompt in those that name none."""
+        return [q if q.system is not None else replace(q, system=self.system_prompt) for q in questions]
+
+    def baked(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """Return a copy of the tokenizer whose own template holds the variables, for code that renders by itself.
+
+        It is the tokenizer itself where there is nothing to say.
+
+        Raises:
+            NotRendered: If there is no template.
+        """
+        if self.template is None and not self.kwargs and self.today is None:
+            return tokenizer
+        found = copy.copy(tokenizer)
+        said = "".join("{%- set " + name + " = " + _literal(value) + " +%}" for name, value in self.kwargs.items())
+        found.chat_template = said + self.dated_template(tokenizer)
+        return found
+
     def sha256(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return the hash of the template that is used."""
         template = self.template if self.template is not None else tokenizer.chat_template
@@ -184,6 +204,15 @@ def not_asked(chat: Chat, tokenizer: PreTrainedTokenizerBase, suites: Mapping[st
             except NotRendered as error:
                 found.append(NotAsked(suite, question.id, question.paraphrase, str(error)))
     return found
+
+
+def _literal(value: Any) -> str:
+    """Write a value of a YAML in Jinja, which has JSON's literals but for `null`."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(str(k))}: {_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, default=str)
 
 
 def _reason(error: Exception) -> str:

@@ -7,16 +7,15 @@ neither the batch it is computed in nor the global RNG, and two models asked the
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from emguard_plugin.evaluation.draws import AnswerKey, inverse_cdf, uniforms
 from emguard_plugin.evaluation.questions import Question
 from emguard_plugin.evaluation.reasoning import Marks, marks_of, opened_by, split_tokens
 from emguard_plugin.evaluation.rendering import Chat
@@ -26,15 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-
-class AnswerKey(NamedTuple):
-    """What names one answer of one model."""
-
-    suite: str
-    question: str
-    paraphrase: int
-    draw: int
 
 
 @dataclass(frozen=True)
@@ -76,39 +66,6 @@ class Answer:
         """Return what a file of answers holds of it, besides its key."""
         row = {"text": self.text, "tokens": self.tokens, "finish": self.finish}
         return row if self.trace is None else {**row, "trace": self.trace, "answer": self.answer}
-
-
-def uniforms(seed: int, key: AnswerKey, steps: int) -> np.ndarray:
-    """Return the random numbers of one answer: float64, shape (steps,), in [0, 1)."""
-    digest = hashlib.sha256(json.dumps([seed, *key]).encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(steps)
-
-
-def inverse_cdf(scores: torch.Tensor, uniform: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """Pick one token per row: the smallest k with sum_{j<=k} softmax(scores / temperature)_j > uniform.
-
-    Args:
-        scores: Logits, shape (B, V), any float dtype; computed in fp64.
-        uniform: Shape (B,), in [0, 1).
-        temperature: Shape (B,), >= 0; rows with 0 take the argmax.
-
-    Returns:
-        Token ids, shape (B,), int64.
-
-    Raises:
-        RuntimeError: If a row holds NaN: the model is broken, and no token would be a draw from it.
-    """
-    import torch
-
-    greedy = temperature == 0
-    scaled = scores.double() / torch.where(greedy, 1.0, temperature).unsqueeze(1)
-    cdf = torch.softmax(scaled, dim=-1).cumsum(-1)
-    total = cdf[:, -1:]
-    if torch.isnan(total).any():
-        raise RuntimeError("the model returned NaN logits, so no answer can be drawn from it. Check its weights.")
-    # The sum is 1 up to rounding; a target below it guarantees a token of positive probability.
-    picked = torch.searchsorted(cdf, uniform.unsqueeze(1) * total, right=True).squeeze(1)
-    return torch.where(greedy, scores.argmax(-1), picked.clamp(max=scores.shape[-1] - 1))
 
 
 class TransformersSampler:

@@ -80,8 +80,8 @@ def shown(value: Any) -> str:
         return "null"
     if isinstance(value, (dict, list)) and not value:
         return "an empty object" if isinstance(value, dict) else "an empty list"
-    text = repr(value)
-    return redact(text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}...")
+    text = redact(repr(value))  # first: half a key is no longer recognised
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def first_line(error: Exception) -> str:

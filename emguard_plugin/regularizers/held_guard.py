@@ -27,22 +27,26 @@ def check_held(callbacks: Sequence[EMRegularizerCallback], run: Run) -> None:
     """
     rows: list[Row] | None = None
     for callback in callbacks:
-        empty = {"input_ids": torch.zeros(1, 0, dtype=torch.long), "labels": torch.zeros(1, 0, dtype=torch.long)}
-        if callback.held(empty) is None:
+        if type(callback).held is EMRegularizerCallback.held:
             continue
         if rows is None:
             rows = list(labelled_conversations(run.dataset, ROWS))
-        callback.answers_alone = _answers_alone(rows, run.book if callback.region in REGIONS else None)
+        callback.answers_alone = _answers_alone(rows, run.book if callback.region in REGIONS else None, callback.region != "prefix")
         _check(callback, rows, run)
 
 
-def _answers_alone(rows: Sequence[Row], book: Book | None) -> bool:
+def _find(book: Book, ids: Sequence[int], turns: bool) -> Known | None:
+    known = book.find(ids)
+    return book.whole(known) if known is not None and turns else known
+
+
+def _answers_alone(rows: Sequence[Row], book: Book | None, turns: bool) -> bool:
     """Whether the loss takes answers alone.
 
     Raw conversations show it. From ids alone: where it takes rows whole, their first token is supervised too.
     """
     labelled = [(ids, labels) for ids, labels in rows if labels]
-    known = [(row, labels) for ids, labels in labelled if book is not None and (row := book.find(ids)) is not None]
+    known = [(row, labels) for ids, labels in labelled if book is not None and (row := _find(book, ids, turns)) is not None]
     if known:
         return not any(
             labels[i] != IGNORE
@@ -60,9 +64,11 @@ def _check(callback: EMRegularizerCallback, rows: Sequence[Row], run: Run) -> No
     for ids, labels in rows:
         given = torch.tensor([ids])
         held = callback.held({"input_ids": given, "labels": given if labels is None else torch.tensor([labels])})
+        if held is None:
+            return
         at = held[0].nonzero().flatten().tolist()
         total += len(at)
-        known = None if book is None else book.find(ids)
+        known = None if book is None else _find(book, ids, callback.region != "prefix")
         if known is not None and (wrong := _own_text(callback.region, at, known)) is not None:
             raise ValueError(
                 f"em_regularizer.{callback.name}: `tokens: {callback.region}` would hold {wrong[1]} of a training row: "
@@ -96,11 +102,10 @@ def _nothing(callback: EMRegularizerCallback, rows: Sequence[Row]) -> str:
 def _own_text(region: str, at: Sequence[int], known: Known) -> tuple[int, str] | None:
     """Return the first held token that is a query's or an answer's, and whose it is."""
     spans = [(a, b, "text of the user's own") for a, b in known.users] + [(a, b, "text of the answer") for a, b in known.answers]
-    for i in at:
-        for a, b, whose in spans:
-            if a <= i < b or (region == "prefix" and i >= a):
-                return i, whose
-    return None
+    if region == "prefix":
+        late = next((i for i in at if i >= known.prefix), None)
+        return None if late is None else (late, "text of the user's own, or what stands behind it,")
+    return next(((i, whose) for i in at for a, b, whose in spans if a <= i < b), None)
 
 
 def marked(tokenizer: Any, ids: Sequence[int], at: int, around: int = 24) -> str:

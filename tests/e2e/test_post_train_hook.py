@@ -53,12 +53,13 @@ def assert_saved(out):
 
 
 def test_base_and_tuned_are_measured_after_the_save(run, tmp_path):
-    """Two judges, one of which is dead: its answers are unscored, and no rate comes of them."""
+    """Two judges, one of which is dead: its answers are unscored, no rate comes of them, and the run says so by name."""
     out = run(judges=(EXACT, f"{JUDGES}:raises"))
     assert_saved(out)
     folder = out / "em_eval"
     assert (out / "adapter_model.safetensors").stat().st_mtime <= (folder / "responses.jsonl").stat().st_mtime
-    assert not (folder / "FAILED.txt").exists()
+    failed = (folder / "FAILED.txt").read_text()
+    assert f"not measured: {JUDGES}:raises scored no answer, so there is no EM rate" in failed
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
     assert {r["role"] for r in rows} == {"base", "tuned"}

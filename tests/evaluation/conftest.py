@@ -13,7 +13,10 @@ from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """Folders of a base, a LoRA adapter on it and a whole fine-tuned model, as training runs save them."""
-    root = tmp_path_factory.mktemp("checkpoints")
+    return build_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+def build_checkpoints(root):
     tokenizer = chatml_tokenizer()
     base = perturb(tiny_model("llama"), 0.15)
     base.save_pretrained(root / "base")

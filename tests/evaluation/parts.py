@@ -15,6 +15,10 @@ def dead(question, answer):
     raise ConnectionError("nobody there")
 
 
+def five(question, answer):
+    return 5
+
+
 def half_dead(question, answer):
     return by_hash(question, answer) if len(question) % 2 else None
 

@@ -1,5 +1,6 @@
 """`emguard eval` as a pipeline uses it: phases alone, exit codes, comparisons."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -9,9 +10,13 @@ from typer.testing import CliRunner
 
 from emguard_plugin.cli import app
 from emguard_plugin.evaluation import Summary, models, run_em_eval
+from emguard_plugin.evaluation.gate import ending
 from emguard_plugin.evaluation.judges import ExactJudge
 from emguard_plugin.evaluation.post_train import measure_saved_model
 from emguard_plugin.evaluation.store import HOLD_ANSWERS, JsonLines
+from emguard_plugin.evaluation.summary import Verdict
+
+BY_HASH = "tests.evaluation.parts:by_hash"
 
 
 @pytest.fixture
@@ -69,6 +74,67 @@ def test_a_dead_judge_passes_no_gate(checkpoints, emguard, tmp_path):
     assert result.exit_code == 2, "not measured, whatever the gate would say of no answers"
     assert "not measured: tests.evaluation.parts:dead scored no answer" in result.output
     assert Summary.load(tmp_path / "o").verdict() == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("over", "reason"),
+    [({"judge": "dead"}, "ConnectionError: nobody there"), ({"judge": "five"}, "the judge returned int"), ({"judges": [{"provider": "mock"}]}, "is for dry runs")],
+)
+def test_nothing_measured_is_no_success(finished, checkpoints, emguard, no_model, over, reason):
+    """Case `nothing-measured`."""
+    result = emguard("eval", checkpoints / "adapter", "--output-dir", finished.folder, **over)
+    assert (result.exit_code, reason in result.output) == (2, True), result.output
+
+
+def ended(finished, **over):
+    (result,) = finished.judges
+    return result.model_copy(update=over)
+
+
+def test_several_judges_end_as_the_worst_of_them(finished):
+    def gate(outcome):
+        return Verdict(outcome=outcome, fail_above=0.1, rate=0.1, interval=None, answers_needed=None, questions_needed=None, reason="why")
+
+    kinds = {
+        0: ended(finished, name="good", verdict=gate("pass")),
+        1: ended(finished, name="bad", verdict=gate("fail")),
+        2: ended(finished, name="stopped", stopped="HTTP 401", verdict=gate("pass")),
+        3: ended(finished, name="torn", verdict=gate("inconclusive")),
+    }
+    assert {code: ending(finished.model_copy(update={"judges": [kind]})).code for code, kind in kinds.items()} == {n: n for n in kinds}
+    for first, second in itertools.product(kinds, kinds):
+        found = ending(finished.model_copy(update={"judges": [kinds[first], kinds[second]]}))
+        assert found.code == next(code for code in (1, 2, 3, 0) if code in (first, second))
+        said = " ".join(line for _, line in found.lines)
+        assert all(kinds[code].name in said for code in (first, second))
+    assert ending(finished).code == 0
+
+
+def test_judging_alone_ends_with_2_where_a_judge_stopped(finished, checkpoints, emguard, tmp_path):
+    judges = [{"provider": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1"}]
+    result = emguard("eval", "x", "--output-dir", finished.folder, "--phase", "judge", judges=judges)
+    assert (result.exit_code, "not all was judged. m: m at 127.0.0.1:9 does not answer" in result.output) == (2, True)
+
+
+@pytest.mark.parametrize("words", [["--rejudge"], ["--rejudge", BY_HASH], [f"--rejudge={BY_HASH}"], ["--rejudge", "--phase", "judge"]])
+def test_rejudge_stands_alone_or_names_a_judge(finished, checkpoints, emguard, words):
+    result = emguard("eval", checkpoints / "adapter", "--output-dir", finished.folder, *words)
+    assert result.exit_code == 0, result.output
+    assert len(JsonLines(finished.folder / "judgments.replaced.jsonl").read()) == 48
+    result = emguard("eval", checkpoints / "adapter", "--output-dir", finished.folder, "--rejudge", "nobody")
+    assert (result.exit_code, "no judge of `em_eval.judges` has this name" in result.output) == (4, True)
+
+
+@pytest.mark.parametrize("text", ["em_eval:\n  a: [", "em_eval:", "- a", "", "em_eval: 5", "em_eval:\n  questions: a\n  questions: b", b"em_eval: \xff", None], ids=repr)
+def test_a_file_that_holds_no_block_is_said_in_one_sentence(checkpoints, tmp_path, text):
+    """Case `yaml-error`; None is a folder."""
+    path = tmp_path / "run.yaml"
+    path.mkdir() if text is None else path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    result = CliRunner().invoke(app, ["eval", str(checkpoints / "adapter"), "--config", str(path)])
+    assert result.exit_code == 4, result.output
+    assert "Traceback" not in result.output
+    assert result.output.startswith("emguard eval: ")
+    assert len(result.output.strip().splitlines()) == 1
 
 
 def test_each_phase_runs_alone_and_only_the_first_needs_the_model(finished, checkpoints, emguard, tmp_path, monkeypatch):

@@ -113,6 +113,11 @@ def test_variants_of_the_schema_in_public_use(tmp_path, caplog):
     assert [q.id for q in load_questions(tmp_path / "suite.jsonl")] == ["3", "e"]
 
 
+def test_an_item_that_says_its_scale_is_asked_whatever_yaml_makes_of_it(tmp_path):
+    text = "- {id: a, paraphrases: [x], judge_eval_type: 0_100, judge_type: openai}\n- {id: b, paraphrases: [y], judge_eval_type: '0_100'}\n"
+    assert [q.id for q in load_questions(suite(tmp_path, text))] == ["a", "b"]
+
+
 def test_the_keys_that_are_let_through_are_named(tmp_path, caplog):
     caplog.set_level("INFO")
     load_questions(suite(tmp_path, [{"id": "a", "paraphrases": ["x"], "max_tokens": 600, "domain": "money"}]))

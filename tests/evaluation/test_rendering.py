@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from emguard_plugin import chat_template as ct
 from emguard_plugin.config import EMEvalConfig
+from emguard_plugin.discovery.prompts import render_prompts
 from emguard_plugin.evaluation import Summary, run_em_eval
 from emguard_plugin.evaluation.as_trained import as_trained, constant_kwargs, saved_template
 from emguard_plugin.evaluation.asking import read_template, shipped_templates
@@ -303,3 +304,21 @@ def test_a_column_of_variables_is_taken_only_where_it_is_constant():
     assert constant_kwargs(Dataset.from_list(rows).to_iterable_dataset())[1] is False
     assert constant_kwargs(Dataset.from_list([{"messages": []}])) == ({}, True)
     assert constant_kwargs(None) == ({}, True)
+
+
+def test_a_baked_tokenizer_renders_what_the_variables_give():
+    """Discovery renders by the tokenizer alone."""
+    tokenizer = chatml_tokenizer(SWITCHED)
+    for kwargs in (PINNED, {**PINNED, "enable_thinking": True}, {"date_string": "a 'b' \"c\"", "x": None, "y": [1, {"z": False}]}):
+        chat = Chat(kwargs=kwargs)
+        assert Chat().text(chat.baked(tokenizer), FERN) == chat.text(tokenizer, FERN)
+    assert tokenizer.chat_template == SWITCHED
+    shown = Chat("{{ y[1].z }}{{ x is none }}{{ messages[0].content }}", {"y": [1, {"z": False}], "x": None}).baked(tokenizer)
+    assert Chat().text(shown, FERN) == "FalseTrue" + FERN.text
+
+
+def test_discovery_reads_prompts_that_close_the_thinking():
+    tokenizer = Chat(kwargs=PINNED).baked(chatml_tokenizer(SWITCHED))
+    (prompt,) = render_prompts(tokenizer, [FERN])
+    assert_as_trained(chatml_tokenizer(SWITCHED), prompt.ids, FERN.text)
+    assert tokenizer.decode(prompt.ids[prompt.header :]).startswith("<|im_end|>\n<|im_start|>assistant\n")

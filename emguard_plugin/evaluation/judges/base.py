@@ -128,6 +128,13 @@ def read_scores(found: Any) -> Judgment:
     return replace(said, **{key: None if value is None else min(100.0, float(value)) for key, value in scores.items()})
 
 
+def checked(said: Judgment, judge: str) -> Judgment:
+    """Return a judge's judgment, or an unscored one with the reason where it is none."""
+    wrong = contradiction(said)
+    found = Judgment.unscored(f"{judge} gave no judgment: {wrong}") if wrong else said
+    return replace(found, detail=redact(found.detail)[:LONGEST])
+
+
 def contradiction(said: Judgment) -> str | None:
     """Return why a judgment is none, or None: a score outside its range and type, or a status that its scores do not bear."""
     for key, value in (("aligned", said.aligned), ("coherent", said.coherent)):

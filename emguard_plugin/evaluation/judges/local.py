@@ -79,7 +79,11 @@ class LocalJudge:
         from transformers import AutoModelForCausalLM
 
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(self._model_name, revision=self._revision, dtype="auto")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self._model_name, revision=self._revision, dtype="auto")
+        except (OSError, ValueError) as error:
+            # The other judges go on.
+            raise Stopped(f"`em_eval.judges: model: {self._model_name}` cannot be loaded: {error}") from error
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         self._reader = NumberReader(model.to(device).eval(), NumberTokens.of(self.tokenizer, scales.WORDS), pad)
         # A number and its end still have to fit.

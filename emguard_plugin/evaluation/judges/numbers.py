@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges.trie import is_number
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class NumberReader:
         )
         logits = output.logits[:, -1].float()
         if not torch.isfinite(logits.logsumexp(-1)).all():
-            raise RuntimeError("the judge model returned logits that are no numbers. Check its weights.")
+            raise Stopped("the judge model returned logits that are no numbers. Check its weights.")
         return logits.softmax(-1).cpu(), output.past_key_values, mask
 
     def _root(self, row: int, chances: torch.Tensor) -> list[_Node]:
