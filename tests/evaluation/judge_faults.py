@@ -16,7 +16,7 @@ import os
 import random
 import zlib
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,7 @@ def _other_bomb(name: str) -> bytes:
     return zstandard.compress(plain)
 
 
+@cache
 def _transports() -> list[tuple[str, Any, tuple[str, ...]]]:
     key = {"location": f"http://127.0.0.1:9/v1?api_key={KEY}"}
     error = json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}", "param": KEY, "code": KEY}})
