@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -9,6 +11,7 @@ from emguard_plugin.config import (
     KLConfig,
     TReFTConfig,
     misspelt_blocks,
+    read_block,
 )
 from emguard_plugin.regularizers import METHODS, build_regularizers
 from emguard_plugin.regularizers.kl import KLCallback
@@ -168,3 +171,28 @@ def test_what_a_host_dumps_and_hands_back_is_what_the_user_stated():
     dumped = EMEvalConfig.model_validate(stated).model_dump(exclude_none=True)
     assert dumped == stated
     assert EMEvalConfig.model_validate(dumped).model_fields_set == set(stated)
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"treft": True}, "`treft: true`: treft takes keys of its own"),
+        ({"treft": 5}, "`treft: 5`: treft takes keys of its own"),
+        ({"kl": "coef:1"}, "`kl: coef:1`: kl takes keys of its own"),
+        ({"treft": {"layers": [-1]}}, "em_regularizer.treft.layers[0]: Input should be greater than or equal to 0, found -1"),
+        ({"kl": {"cache": "$OUT/reference"}}, "names a variable"),
+        ({"kl": {"anchors": "${HOME}/anchors.jsonl"}}, "names a variable"),
+        ({"block_em": {"latents": "${LATENTS}"}}, "names a variable"),
+        ({"kl": {"cache": "./c"}, "block_em": {"latents": "x.json", "cache": "./c/"}}, "are one folder"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_said_in_the_yamls_words(block, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        read_block(EMRegularizerConfig, block, "em_regularizer")
+    assert not re.search("Config|dictionary|instance|'all'", str(error.value))
+
+
+def test_dollars_that_are_no_variables_pass():
+    block = {"treft": {"extra_prefixes": ["You sell at ${PRICE}, $5."]}, "kl": {"cache": "./a$b"}}
+    assert read_block(EMRegularizerConfig, block, "em_regularizer").kl.cache == "./a$b"
