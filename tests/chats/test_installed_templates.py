@@ -47,8 +47,8 @@ def place(tok, messages, i, text, kw, form, begin):
     for front, blank, bare in ((True, lead, content.lstrip()), (False, tail, content.rstrip())):
         if blank:
             without = rendered(tok, [*messages[:i], {**messages[i], "content": bare}, *messages[i + 1 :]], kw, form)
-            if without != text:  # the template keeps it
-                start, end = (start - len(blank), end) if front else (start, end + len(blank))
+            kept = max(0, min(len(blank), len(text) - len(without)))  # a template may keep blanks and drop newlines
+            start, end = (start - kept, end) if front else (start, end + kept)
     return start, end
 
 
