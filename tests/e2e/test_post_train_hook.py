@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from emguard_plugin.lab.export import export
-from tests.e2e.axolotl_runs import read_log, train
+from tests.e2e.axolotl_runs import Failed, read_log, train
 from tests.e2e.tiny_run import chat_dataset, tiny_yaml, treft, write_rows
 from tests.evaluation.parts import ITEMS, PINNED, SWITCHED, assert_as_trained, write_suite
 from tests.tiny import chat_rows, chatml_tokenizer, tiny_model
@@ -89,15 +90,33 @@ def test_a_full_fine_tune_without_a_regularizer_is_measured_against_its_base(run
 
 
 @pytest.mark.parametrize("judge", ["no_such_module:judge", f"{JUDGES}:no_such_function"])
-def test_a_judge_that_does_not_exist_costs_nothing_but_the_measurement(run, tmp_path, judge):
-    out = run(judges=(judge,))
+def test_a_judge_that_does_not_exist_stops_before_the_model_is_loaded(run, tmp_path, judge):
+    """Case judge-after-training."""
+    with pytest.raises(Failed, match=re.escape(f"`em_eval.judges: function: {judge}`")):
+        run(judges=(judge,))
+    assert "Starting trainer" not in read_log(tmp_path)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+ONCE = """
+from pathlib import Path
+seen = Path(__file__).with_name("seen")
+if seen.exists():
+    raise KeyError("gone since")
+seen.touch()
+def judge(question, answer): ...
+"""
+
+
+def test_a_judge_that_is_gone_when_it_is_needed_costs_nothing_but_the_measurement(run, tmp_path):
+    """It lies beside the YAML, where the hook and the measurement's own process both find it."""
+    (tmp_path / "once_judge.py").write_text(ONCE)
+    out = run(judges=("once_judge:judge",))
     assert_saved(out)
     failed = (out / "em_eval" / "FAILED.txt").read_text()
     assert "is saved and unharmed; run the command again" in failed
     assert not (out / "em_eval" / "summary.json").exists()
-    log = read_log(tmp_path)
-    assert "em_eval failed" in log
-    assert judge.split(":")[0] in log
+    assert "gone since" in read_log(tmp_path)
 
 
 def test_a_measurement_that_is_killed_leaves_the_run_whole(run):
@@ -109,12 +128,11 @@ def test_a_measurement_that_is_killed_leaves_the_run_whole(run):
     assert str(Path("out")) in command
 
 
-def test_a_results_folder_that_cannot_be_written_leaves_the_run_whole(run, tmp_path):
+def test_a_results_folder_that_cannot_be_written_stops_before_the_model_is_loaded(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    out = run(block={"output_dir": str(tmp_path / "file" / "em_eval")})
-    assert_saved(out)
-    assert "em_eval failed" in read_log(tmp_path)
-    assert "cannot be written" in read_log(tmp_path)
+    with pytest.raises(Failed, match=r"`em_eval\.output_dir: .*file is no folder"):
+        run(block={"output_dir": str(tmp_path / "file" / "em_eval")})
+    assert "Starting trainer" not in read_log(tmp_path)
 
 
 def from_python(config):
