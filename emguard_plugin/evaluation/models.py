@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,11 +107,27 @@ def identity(name: str | Path) -> dict[str, Any]:
         from transformers import AutoConfig
 
         return {"name": str(name), "revision": getattr(AutoConfig.from_pretrained(str(name)), "_commit_hash", None)}
-    files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)} - {folder / x for x in NOT_WEIGHTS})
+    files = _weight_files(folder)
     if not files:
         raise ValueError(f"{folder} holds no weights ({', '.join(WEIGHTS)}).")
     hashes = {file.name: _sha256(file) for file in files}
-    return {"name": folder.name, "weights_sha256": hashes}
+    # `.` has no name of its own.
+    return {"name": Path(os.path.abspath(folder)).name, "weights_sha256": hashes}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)} - {folder / x for x in NOT_WEIGHTS})
+
+
+def holds_weights(name: str | Path) -> bool:
+    """Whether a name is that of a folder with weights, which `identity` can tell from others."""
+    return Path(name).is_dir() and bool(_weight_files(Path(name)))
+
+
+def own_part(identity: Any) -> dict[str, Any]:
+    """Return the identity of a fine-tuned model without that of the base it stands on."""
+    found = identity.get("adapter", identity) if isinstance(identity, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _sha256(file: Path) -> str:

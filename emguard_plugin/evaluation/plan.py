@@ -127,6 +127,7 @@ def make_plan(
     if not with_model:
         folder = store.prepare_folder(output_dir)
         stored = stored_run(folder)
+        _check_drawn_by(config, stored["models"]["tuned"], model, folder)
         return Plan(config, folder, None, tuple(stored["models"]), suites, judges, asking.stored(stored["protocol"]))
     source = _source(config, model, base)
     if config.evaluate_base and source.base is None:
@@ -137,6 +138,29 @@ def make_plan(
     roles = ("base", "tuned") if config.evaluate_base else ("tuned",)
     how = asking.prepare(config, source, suites, Path(output_dir))
     return Plan(config, store.prepare_folder(output_dir), source, roles, suites, judges, how)
+
+
+def _check_drawn_by(config: EMEvalConfig, known: Any, model: str | Path, folder: Path) -> None:
+    """Refuse to judge or report under the name of one model what another has said. One that is not here cannot be compared.
+
+    Raises:
+        ValueError: If the model is here and its weights are not those that answered, or a server's model has another name.
+    """
+    then = models.own_part(known)
+    if config.sampler.provider == "openai":
+        now: dict[str, Any] = {"name": config.sampler.model or str(model)}
+        same = "served_by" in then and then["name"] == now["name"]
+    elif models.holds_weights(model):
+        now = models.identity(model)
+        same = then.get("weights_sha256") == now["weights_sha256"]
+    else:
+        return
+    if not same:
+        raise ValueError(
+            f"{folder} holds the answers of {then.get('name')}, and {model} is another model"
+            f"{'' if then.get('name') != now['name'] else ' of the same name: its weights differ'}. Give the model that "
+            f"answered, or another `{store.OPTION}`."
+        )
 
 
 def _source(config: EMEvalConfig, model: str | Path, base: str | Path | None) -> models.ModelSource | ServedSource:
@@ -175,7 +199,7 @@ def open_run(plan: Plan) -> dict[str, Any]:
             "max_new_tokens": config.max_new_tokens,
             "seed": config.seed,
         },
-        **(asking.stated(known) if known else plan.asking.protocol()),
+        **(asking.stated(known, config) if known else plan.asking.protocol()),
     }
     if plan.source is None:
         store.claim(plan.folder, {"protocol": protocol}, keys=("protocol",), free=JUDGING, write=False)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from emguard_plugin.lab.export import export
-from tests.e2e.axolotl_runs import read_log, train
+from tests.e2e.axolotl_runs import Failed, read_log, train
 from tests.e2e.tiny_run import chat_dataset, tiny_yaml, treft, write_rows
 from tests.evaluation.parts import ITEMS, PINNED, SWITCHED, assert_as_trained, write_suite
 from tests.tiny import chat_rows, chatml_tokenizer, tiny_model
@@ -89,29 +89,46 @@ def test_a_full_fine_tune_without_a_regularizer_is_measured_against_its_base(run
 
 
 @pytest.mark.parametrize("judge", ["no_such_module:judge", f"{JUDGES}:no_such_function"])
-def test_a_judge_that_does_not_exist_costs_nothing_but_the_measurement(run, tmp_path, judge):
-    out = run(judges=(judge,))
-    assert_saved(out)
-    failed = (out / "em_eval" / "FAILED.txt").read_text()
-    assert "is saved and unharmed; run the command again" in failed
-    assert not (out / "em_eval" / "summary.json").exists()
-    log = read_log(tmp_path)
-    assert "em_eval failed" in log
-    assert judge.split(":")[0] in log
+def test_a_judge_that_does_not_exist_is_found_before_anything_is_trained(run, tmp_path, judge):
+    """Case judge-after-training: found when the model was saved, it cost the measurement of a whole training."""
+    with pytest.raises(Failed, match=f"`em_eval.judges: function: {judge}`"):
+        run(judges=(judge,))
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 def test_a_measurement_that_is_killed_leaves_the_run_whole(run):
-    out = run(judges=("tests.e2e.judge_that_kills:judge",))
+    out = run(judges=(f"{JUDGES}:kills",))
     assert_saved(out)
     failed = (out / "em_eval" / "FAILED.txt").read_text()
     assert "ended with exit code -9" in failed
+    assert "is saved and unharmed; run the command again" in failed
     command = failed.split("`")[1]
     assert str(Path("out")) in command
 
 
-def test_a_results_folder_that_cannot_be_written_leaves_the_run_whole(run, tmp_path):
+def test_a_results_folder_that_cannot_be_made_is_found_before_anything_is_trained(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    out = run(block={"output_dir": str(tmp_path / "file" / "em_eval")})
+    with pytest.raises(Failed, match=r"`em_eval.output_dir: .*file is no folder"):
+        run(block={"output_dir": str(tmp_path / "file" / "em_eval")})
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def train_and_block(config):
+    """Train where the place of the results is taken while the model trains."""
+    from emguard_plugin import EMGuardPlugin
+
+    real = EMGuardPlugin.post_train
+
+    def post_train(self, cfg, model):
+        Path("file").write_text("in the way")
+        return real(self, cfg, model)
+
+    EMGuardPlugin.post_train = post_train
+    train(config)
+
+
+def test_a_results_folder_that_can_no_longer_be_written_leaves_the_run_whole(run, tmp_path):
+    out = run(function=train_and_block, block={"output_dir": str(tmp_path / "file" / "em_eval")})
     assert_saved(out)
     assert "em_eval failed" in read_log(tmp_path)
     assert "cannot be written" in read_log(tmp_path)
