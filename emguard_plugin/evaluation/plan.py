@@ -17,6 +17,7 @@ from typing_extensions import TypedDict  # pydantic reads no other TypedDict on 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import asking, models, store
 from emguard_plugin.evaluation import judges as judging
+from emguard_plugin.evaluation.differences import in_words
 from emguard_plugin.evaluation.questions import Question, load_questions, suite_hash
 from emguard_plugin.evaluation.reasoning import readers
 from emguard_plugin.evaluation.rendering import NotAsked
@@ -202,7 +203,7 @@ def open_run(plan: Plan) -> dict[str, Any]:
         **(asking.stated(known, config) if known else plan.asking.protocol()),
     }
     if plan.source is None:
-        store.claim(plan.folder, {"protocol": protocol}, keys=("protocol",), free=JUDGING, write=False)
+        store.claim(plan.folder, {"protocol": protocol}, keys=("protocol",), free=JUDGING, write=False, words=in_words)
         return stored_run(plan.folder)
     record = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -212,7 +213,7 @@ def open_run(plan: Plan) -> dict[str, Any]:
         "versions": _versions(),
         "example_prompt": plan.asking.example(plan.requests()[0].question),
     }
-    claimed = store.claim(plan.folder, record, keys=("protocol", "models"), free=JUDGING, write=False)
+    claimed = store.claim(plan.folder, record, keys=("protocol", "models"), free=JUDGING, write=False, words=in_words)
     return claimed if claimed.get("run") == record["run"] else stored_run(plan.folder)
 
 

@@ -1,5 +1,6 @@
 """Whose answers a folder holds, where the phases that need no model are run alone; and what a judge must be before any are drawn."""
 
+import json
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from emguard_plugin.evaluation import Summary, run_em_eval
 from emguard_plugin.evaluation.judges import ExactJudge
 from emguard_plugin.evaluation.models import identity
 from emguard_plugin.evaluation.table import comparison_table
-from tests.evaluation.parts import PINNED, SWITCHED
+from tests.evaluation.parts import ITEMS, PINNED, SWITCHED
 
 LATER = (("report",), ("judge",), ("judge", "report"))
 
@@ -51,13 +52,13 @@ def test_the_current_folder_has_its_name(checkpoints, monkeypatch):
     [
         ({"system_prompt": "Be kind."}, "system_prompt"),
         ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
-        ({"chat_template": SWITCHED}, "chat_template_sha256"),
+        ({"chat_template": SWITCHED}, "em_eval.chat_template`: the questions were rendered by another"),
         ({"reasoning_marks": ["<a>", "</a>"]}, "reasoning_marks"),
     ],
 )
 @pytest.mark.parametrize("phases", LATER)
 def test_answers_are_not_reported_as_asked_in_another_way(finished, make_config, checkpoints, over, key, phases):
-    with pytest.raises(ValueError, match=rf"another protocol[^$]*{key}"):
+    with pytest.raises(ValueError, match=rf"another protocol(.|\n)*{key}"):
         run_em_eval(make_config(**over), checkpoints / "adapter", finished.folder, phases=phases)
 
 
@@ -72,6 +73,43 @@ def test_answers_asked_in_a_way_of_their_own_are_reported_without_the_model(make
         again = run_em_eval(make_config(**over), tmp_path / "elsewhere", tmp_path / "run", phases=("judge", "report"))
         assert again.fingerprint == first.fingerprint
     assert Summary.load(tmp_path / "run") == first
+
+
+@pytest.mark.parametrize("names", [("summary.json",), ("protocol.json",), ("summary.json", "responses.jsonl", "judgments.jsonl")])
+def test_a_summary_of_another_run_is_not_taken_for_that_of_the_folder(finished, make_config, checkpoints, tmp_path, names):
+    """Drawn within one second by the same YAML: neither date nor fingerprint tells them apart."""
+    run_em_eval(make_config(), checkpoints / "whole", tmp_path / "other", checkpoints / "base")
+    for file in tmp_path.glob("*/protocol.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "created": finished.created}))
+    for name in names:
+        shutil.copy(tmp_path / "other" / name, finished.folder / name)
+    done = CliRunner().invoke(app, ["report", f"a={finished.folder}", "--output", str(tmp_path / "p.html")])
+    assert done.exit_code == 4, done.output
+    assert "summary.json is of another run than the answers beside it" in done.output
+
+
+def edited(questions):
+    return [{**one, "paraphrases": [text.replace("sports", "games") for text in one["paraphrases"]]} for one in questions]
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ({"items": edited(ITEMS)}, "`em_eval.questions`: these are not the questions that were asked"),
+        ({"samples_per_question": 4}, "`em_eval.samples_per_question`: stored [3], now [4] for questions"),
+        ({"temperature": 0.5}, "`em_eval.temperature`: stored [1.0], now [0.5] for questions"),
+        ({"max_new_tokens": 9}, "`em_eval.max_new_tokens`: stored 8, now 9"),
+        ({"in_domain": None}, "`em_eval.in_domain`: in_domain was asked then"),
+        ({"also": ["conditional"]}, "`em_eval.also`: conditional was not asked then"),
+        ({"evaluate_base": False}, "the base model was measured then (`em_eval.evaluate_base`)"),
+        ({"system_prompt": "Be kind."}, '`em_eval.system_prompt`: stored null, now "Be kind."'),
+    ],
+)
+def test_what_differs_is_said_in_the_words_of_the_yaml(finished, make_config, checkpoints, over, says):
+    with pytest.raises(ValueError, match="another protocol") as error:
+        run_em_eval(make_config(**over), checkpoints / "adapter", finished.folder)
+    assert says in str(error.value)
+    assert "sha256" not in str(error.value)
 
 
 async def waits(question, answer):
