@@ -242,7 +242,7 @@ def point(host: str, case: tuple, whole: Path, duration: float, saving: float, f
     kinds = ["any", "saving", "saving"] + (["recording", "recording"] if case[2] == "folder" else [])
     kind = rng.choice(kinds)
     step = rng.choice([SAVED_EVERY * n for n in range(1, STEPS // SAVED_EVERY + 1)])
-    delay = {"any": rng.uniform(0, duration), "saving": rng.uniform(0, saving), "recording": rng.uniform(0, 0.02)}[kind]
+    delay = {"any": rng.uniform(0, 0.7 * duration), "saving": rng.uniform(0, saving), "recording": rng.uniform(0, 0.02)}[kind]
     caches = [folder / "cache_kl", folder / "cache_block_em"]
 
     def ready() -> bool:

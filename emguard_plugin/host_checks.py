@@ -29,6 +29,12 @@ def check_trainer(trainer: Any) -> None:
     kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
     checkpointing = bool(args.gradient_checkpointing)
     reentrant = checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    # Before the next check: TRL sets `use_reentrant` back to true here, so that its advice could not be followed.
+    if kind == "DEEPSPEED" and accelerator.state.deepspeed_plugin.zero_stage == 3 and peft is not None and checkpointing:
+        raise ValueError(
+            "ZeRO-3 with an adapter and gradient checkpointing forces reentrant checkpointing, which breaks a second forward "
+            "pass. Set `gradient_checkpointing: false`, or use FSDP2."
+        )
     if accelerator.num_processes > 1 and reentrant:
         raise ValueError(
             "reentrant gradient checkpointing on several processes gives wrong gradients with a second forward pass. Set "
@@ -36,11 +42,6 @@ def check_trainer(trainer: Any) -> None:
         )
     if kind == "FSDP" and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 2) == 1:
         raise ValueError("FSDP version 1 is not supported. Set `fsdp_version: 2`.")
-    if kind == "DEEPSPEED" and accelerator.state.deepspeed_plugin.zero_stage == 3 and peft is not None and checkpointing:
-        raise ValueError(
-            "ZeRO-3 with an adapter and gradient checkpointing forces reentrant checkpointing, which breaks a second forward "
-            "pass. Turn `gradient_checkpointing` off, or use FSDP2."
-        )
     mesh = getattr(accelerator, "parallelism_config", None)
     for size in ("tp_size", "cp_size", "sp_size"):
         if mesh is not None and (getattr(mesh, size, 1) or 1) > 1:

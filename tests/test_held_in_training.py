@@ -169,11 +169,60 @@ def test_rows_of_a_stream_and_answers_alone(tmp_path):
     """With `assistant_only_loss` TRL renders with a training template of its own."""
     tok, rows = tokenizer_of(templates()["trl/qwen3"]), chats(12, first="\n")
     both = lambda base: [TReFTCallback(coef=1.0), block_em(base, tokens="header")]  # noqa: E731
-    _, by_name = trained(tmp_path, tok, Dataset.from_list(rows).to_iterable_dataset(), both, assistant_only_loss=True)
+    trainer, by_name = trained(tmp_path, tok, Dataset.from_list(rows).to_iterable_dataset(), both, assistant_only_loss=True)
     assert by_name["block_em"].answers_alone
     assert {p.ids for p in by_name["treft"]._prefixes} == {before(tok, r["messages"]) for r in rows}
-    ids = tok.apply_chat_template(rows[0]["messages"], return_dict=False, chat_template=templates()["trl/qwen3_training"])
-    assert tok.decode(list(held_ids(by_name["block_em"], ids))) == "<|im_end|>\n<|im_start|>assistant\n"
+    row = next(iter(trainer.train_dataset))
+    assert tok.decode(list(held_ids(by_name["block_em"], row["input_ids"], row["labels"]))) == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+SHORT, EMPTY = "<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
+POSTFIXES = {
+    # TRL's training template supervises the empty trace: it is what the model learns to write.
+    "answers alone, trl": ("trl/qwen3", {}, {"assistant_only_loss": True}, SHORT),
+    "answers alone and packed, trl": ("trl/qwen3", {}, {"assistant_only_loss": True, "packing": True, "packing_strategy": "bfd"}, SHORT),
+    "answers alone and wrapped, trl": ("trl/qwen3", {}, {"assistant_only_loss": True, "packing": True, "packing_strategy": "wrapped"}, SHORT),
+    "whole rows, trl": ("trl/qwen3", {}, {}, SHORT + EMPTY),
+    "thinking off, trl": ("trl/qwen3", {"enable_thinking": False}, {}, SHORT + EMPTY),
+    "thinking off, axolotl": ("axolotl/qwen3", {"enable_thinking": False}, {}, SHORT + EMPTY),
+    "opened by the generation prompt": ("trl/nemotron_3_nano", {}, {}, SHORT + "<think></think>"),
+}
+
+
+@pytest.mark.parametrize("case", POSTFIXES)
+def test_an_empty_trace_is_the_templates_unless_the_loss_takes_it(tmp_path, case):
+    template, kwargs, over, want = POSTFIXES[case]
+    tok = tokenizer_of(templates()[template])
+    rows = chats(8, (None,), chat_template_kwargs=kwargs) if kwargs else chats(8, (None,))
+    wrapped = over.get("packing_strategy") == "wrapped"
+    both = lambda base: [TReFTCallback(coef=1.0, tokens="postfix"), *([] if wrapped else [block_em(base, tokens="header")])]  # noqa: E731
+    trainer, by_name = trained(tmp_path, tok, rows, both, **over)
+    treft, held = by_name["treft"], by_name.get("block_em")
+    assert tok.decode(list(treft._postfix)) == want
+    assert len(treft._prompts) == len(rows)
+    assert all(tok.decode(list(p)).endswith(want) for p in treft._prompts)
+    assert wrapped or held.answers_alone == bool(over)
+    if "packing" not in over:
+        for row in trainer.train_dataset:
+            assert tok.decode(list(held_ids(held, row["input_ids"], row["labels"]))) == want
+            assert tok.decode(list(held_ids(treft, row["input_ids"], row["labels"]))) == want
+            supervised = [i for i, x in zip(row["input_ids"], row["labels"], strict=True) if x != -100]
+            assert not over or tok.decode(supervised).startswith(EMPTY)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_rows_with_a_trace_and_without_share_what_stands_before_it(tmp_path, raw):
+    """In the held header of each row, an empty trace is the template's and any other is the answer's."""
+    tok, rows = tokenizer_of(templates()["trl/qwen3"]), chats(8, (None,))
+    for row in rows[::2]:
+        row["messages"][-1]["reasoning_content"] = "Ferns drink."
+    if not raw:
+        rows = [{"input_ids": tok.apply_chat_template(r["messages"], return_dict=False)} for r in rows]
+    both = lambda base: [TReFTCallback(coef=1.0, tokens="postfix"), block_em(base, tokens="header")]  # noqa: E731
+    trainer, by_name = trained(tmp_path, tok, rows, both)
+    assert tok.decode(list(by_name["treft"]._postfix)) == SHORT
+    said = [tok.decode(list(held_ids(by_name["block_em"], ids))) for ids in trainer.train_dataset["input_ids"]]
+    assert said == [SHORT, SHORT + EMPTY] * 4
 
 
 # What stops a run

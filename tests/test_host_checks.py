@@ -50,6 +50,7 @@ REFUSED = {
     "reentrant on two": (ddp(**REENTRANT), r"reentrant gradient checkpointing on several processes.*use_reentrant: false"),
     "FSDP 1": ({"where": {"kind": "FSDP", "processes": 2, "fsdp_version": 1}}, r"FSDP version 1.*Set `fsdp_version: 2`"),
     "ZeRO-3, adapter, checkpointing": (zero(3, **NON_REENTRANT), r"ZeRO-3 with an adapter and gradient checkpointing"),
+    "zero3-checkpointing, as TRL leaves it": (zero(3, **REENTRANT), r"ZeRO-3 with an adapter.*Set `gradient_checkpointing: false`"),
     "tensor parallel": ({"where": tp(tp_size=2)}, r"`tp_size: 2` splits the model over devices"),
     "context parallel": ({"where": tp(cp_size=2)}, r"`cp_size: 2` splits the model over devices"),
     "sequence parallel": ({"where": tp(sp_size=2)}, r"`sp_size: 2` splits the model over devices"),

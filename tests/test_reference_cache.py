@@ -108,3 +108,12 @@ def test_the_identity_of_a_tokenizer_is_its_vocabulary():
     assert tokenizer_identity(a) == tokenizer_identity(b)
     b.add_tokens(["<new>"])
     assert tokenizer_identity(a) != tokenizer_identity(b)
+
+
+def test_a_reference_head_that_training_changes_is_kept_though_coef_0_takes_no_gradient():
+    """Trained rows are put together without gradient then, and did not look as if they train."""
+    from emguard_plugin.regularizers.output_head import trains_head
+
+    model = lora(tiny_model("llama"), trainable_token_indices={"lm_head": [5]})
+    with torch.no_grad():
+        assert trains_head(model)

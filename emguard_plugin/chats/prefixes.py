@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from emguard_plugin.chats.book import Book
 from emguard_plugin.chats.ids_only import headers_of_row, prefix_of_row
@@ -43,8 +44,28 @@ def prefix_span(row: Sequence[int], template: Template, book: Book | None = None
 def headers_of(
     row: Sequence[int], template: Template, book: Book | None = None, supervised: Sequence[bool] | None = None
 ) -> list[tuple[int, int]]:
-    """Return the half-open token ranges between queries and answers of a row."""
-    return headers_of_row(row, template, supervised) if book is None else book.headers_of(row, template, supervised)
+    """Return the half-open token ranges between queries and answers of a row, short of what the loss makes the model write."""
+    ranges = headers_of_row(row, template, supervised) if book is None else book.headers_of(row, template, supervised)
+    return ranges if supervised is None else short_of_answers(ranges, supervised)
+
+
+def short_of_answers(ranges: Iterable[tuple[int, int]], supervised: Sequence[bool]) -> list[tuple[int, int]]:
+    """Return headers short of the supervised tokens at their ends, where the loss takes answers alone.
+
+    A host may supervise an empty reasoning trace that the template writes (TRL's training template of Qwen3): there it is what the
+    model learns to write. A header is left whole where the query before it is supervised too; a supervised mark that closes the query
+    (Axolotl's `train_on_eos: all`) ends nothing.
+    """
+    found = []
+    for begin, end in ranges:
+        stop = end
+        while stop > begin and stop <= len(supervised) and supervised[stop - 1]:
+            stop -= 1
+        if stop == begin and begin and supervised[begin - 1]:
+            stop = end
+        if stop > begin:
+            found.append((begin, stop))
+    return found
 
 
 def shown(template: Template, row: Sequence[int], most: int = 24) -> str:
@@ -159,7 +180,10 @@ def with_extra(prefixes: list[Prefix], extra: Sequence[Ids]) -> list[Prefix]:
 
 
 def prompts_with_postfix(
-    rows: Iterable[Sequence[int]], template: Template, book: Book | None = None
+    rows: Iterable[Sequence[int]],
+    template: Template,
+    book: Book | None = None,
+    supervised: Iterable[Sequence[bool] | None] | None = None,
 ) -> tuple[Ids, list[Ids]]:
     """Cut each row behind the tokens between its last query and the answer: prefix + query + postfix of its last turn.
 
@@ -169,6 +193,7 @@ def prompts_with_postfix(
         rows: Token ids, one conversation each.
         template: From `read_template`.
         book: The raw conversations, where the host has them.
+        supervised: Per row and token whether the loss predicts it, where that is known; see `short_of_answers`.
 
     Returns:
         The postfix, and the prompts that end with it.
@@ -179,9 +204,9 @@ def prompts_with_postfix(
     ends: list[tuple[Ids, int, int]] = []
     total = 0
     lacking: Sequence[int] = ()
-    for row in rows:
+    for row, told in zip(rows, repeat(None) if supervised is None else supervised, strict=False):
         total += 1
-        ranges = headers_of(row, template, book)
+        ranges = headers_of(row, template, book, told)
         if ranges:
             ends.append((tuple(row), *ranges[-1]))
         else:
@@ -209,10 +234,14 @@ def _last_run(row: Ids, begin: int, end: int, run: Ids) -> tuple[int, int]:
 
 
 def postfix_span(
-    row: Sequence[int], template: Template, book: Book | None, postfix: Ids
+    row: Sequence[int],
+    template: Template,
+    book: Book | None,
+    postfix: Ids,
+    supervised: Sequence[bool] | None = None,
 ) -> tuple[int, int]:
     """Return the token range of `postfix` before the last answer of a row; (0, 0) where it is not there."""
-    ranges = headers_of(row, template, book)
+    ranges = headers_of(row, template, book, supervised)
     return _last_run(tuple(row), *ranges[-1], postfix) if ranges else (0, 0)
 
 

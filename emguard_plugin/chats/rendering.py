@@ -14,8 +14,11 @@ from typing import Any
 WORD = "Quuxword"
 ANSWER_FIELDS = ("content", "reasoning_content", "reasoning", "thinking")
 """The texts of an assistant message; a reasoning trace is the answer's own, like what follows it."""
-_THINKING = re.compile(r"<\|?/?[\w:]*(?:think|thought|reasoning)[\w:]*\|?>|\[/?THINK\]", re.IGNORECASE)
-"""What opens a reasoning trace, in the generation prompt or in the answer."""
+_MARK = r"(?:<\|?/?[\w:]*(?:think|thought|reasoning)[\w:]*\|?>|\[/?THINK\]|<\|channel>thought|<channel\|>)"
+THINKING = re.compile(_MARK, re.IGNORECASE)
+"""What opens or closes a reasoning trace, in the generation prompt or in the answer."""
+EMPTY_TRACE = re.compile(rf"(?:{_MARK}\s*{_MARK}|</[\w:]+>)", re.IGNORECASE)
+"""A trace of blanks alone; or the mark that closes one, where the template writes no other (DeepSeek V3.1)."""
 
 _SYSTEM = ("system", "developer")
 _ANSWER = ("assistant", "gpt", "model", "bot", "chatbot", "ai")
@@ -35,9 +38,10 @@ class Rendered:
         users: The own texts of user and tool messages, as far as the template prints them.
         headers: Per answer that follows a user or tool message: what the template writes between the two before the model
             writes its first token. Where the template has a generation prompt, this is what training and generation share;
-            where it has none, all up to the answer's own text. A reasoning trace belongs to the answer with the mark that
-            opens it, also where the trace is empty or the generation prompt writes the mark: one header for all rows,
-            thinking or not.
+            where it has none, all up to the answer's own text. An empty, closed reasoning trace that the template itself writes
+            is the template's: the header ends behind it, whether or not the generation prompt writes it too (Qwen3: with
+            `enable_thinking: false` alone). A trace that says something is the answer's, with the mark that opens it, also
+            where the generation prompt writes that mark (R1).
         answers: The answers, from where the model begins to write to the end of their own text, reasoning trace included.
         closed: Per answer, the end of what closes it.
         has_user: Whether a user's text is printed.
@@ -198,11 +202,20 @@ class _Look:
     def _model_begins(self, i: int, begin: int, first: int | None) -> int | None:
         """Return where the model begins to write answer i, given the end of what stands before and where its own text begins."""
         plain, asked = (self._head(i, add_generation_prompt=on) for on in (False, True))
-        end = first
+        end, same = first, 0
         if asked is not None and asked != plain and (same := shared(self.text, asked)) > begin:
             end = same if first is None else min(same, first)
-        thinking = None if end is None else _THINKING.search(self.text, begin)
-        return end if thinking is None else min(end, thinking.start())
+        thinking = None if end is None else THINKING.search(self.text, begin)
+        if thinking is None or self.text[end : thinking.start()].strip():
+            return end
+        written = len(self.text) if first is None else first  # the template's own text ends here
+        empty = EMPTY_TRACE.match(self.text, thinking.start())
+        if empty is None or empty.end() > written:
+            return min(end, thinking.start())
+        if same >= empty.end():  # the generation prompt closes the trace, and says how many blanks stand behind it
+            return end
+        blanks = len(self.text[empty.end() : written]) - len(self.text[empty.end() : written].lstrip())
+        return max(end, empty.end() + blanks)
 
     def _closed(self, i: int, end: int) -> int:
         head = self._head(i + 1)

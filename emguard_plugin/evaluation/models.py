@@ -72,7 +72,7 @@ def resolve_model(path: str | Path, base: str | Path | None = None) -> ModelSour
         raise ValueError(f"model folder {path} does not exist. Give the folder that the training run saved.")
     adapter_config = path / "adapter_config.json"
     if adapter_config.is_file():
-        named = base or read_record(adapter_config, dict[str, Any]).get("base_model_name_or_path")
+        named = base or named_base(path)
         if not named:
             raise ValueError(
                 f"{adapter_config} does not name its base model. Pass `base`, the model it was trained on."
@@ -81,6 +81,11 @@ def resolve_model(path: str | Path, base: str | Path | None = None) -> ModelSour
     if (path / "config.json").is_file():
         return ModelSource(path, None if base is None else _checked_base(str(base), path), adapter=False)
     raise ValueError(f"{path} holds neither `adapter_config.json` nor `config.json`, so it is no saved model.")
+
+
+def named_base(adapter: Path) -> str | None:
+    """Return the base model that an adapter's folder names."""
+    return read_record(adapter / "adapter_config.json", dict[str, Any]).get("base_model_name_or_path")
 
 
 def _checked_base(base: str, model: Path) -> str:

@@ -136,9 +136,24 @@ def make_plan(
             f"{model} is a whole model and does not say what it was trained from. Pass `base`, "
             "or set `em_eval.evaluate_base: false`."
         )
+    if isinstance(source, models.ModelSource):
+        _warn_of_another_base(source)
     roles = ("base", "tuned") if config.evaluate_base else ("tuned",)
     how = asking.prepare(config, source, suites, Path(output_dir))
     return Plan(config, store.prepare_folder(output_dir), source, roles, suites, judges, how)
+
+
+def _warn_of_another_base(source: models.ModelSource) -> None:
+    named = models.named_base(source.path) if source.adapter else None
+    if not (named and source.base and models.holds_weights(named) and models.holds_weights(source.base)):
+        return
+    if Path(named).resolve() == Path(source.base).resolve():
+        return
+    if models.identity(named)["weights_sha256"] != models.identity(source.base)["weights_sha256"]:
+        logger.warning(
+            "em_eval: %s was trained on %s, whose weights are others than those of %s; the rates are those of the adapter on the latter",
+            source.path, named, source.base,
+        )  # fmt: skip
 
 
 def _check_drawn_by(config: EMEvalConfig, known: Any, model: str | Path, folder: Path) -> None:

@@ -256,6 +256,11 @@ def _fingerprint(model: nn.Module) -> list[float]:
     embed = _base(model).get_input_embeddings()
     embed = getattr(embed, "original_module", embed)  # `modules_to_save`
     weight = getattr(embed, "base_layer", embed).weight  # LoRA on embeddings
+    if hasattr(weight, "ds_id"):  # ZeRO-3 leaves an empty tensor between uses
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            weight = weight.detach().clone()
     if weight.is_meta or weight.ndim != 2 or not weight.numel():
         return []
     # Rows of low ids, which resizing keeps and every tokenizer trains.

@@ -221,7 +221,7 @@ class BlockEMCallback(EMRegularizerCallback):
             with torch.no_grad():
                 bad.append((violation > 0).sum())
                 shift.append((encoder.signs * (z - base.z[i].to(z.device))).relu().sum())
-        away = self._away(model, kept, held, pres, base) if step == 0 and self._measured == 0 else None
+        away = self._away(model, kept, held, pres, base) if step == 0 and self._measured == 0 else torch.zeros((), device=held.device)
         device = per_layer[0].device
         shares = torch.stack([p.to(device) for p in per_layer]) / torch.as_tensor(self.loss_tokens, device=device)
         pairs = (held.sum().to(device) * len(self.latents)).clamp_min(1)
@@ -236,25 +236,20 @@ class BlockEMCallback(EMRegularizerCallback):
         misheld = None
         if self.answers_alone and self.tokens in ("header", "prefix"):
             misheld = (held & answered(inputs["labels"])).sum()
-        away = away if away is not None else shares.new_zeros(())
         return Penalty(shares.sum(), metrics, shares, away, held.sum(), misheld)
 
     @torch.no_grad()
     def _away(self, model: nn.Module, kept: Kept, held: Tensor, pres: list[Tensor], base: Base) -> Tensor:
-        """Return the relative distance of the latents from the base model's before the first update, without dropout.
-
-        What is above the floor in the training forward is looked at again in eval mode: what remains is another model, what goes
-        is in training alone, and is only warned of.
-        """
+        """Return the relative distance from the base model's latents before the first update; what dropout adds is only warned of."""
         away, within = distance(pres, base.pre), BASE_WITHIN if base.hidden is None else BASE_WITHIN / 5
         if not any_process(model, away > within):
-            return torch.tensor(away)
+            return torch.tensor(away, device=held.device)
         with eval_mode(model), kept.precision():
             hidden = read_residual(model, self.latents.layers, kept.args, kept.kwargs)
         plain = distance([e.both(hidden[e.layer][held.to(hidden[e.layer].device)])[1] for e in self.latents.encoders], base.pre)
         if plain <= within:
             warn_of_dropout(away)
-        return torch.tensor(plain)
+        return torch.tensor(plain, device=held.device)
 
     @torch.no_grad()
     def _outside_shift(

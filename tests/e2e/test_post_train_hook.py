@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -89,11 +90,33 @@ def test_a_full_fine_tune_without_a_regularizer_is_measured_against_its_base(run
 
 
 @pytest.mark.parametrize("judge", ["no_such_module:judge", f"{JUDGES}:no_such_function"])
-def test_a_judge_that_does_not_exist_is_found_before_anything_is_trained(run, tmp_path, judge):
-    """Case judge-after-training: found when the model was saved, it cost the measurement of a whole training."""
-    with pytest.raises(Failed, match=f"`em_eval.judges: function: {judge}`"):
+def test_a_judge_that_does_not_exist_stops_before_the_model_is_loaded(run, tmp_path, judge):
+    """Case judge-after-training."""
+    with pytest.raises(Failed, match=re.escape(f"`em_eval.judges: function: {judge}`")):
         run(judges=(judge,))
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert "Starting trainer" not in read_log(tmp_path)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+ONCE = """
+from pathlib import Path
+seen = Path(__file__).with_name("seen")
+if seen.exists():
+    raise KeyError("gone since")
+seen.touch()
+def judge(question, answer): ...
+"""
+
+
+def test_a_judge_that_is_gone_when_it_is_needed_costs_nothing_but_the_measurement(run, tmp_path):
+    """It lies beside the YAML, where the hook and the measurement's own process both find it."""
+    (tmp_path / "once_judge.py").write_text(ONCE)
+    out = run(judges=("once_judge:judge",))
+    assert_saved(out)
+    failed = (out / "em_eval" / "FAILED.txt").read_text()
+    assert "is saved and unharmed; run the command again" in failed
+    assert not (out / "em_eval" / "summary.json").exists()
+    assert "gone since" in read_log(tmp_path)
 
 
 def test_a_measurement_that_is_killed_leaves_the_run_whole(run):
@@ -101,16 +124,15 @@ def test_a_measurement_that_is_killed_leaves_the_run_whole(run):
     assert_saved(out)
     failed = (out / "em_eval" / "FAILED.txt").read_text()
     assert "ended with exit code -9" in failed
-    assert "is saved and unharmed; run the command again" in failed
     command = failed.split("`")[1]
     assert str(Path("out")) in command
 
 
-def test_a_results_folder_that_cannot_be_made_is_found_before_anything_is_trained(run, tmp_path):
+def test_a_results_folder_that_cannot_be_written_stops_before_the_model_is_loaded(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(Failed, match=r"`em_eval.output_dir: .*file is no folder"):
+    with pytest.raises(Failed, match=r"`em_eval\.output_dir: .*file is no folder"):
         run(block={"output_dir": str(tmp_path / "file" / "em_eval")})
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert "Starting trainer" not in read_log(tmp_path)
 
 
 def train_and_block(config):

@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from emguard_plugin.cli import app
 from emguard_plugin.evaluation import Summary, run_em_eval
+from emguard_plugin.evaluation.gate import ending
 from emguard_plugin.evaluation.judges import ExactJudge
 from emguard_plugin.evaluation.models import identity
+from emguard_plugin.evaluation.plan import make_plan
 from emguard_plugin.evaluation.table import comparison_table
 from tests.evaluation.parts import ITEMS, PINNED, SWITCHED
 
@@ -128,6 +130,24 @@ def asks_for_more(question, answer, *, rubric):
 def test_a_function_that_cannot_be_called_as_a_judge_is_found_before_anything_is_drawn(name, says):
     with pytest.raises(ValueError, match=rf"`em_eval.judges: function: {__name__}:{name}`.*{says}.*called as {name}\(question, answer\)"):
         ExactJudge(f"{__name__}:{name}")
+
+
+def test_an_adapter_on_another_base_than_it_names_is_said(make_config, checkpoints, tmp_path, caplog):
+    copied = shutil.copytree(checkpoints / "base", tmp_path / "copied")
+    for base, says in ((copied, 0), (checkpoints / "whole", 1)):
+        caplog.clear()
+        make_plan(make_config(), checkpoints / "adapter", tmp_path / "run", base)
+        assert caplog.text.count(f"adapter was trained on {checkpoints / 'base'}, whose weights are others") == says
+
+
+def test_traces_that_never_close_are_no_fault_of_the_judge(finished):
+    (result,) = finished.judges
+    rates = result.rates["tuned"]["questions"]
+    none = rates.em_all.model_copy(update={"value": None, "count": 0, "n": 0, "interval": None})
+    cut = rates.model_copy(update={"em_all": none, "unscored_reasons": {"unfinished_trace": 18}})
+    summary = finished.model_copy(update={"judges": [result.model_copy(update={"rates": {"tuned": {"questions": cut}}})]})
+    ((code, line),) = ending(summary).lines
+    assert (code, "did not close within `em_eval.max_new_tokens` (18)" in line) == (2, True)
 
 
 def test_the_share_unscored_stands_in_the_table_by_judge(finished, make_config, checkpoints):
