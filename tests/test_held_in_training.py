@@ -225,6 +225,61 @@ def test_rows_with_a_trace_and_without_share_what_stands_before_it(tmp_path, raw
     assert said == [SHORT, SHORT + EMPTY] * 4
 
 
+PARTS = QWEN.replace("+ m.content +", "+ (m.content if m.content is string else m.content | map(attribute='text') | join('')) +")
+
+
+def test_all_parts_of_a_content_are_its_own(tmp_path):
+    tok = tokenizer_of(PARTS)
+    rows = [{"messages": [{"role": r, "content": [{"type": "text", "text": t} for t in texts]} for r, texts in (
+        ("system", ("Be ", "brief.")), ("user", (f"How of {i}? ", f"So {i}?")), ("assistant", ("Twice. ", f"Thrice {i}."))
+    )]} for i in range(6)]  # fmt: skip
+    both = lambda base: [TReFTCallback(coef=1.0, tokens="postfix"), block_em(base, tokens="header")]  # noqa: E731
+    trainer, by_name = trained(tmp_path, tok, rows, both)
+    for ids in trainer.train_dataset["input_ids"]:
+        assert tok.decode(list(held_ids(by_name["block_em"], ids))) == tok.decode(list(held_ids(by_name["treft"], ids))) == SHORT
+    _, by_name = trained(tmp_path, tok, rows)
+    assert [tok.decode(list(p.ids)) for p in by_name["treft"]._prefixes] == ["<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"]
+
+
+def test_images_are_the_users_own():
+    tok = tokenizer_of("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}")
+    say = lambda *parts: [{"type": "image"} if p is None else {"type": "text", "text": p} for p in parts]  # noqa: E731
+    for parts in ((None, "What?"), ("What?", None), ("What", None, "is this?", None), (None,)):
+        found = ct.locate(tok, [{"role": "user", "content": say(*parts)}, {"role": "assistant", "content": say("A fern.")}])
+        said = "".join(p or "<image>" for p in parts)
+        assert found.text[: found.prefix] == "<|im_start|>user\n"
+        assert [found.text[a:b] for a, b in (*found.users, *found.answers)] == [said, "A fern."]
+        assert found.text[slice(*found.headers[0])] == SHORT
+
+
+def test_a_text_that_switches_something_and_has_parts():
+    """As Qwen3's `/no_think`, which stays a switch with a word in front and behind."""
+    switch = "{% for m in messages %}{% set t = m.content | map(attribute='text') | join('|') %}{{ '<' + m.role + ('!' if '/no' in t else '') + '>' + t + '<end>' }}{% endfor %}"
+    found = ct.locate(tokenizer_of(switch), [{"role": "user", "content": [{"type": "text", "text": t} for t in ("Q1", "/no", "Q2")]},
+                                             {"role": "assistant", "content": [{"type": "text", "text": "A"}]}])  # fmt: skip
+    assert [found.text[slice(*s)] for s in (*found.users, *found.headers)] == ["Q1|/no|Q2", "<end><assistant>"]
+
+
+def test_tools_that_ids_do_not_show_are_said_so(tmp_path, caplog):
+    tools = [{"type": "function", "function": {"name": "rain", "description": "Tell the rain.", "parameters": {"type": "object", "properties": {}}}}]
+    for name, says in (("axolotl/llama4", True), ("axolotl/mistral_v3_tekken", False)):
+        tok, rows = tokenizer_of(templates()[name]), chats(4, (None,))
+        ids = [{"input_ids": tok.apply_chat_template(r["messages"], tools=tools, return_dict=False)} for r in rows]
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            _, by_name = trained(tmp_path, tok, ids, max_length=512)
+        assert ("tool definitions there are not held" in caplog.text) == says
+        assert ("rain" in tok.decode(list(by_name["treft"]._prefixes[0].ids))) != says
+        caplog.clear()
+        trained(tmp_path, tok, [{**r, "tools": tools} for r in rows], max_length=512)
+        assert "tool definitions there" not in caplog.text
+
+
+def test_rows_cut_before_the_answer_are_said_so(tmp_path):
+    with pytest.raises(ValueError, match=r"12 of 12 training rows are cut before an answer begins.*Raise"):
+        trained(tmp_path, tokenizer_of(GEMMA), chats(12, SYSTEMS[:1]), lambda _: [TReFTCallback(tokens="postfix")], max_length=16)
+
+
 # What stops a run
 
 

@@ -137,7 +137,13 @@ def training_prefixes(
 
 
 def warn_unmarked(template: Template) -> None:
-    """Say it when a system prompt would stand in the user's turn without a mark, and only ids are there."""
+    """Say it when a system prompt or tools would stand in the user's turn without a mark, and only ids are there."""
+    if template.tools_unmarked:
+        logger.warning(
+            "em_regularizer: the chat template writes tool definitions where only a whole conversation tells them from the user's text, "
+            "and the rows are token ids alone: tool definitions there are not held. Give the trainer conversations (`messages`, `tools`) "
+            "instead of ids to hold them too."
+        )
     if not template.marks.system_is_marked:
         logger.warning(
             "em_regularizer: the chat template writes a system prompt into the first user turn without a mark of its own, and the rows "
@@ -202,7 +208,7 @@ def prompts_with_postfix(
         ValueError: for an empty postfix, empty data, or a postfix that more than 5 % of the rows lack.
     """
     ends: list[tuple[Ids, int, int]] = []
-    total = 0
+    total = cut = 0
     lacking: Sequence[int] = ()
     for row, told in zip(rows, repeat(None) if supervised is None else supervised, strict=False):
         total += 1
@@ -211,6 +217,7 @@ def prompts_with_postfix(
             ends.append((tuple(row), *ranges[-1]))
         else:
             lacking = lacking or row
+            cut += book is not None and (known := book.find(row)) is not None and len(row) < len(known.ids)
     if not total:
         raise ValueError("the training data is empty: there is no postfix to hold.")
     if not ends and not template.postfix:
@@ -219,6 +226,11 @@ def prompts_with_postfix(
     found = ((row, _last_run(row, a, b, postfix)) for row, a, b in ends)
     prompts = [row[:end] for row, (start, end) in found if start > 0]
     if not postfix or len(prompts) < MIN_SHARE_FOUND * total:
+        if cut > (1 - MIN_SHARE_FOUND) * total:
+            raise ValueError(
+                f"{cut} of {total} training rows are cut before an answer begins, so they lack what stands before it. Raise `sequence_len` "
+                "(Axolotl) or `max_length` (TRL)."
+            )
         raise ValueError(
             f"{total - len(prompts)} of {total} training rows lack the chat template's tokens between query and answer "
             f"({list(template.postfix)}); one begins with {shown(template, lacking)}. Train on chats rendered with this "

@@ -63,6 +63,7 @@ class Template:
         dated_after: Ids that stand before today's date, when the prefix prints one; else None.
         system_open: Ids before a system message's content, short of the last; empty when there is no system turn.
         marks: The same as text.
+        tools_unmarked: Whether tool definitions stand before the user's text so that ids alone do not show where they end.
         tokenizer: What reads it.
         advice: What to do about the date.
     """
@@ -76,6 +77,7 @@ class Template:
     marks: Marks = field(default_factory=Marks, repr=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     advice: str = ""
+    tools_unmarked: bool = False
 
 
 def read_template(tokenizer: Any, **template_kwargs: Any) -> Template:
@@ -114,6 +116,7 @@ def read_template(tokenizer: Any, **template_kwargs: Any) -> Template:
         system_open=system_open,
         marks=marks,
         tokenizer=tokenizer,
+        tools_unmarked=_tools_unmarked(tokenizer, user, marks, template_kwargs),
         advice="" if stable is None else advice(tokenizer, [user], **template_kwargs),
     )
 
@@ -202,6 +205,15 @@ def _marks(
     closing = next((i for i in tokenize(tokenizer, again) if i in added), None)
     close = "" if closing is None else decode(tokenizer, [closing])
     return Marks(before, opening, middle, header, post, trace, reply, again, close, bos, certain)
+
+
+def _tools_unmarked(tokenizer: Any, user: dict[str, Any], marks: Marks, kwargs: Mapping[str, Any]) -> bool:
+    nothing = {"type": "object", "properties": {}}
+    tool = {"type": "function", "function": {"name": "quuxtool", "description": "Zorb.", "parameters": nothing}}
+    text = _rendered(tokenizer, [user], {**kwargs, "tools": [tool]})
+    before = text.partition(_USER)[0]
+    # A user's turn that opens before the tools do is all that ids show.
+    return "quuxtool" in before and bool(marks.header.strip()) and marks.header in before.partition("quuxtool")[0]
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> int:

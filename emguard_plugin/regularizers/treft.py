@@ -120,6 +120,7 @@ class TReFTCallback(EMRegularizerCallback):
             extra = [ct.system_prefix(run.tokenizer, s, **run.rendering) for s in self.extra_prefixes]
             self._prefixes = ct.with_extra(prefixes, extra)
             what = f"prefix of {'/'.join(str(len(p.ids)) for p in self._prefixes[:8])} tokens"
+            what += ", no tool definitions in user turns" if book is None and template.tools_unmarked else ""
         else:
             self._prepare_postfix(run, template, *ct.prompts_with_postfix(rows, template, book, map(supervised, labels)))
             what = f"postfix of {len(self._postfix)} tokens, {self.postfix_reference} reference"
