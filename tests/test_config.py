@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -9,6 +11,7 @@ from emguard_plugin.config import (
     KLConfig,
     TReFTConfig,
     misspelt_blocks,
+    read_block,
 )
 from emguard_plugin.regularizers import METHODS, build_regularizers
 from emguard_plugin.regularizers.kl import KLCallback
@@ -168,3 +171,18 @@ def test_what_a_host_dumps_and_hands_back_is_what_the_user_stated():
     dumped = EMEvalConfig.model_validate(stated).model_dump(exclude_none=True)
     assert dumped == stated
     assert EMEvalConfig.model_validate(dumped).model_fields_set == set(stated)
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ({"sampler": "vllm"}, "em_eval.sampler: takes a mapping of keys, `key: value`, indented below it, found 'vllm'"),
+        ({"judges": ["a:b"]}, r"em_eval.judges\[0\]: takes a mapping of keys"),
+        ({"chat_template_kwargs": ["a"]}, "em_eval.chat_template_kwargs: takes a mapping of keys"),
+        ({"also": "open_ended_json"}, r"em_eval.also: takes a list, such as `\[one, two\]`.*found 'open_ended_json'"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_in_the_words_of_yaml(over, says):
+    with pytest.raises(ValueError, match=says) as error:
+        read_block(EMEvalConfig, {"questions": "open_ended", "judges": [{"function": "a:b"}], **over}, "em_eval")
+    assert not re.search("dictionary|instance of|Config", str(error.value))
