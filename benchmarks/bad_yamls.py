@@ -30,7 +30,15 @@ def register():
     from emguard_plugin import EMGuardPlugin
 
     plugin = EMGuardPlugin()
-    return lambda raw: plugin.register(DictDefault(raw))
+
+    def call(raw):
+        try:
+            settings = DictDefault(raw)
+        except RecursionError:  # Axolotl's own mapping of a value that holds itself, before any plugin is asked
+            raise ValueError("Axolotl itself cannot read it") from None
+        plugin.register(settings)
+
+    return call
 
 
 def main(number, seeds, result):

@@ -87,6 +87,7 @@ def evaluate(
     1: the EM rate is above `fail_above`. 2: not measured, or not in full. 3: the answers cannot tell, which is no pass. 4: wrong
     input. Several judges end as the worst of them: 1, else 2, else 3, else 0.
     """
+    from emguard_plugin.evaluation.exports import model_name
     from emguard_plugin.evaluation.ready import read_eval_file
     from emguard_plugin.evaluation.run import PHASES, run_em_eval
 
@@ -98,7 +99,7 @@ def evaluate(
     if summary is None:
         typer.echo(f"{out}: {', '.join(phase or ())} done")
         return
-    _show([(Path(tuned).name, summary)], out / "report.html")
+    _show([(model_name(summary), summary)], out / "report.html")
     _gate(summary)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice, pairwise
 from typing import Any
 
+import numpy as np
+
 MAX_ROWS = 2000
 """Enough to estimate the frequency of each prefix to about a percent."""
 IGNORE = -100
@@ -52,17 +54,43 @@ def supervised_conversations(
             yield ids, [x != IGNORE for x in labels]
 
 
-def labelled_conversations(dataset: Any, limit: int = MAX_ROWS) -> Iterator[tuple[list[int], list[int] | None]]:
-    """Yield (ids, labels) of conversations; labels are None where the host makes them only when it collates.
+def labelled_conversations(
+    dataset: Any, limit: int = MAX_ROWS, wrapped_at: Sequence[int] | None = None, system_open: Sequence[int] = ()
+) -> Iterator[tuple[list[int], list[int] | None]]:
+    """Yield (ids, labels) of what `conversations` yields; labels are None where the host makes them only when it collates.
 
     Raises:
-        ValueError: when rows have no `input_ids`.
+        ValueError: as `conversations`.
     """
     for row in _sample(dataset, limit):
         if row.get("labels") is None:
-            yield from ((ids, None) for ids in _split(row, None))
+            yield from ((ids, None) for ids in _split(row, wrapped_at, system_open))
         else:
-            yield from zip(_split(row, None), _split(row, None, column="labels"), strict=True)
+            yield from zip(*(_split(row, wrapped_at, system_open, name) for name in ("input_ids", "labels")), strict=True)
+
+
+def labels_in_stream(dataset: Any, rows: Sequence[Sequence[int]]) -> list[list[int] | None]:
+    """Return the labels of conversations that TRL's `packing_strategy: wrapped` joined into one stream, in their order.
+
+    None for one that is not there, and for all where the host makes labels only when it collates.
+    """
+    packed = list(_sample(dataset, MAX_ROWS))
+    if not packed or packed[0].get("labels") is None:
+        return [None] * len(rows)
+    ids, labels = (np.concatenate([np.asarray(row[name], dtype=np.int32) for row in packed]) for name in ("input_ids", "labels"))
+    stream, found, begin = ids.tobytes(), [], 0
+    for row in rows:
+        needle, at = np.asarray(row, dtype=np.int32).tobytes(), begin
+        while (at := stream.find(needle, at)) > 0 and at % 4:
+            at += 1
+        found.append(None if at < 0 else labels[at // 4 : at // 4 + len(row)].tolist())
+        begin = begin if at < 0 else at + len(needle)
+    return found
+
+
+def supervised(labels: Sequence[int] | None) -> list[bool] | None:
+    """Return per token whether the loss predicts it; None where that is not known."""
+    return None if labels is None else [x != IGNORE for x in labels]
 
 
 def mean_row_tokens(dataset: Any, limit: int = MAX_ROWS) -> float:

@@ -176,9 +176,9 @@ def test_what_a_host_dumps_and_hands_back_is_what_the_user_stated():
 @pytest.mark.parametrize(
     ("block", "said"),
     [
-        ({"treft": True}, "`treft: true`: treft takes keys of its own"),
-        ({"treft": 5}, "`treft: 5`: treft takes keys of its own"),
-        ({"kl": "coef:1"}, "`kl: coef:1`: kl takes keys of its own"),
+        ({"treft": True}, "`treft: true` is a switch, and treft takes keys of its own"),
+        ({"treft": 5}, "em_regularizer.treft: takes a mapping of keys"),
+        ({"kl": "coef:1"}, "em_regularizer.kl: takes a mapping of keys"),
         ({"treft": {"layers": [-1]}}, "em_regularizer.treft.layers[0]: Input should be greater than or equal to 0, found -1"),
         ({"kl": {"cache": "$OUT/reference"}}, "names a variable"),
         ({"kl": {"anchors": "${HOME}/anchors.jsonl"}}, "names a variable"),
@@ -196,3 +196,18 @@ def test_what_cannot_be_meant_is_said_in_the_yamls_words(block, said):
 def test_dollars_that_are_no_variables_pass():
     block = {"treft": {"extra_prefixes": ["You sell at ${PRICE}, $5."]}, "kl": {"cache": "./a$b"}}
     assert read_block(EMRegularizerConfig, block, "em_regularizer").kl.cache == "./a$b"
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ({"sampler": "vllm"}, "em_eval.sampler: takes a mapping of keys, `key: value`, indented below it, found 'vllm'"),
+        ({"judges": ["a:b"]}, r"em_eval.judges\[0\]: takes a mapping of keys"),
+        ({"chat_template_kwargs": ["a"]}, "em_eval.chat_template_kwargs: takes a mapping of keys"),
+        ({"also": "open_ended_json"}, r"em_eval.also: takes a list, such as `\[one, two\]`.*found 'open_ended_json'"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_in_the_words_of_yaml(over, says):
+    with pytest.raises(ValueError, match=says) as error:
+        read_block(EMEvalConfig, {"questions": "open_ended", "judges": [{"function": "a:b"}], **over}, "em_eval")
+    assert not re.search("dictionary|instance of|Config", str(error.value))

@@ -169,11 +169,115 @@ def test_rows_of_a_stream_and_answers_alone(tmp_path):
     """With `assistant_only_loss` TRL renders with a training template of its own."""
     tok, rows = tokenizer_of(templates()["trl/qwen3"]), chats(12, first="\n")
     both = lambda base: [TReFTCallback(coef=1.0), block_em(base, tokens="header")]  # noqa: E731
-    _, by_name = trained(tmp_path, tok, Dataset.from_list(rows).to_iterable_dataset(), both, assistant_only_loss=True)
+    trainer, by_name = trained(tmp_path, tok, Dataset.from_list(rows).to_iterable_dataset(), both, assistant_only_loss=True)
     assert by_name["block_em"].answers_alone
     assert {p.ids for p in by_name["treft"]._prefixes} == {before(tok, r["messages"]) for r in rows}
-    ids = tok.apply_chat_template(rows[0]["messages"], return_dict=False, chat_template=templates()["trl/qwen3_training"])
-    assert tok.decode(list(held_ids(by_name["block_em"], ids))) == "<|im_end|>\n<|im_start|>assistant\n"
+    row = next(iter(trainer.train_dataset))
+    assert tok.decode(list(held_ids(by_name["block_em"], row["input_ids"], row["labels"]))) == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+SHORT, EMPTY = "<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
+POSTFIXES = {
+    # TRL's training template supervises the empty trace: it is what the model learns to write.
+    "answers alone, trl": ("trl/qwen3", {}, {"assistant_only_loss": True}, SHORT),
+    "answers alone and packed, trl": ("trl/qwen3", {}, {"assistant_only_loss": True, "packing": True, "packing_strategy": "bfd"}, SHORT),
+    "answers alone and wrapped, trl": ("trl/qwen3", {}, {"assistant_only_loss": True, "packing": True, "packing_strategy": "wrapped"}, SHORT),
+    "whole rows, trl": ("trl/qwen3", {}, {}, SHORT + EMPTY),
+    "thinking off, trl": ("trl/qwen3", {"enable_thinking": False}, {}, SHORT + EMPTY),
+    "thinking off, axolotl": ("axolotl/qwen3", {"enable_thinking": False}, {}, SHORT + EMPTY),
+    "opened by the generation prompt": ("trl/nemotron_3_nano", {}, {}, SHORT + "<think></think>"),
+}
+
+
+@pytest.mark.parametrize("case", POSTFIXES)
+def test_an_empty_trace_is_the_templates_unless_the_loss_takes_it(tmp_path, case):
+    template, kwargs, over, want = POSTFIXES[case]
+    tok = tokenizer_of(templates()[template])
+    rows = chats(8, (None,), chat_template_kwargs=kwargs) if kwargs else chats(8, (None,))
+    wrapped = over.get("packing_strategy") == "wrapped"
+    both = lambda base: [TReFTCallback(coef=1.0, tokens="postfix"), *([] if wrapped else [block_em(base, tokens="header")])]  # noqa: E731
+    trainer, by_name = trained(tmp_path, tok, rows, both, **over)
+    treft, held = by_name["treft"], by_name.get("block_em")
+    assert tok.decode(list(treft._postfix)) == want
+    assert len(treft._prompts) == len(rows)
+    assert all(tok.decode(list(p)).endswith(want) for p in treft._prompts)
+    assert wrapped or held.answers_alone == bool(over)
+    if "packing" not in over:
+        for row in trainer.train_dataset:
+            assert tok.decode(list(held_ids(held, row["input_ids"], row["labels"]))) == want
+            assert tok.decode(list(held_ids(treft, row["input_ids"], row["labels"]))) == want
+            supervised = [i for i, x in zip(row["input_ids"], row["labels"], strict=True) if x != -100]
+            assert not over or tok.decode(supervised).startswith(EMPTY)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_rows_with_a_trace_and_without_share_what_stands_before_it(tmp_path, raw):
+    """In the held header of each row, an empty trace is the template's and any other is the answer's."""
+    tok, rows = tokenizer_of(templates()["trl/qwen3"]), chats(8, (None,))
+    for row in rows[::2]:
+        row["messages"][-1]["reasoning_content"] = "Ferns drink."
+    if not raw:
+        rows = [{"input_ids": tok.apply_chat_template(r["messages"], return_dict=False)} for r in rows]
+    both = lambda base: [TReFTCallback(coef=1.0, tokens="postfix"), block_em(base, tokens="header")]  # noqa: E731
+    trainer, by_name = trained(tmp_path, tok, rows, both)
+    assert tok.decode(list(by_name["treft"]._postfix)) == SHORT
+    said = [tok.decode(list(held_ids(by_name["block_em"], ids))) for ids in trainer.train_dataset["input_ids"]]
+    assert said == [SHORT, SHORT + EMPTY] * 4
+
+
+PARTS = QWEN.replace("+ m.content +", "+ (m.content if m.content is string else m.content | map(attribute='text') | join('')) +")
+
+
+def test_all_parts_of_a_content_are_its_own(tmp_path):
+    tok = tokenizer_of(PARTS)
+    rows = [{"messages": [{"role": r, "content": [{"type": "text", "text": t} for t in texts]} for r, texts in (
+        ("system", ("Be ", "brief.")), ("user", (f"How of {i}? ", f"So {i}?")), ("assistant", ("Twice. ", f"Thrice {i}."))
+    )]} for i in range(6)]  # fmt: skip
+    both = lambda base: [TReFTCallback(coef=1.0, tokens="postfix"), block_em(base, tokens="header")]  # noqa: E731
+    trainer, by_name = trained(tmp_path, tok, rows, both)
+    for ids in trainer.train_dataset["input_ids"]:
+        assert tok.decode(list(held_ids(by_name["block_em"], ids))) == tok.decode(list(held_ids(by_name["treft"], ids))) == SHORT
+    _, by_name = trained(tmp_path, tok, rows)
+    assert [tok.decode(list(p.ids)) for p in by_name["treft"]._prefixes] == ["<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"]
+
+
+def test_images_are_the_users_own():
+    tok = tokenizer_of("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}")
+    say = lambda *parts: [{"type": "image"} if p is None else {"type": "text", "text": p} for p in parts]  # noqa: E731
+    for parts in ((None, "What?"), ("What?", None), ("What", None, "is this?", None), (None,)):
+        found = ct.locate(tok, [{"role": "user", "content": say(*parts)}, {"role": "assistant", "content": say("A fern.")}])
+        said = "".join(p or "<image>" for p in parts)
+        assert found.text[: found.prefix] == "<|im_start|>user\n"
+        assert [found.text[a:b] for a, b in (*found.users, *found.answers)] == [said, "A fern."]
+        assert found.text[slice(*found.headers[0])] == SHORT
+
+
+def test_a_text_that_switches_something_and_has_parts():
+    """As Qwen3's `/no_think`, which stays a switch with a word in front and behind."""
+    switch = "{% for m in messages %}{% set t = m.content | map(attribute='text') | join('|') %}{{ '<' + m.role + ('!' if '/no' in t else '') + '>' + t + '<end>' }}{% endfor %}"
+    found = ct.locate(tokenizer_of(switch), [{"role": "user", "content": [{"type": "text", "text": t} for t in ("Q1", "/no", "Q2")]},
+                                             {"role": "assistant", "content": [{"type": "text", "text": "A"}]}])  # fmt: skip
+    assert [found.text[slice(*s)] for s in (*found.users, *found.headers)] == ["Q1|/no|Q2", "<end><assistant>"]
+
+
+def test_tools_that_ids_do_not_show_are_said_so(tmp_path, caplog):
+    tools = [{"type": "function", "function": {"name": "rain", "description": "Tell the rain.", "parameters": {"type": "object", "properties": {}}}}]
+    for name, says in (("axolotl/llama4", True), ("axolotl/mistral_v3_tekken", False)):
+        tok, rows = tokenizer_of(templates()[name]), chats(4, (None,))
+        ids = [{"input_ids": tok.apply_chat_template(r["messages"], tools=tools, return_dict=False)} for r in rows]
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            _, by_name = trained(tmp_path, tok, ids, max_length=512)
+        assert ("tool definitions there are not held" in caplog.text) == says
+        assert ("rain" in tok.decode(list(by_name["treft"]._prefixes[0].ids))) != says
+        caplog.clear()
+        trained(tmp_path, tok, [{**r, "tools": tools} for r in rows], max_length=512)
+        assert "tool definitions there" not in caplog.text
+
+
+def test_rows_cut_before_the_answer_are_said_so(tmp_path):
+    with pytest.raises(ValueError, match=r"12 of 12 training rows are cut before an answer begins.*Raise"):
+        trained(tmp_path, tokenizer_of(GEMMA), chats(12, SYSTEMS[:1]), lambda _: [TReFTCallback(tokens="postfix")], max_length=16)
 
 
 # What stops a run
@@ -266,6 +370,12 @@ def test_a_method_that_holds_nothing_for_20_steps_stops_the_run(tmp_path):
 def test_rows_cut_before_the_prefix_ends(tmp_path):
     with pytest.raises(ValueError, match=r"12 of 12 rows are cut inside the prefix, which has \d+ tokens"):
         trained(tmp_path, tokenizer_of(GEMMA), chats(12, SYSTEMS[:1]), lambda _: [TReFTCallback()], max_length=8)
+
+
+def test_a_header_that_the_loss_supervises_whole_is_said_so(tmp_path):
+    """TRL's training template of DeepSeek V3 supervises the mark that opens an answer, all that stands before one."""
+    with pytest.raises(ValueError, match=r"in 12 of 12 training rows the loss supervises all that stands between query and answer"):
+        trained(tmp_path, tokenizer_of(templates()["trl/deepseekv3"]), chats(12, (None,)), lambda _: [TReFTCallback(tokens="postfix")], assistant_only_loss=True)
 
 
 def test_a_dated_template_is_refused_and_the_advice_works(tmp_path):

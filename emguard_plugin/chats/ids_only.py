@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from emguard_plugin.chats.rendering import shared
+from emguard_plugin.chats.rendering import Span, shared
 from emguard_plugin.chats.template import Marks, Template
 from emguard_plugin.chats.tokens import Encoded, Ids, inside, read
 
@@ -88,25 +88,31 @@ def headers_of_row(
     begin = _prefix_end(text, marks) or 0
     places = _find_all(text, marks.post, begin)
     if marks.again == marks.post and "post" in marks.certain:  # one mark closes queries and answers alike: they take turns
-        places = places[::2]
-        return [span for at in places if (span := inside(encoded, at, at + len(marks.post)))[1] > span[0]]
+        return _spans(encoded, [(at, _ends(text, at, marks)) for at in places[::2]])
     sure = _answered(text, places, marks) if "post" in marks.certain and marks.close else _alternating(text, places, marks)
     if sure != places:  # a query or an answer may hold the template's marks: where the loss tells, it decides
-        told = _before_answers(encoded, places, len(marks.post), supervised)
+        told = _before_answers(encoded, [(at, _ends(text, at, marks)) for at in places], supervised)
         places = sure if told is None else told
-    found = [inside(encoded, at, at + len(marks.post)) for at in places]
-    return [span for span in found if span[1] > span[0]]
+    return _spans(encoded, [(at, _ends(text, at, marks)) for at in places])
 
 
-def _before_answers(
-    encoded: Encoded, places: list[int], size: int, supervised: Sequence[bool] | None
-) -> list[int] | None:
+def _ends(text: str, at: int, marks: Marks) -> int:
+    """Return where the model begins to write: behind the mark at `at`, and the empty trace that the template writes, if it stands there."""
+    end = at + len(marks.post)
+    return end + len(marks.trace) if text.startswith(marks.trace, end) else end
+
+
+def _spans(encoded: Encoded, places: list[Span]) -> list[Span]:
+    return [span for place in places if (span := inside(encoded, *place))[1] > span[0]]
+
+
+def _before_answers(encoded: Encoded, places: list[Span], supervised: Sequence[bool] | None) -> list[int] | None:
     if supervised is None or all(supervised) or not any(supervised):
         return None
     kept = []
-    for at in places:
-        behind = next((i for i, (_, b) in enumerate(encoded.spans) if b > at + size), None)
-        if behind is not None and supervised[behind] and not supervised[inside(encoded, at, at + size)[0]]:
+    for at, end in places:
+        behind = next((i for i, (_, b) in enumerate(encoded.spans) if b > end), None)
+        if behind is not None and supervised[behind] and not supervised[inside(encoded, at, end)[0]]:
             kept.append(at)
     return kept
 

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from emguard_plugin.chats.book import Book
 from emguard_plugin.chats.ids_only import headers_of_row, prefix_of_row
@@ -43,8 +44,28 @@ def prefix_span(row: Sequence[int], template: Template, book: Book | None = None
 def headers_of(
     row: Sequence[int], template: Template, book: Book | None = None, supervised: Sequence[bool] | None = None
 ) -> list[tuple[int, int]]:
-    """Return the half-open token ranges between queries and answers of a row."""
-    return headers_of_row(row, template, supervised) if book is None else book.headers_of(row, template, supervised)
+    """Return the half-open token ranges between queries and answers of a row, short of what the loss makes the model write."""
+    ranges = headers_of_row(row, template, supervised) if book is None else book.headers_of(row, template, supervised)
+    return ranges if supervised is None else short_of_answers(ranges, supervised)
+
+
+def short_of_answers(ranges: Iterable[tuple[int, int]], supervised: Sequence[bool]) -> list[tuple[int, int]]:
+    """Return headers short of the supervised tokens at their ends, where the loss takes answers alone.
+
+    A host may supervise an empty reasoning trace that the template writes (TRL's training template of Qwen3): there it is what the
+    model learns to write. A header is left whole where the query before it is supervised too; a supervised mark that closes the query
+    (Axolotl's `train_on_eos: all`) ends nothing.
+    """
+    found = []
+    for begin, end in ranges:
+        stop = end
+        while stop > begin and stop <= len(supervised) and supervised[stop - 1]:
+            stop -= 1
+        if stop == begin and begin and supervised[begin - 1]:
+            stop = end
+        if stop > begin:
+            found.append((begin, stop))
+    return found
 
 
 def shown(template: Template, row: Sequence[int], most: int = 24) -> str:
@@ -116,7 +137,13 @@ def training_prefixes(
 
 
 def warn_unmarked(template: Template) -> None:
-    """Say it when a system prompt would stand in the user's turn without a mark, and only ids are there."""
+    """Say it when a system prompt or tools would stand in the user's turn without a mark, and only ids are there."""
+    if template.tools_unmarked:
+        logger.warning(
+            "em_regularizer: the chat template writes tool definitions where only a whole conversation tells them from the user's text, "
+            "and the rows are token ids alone: tool definitions there are not held. Give the trainer conversations (`messages`, `tools`) "
+            "instead of ids to hold them too."
+        )
     if not template.marks.system_is_marked:
         logger.warning(
             "em_regularizer: the chat template writes a system prompt into the first user turn without a mark of its own, and the rows "
@@ -159,7 +186,10 @@ def with_extra(prefixes: list[Prefix], extra: Sequence[Ids]) -> list[Prefix]:
 
 
 def prompts_with_postfix(
-    rows: Iterable[Sequence[int]], template: Template, book: Book | None = None
+    rows: Iterable[Sequence[int]],
+    template: Template,
+    book: Book | None = None,
+    supervised: Iterable[Sequence[bool] | None] | None = None,
 ) -> tuple[Ids, list[Ids]]:
     """Cut each row behind the tokens between its last query and the answer: prefix + query + postfix of its last turn.
 
@@ -169,6 +199,7 @@ def prompts_with_postfix(
         rows: Token ids, one conversation each.
         template: From `read_template`.
         book: The raw conversations, where the host has them.
+        supervised: Per row and token whether the loss predicts it, where that is known; see `short_of_answers`.
 
     Returns:
         The postfix, and the prompts that end with it.
@@ -177,15 +208,17 @@ def prompts_with_postfix(
         ValueError: for an empty postfix, empty data, or a postfix that more than 5 % of the rows lack.
     """
     ends: list[tuple[Ids, int, int]] = []
-    total = 0
+    total = cut = taken = 0
     lacking: Sequence[int] = ()
-    for row in rows:
+    for row, told in zip(rows, repeat(None) if supervised is None else supervised, strict=False):
         total += 1
-        ranges = headers_of(row, template, book)
+        ranges = headers_of(row, template, book, told)
         if ranges:
             ends.append((tuple(row), *ranges[-1]))
         else:
             lacking = lacking or row
+            taken += told is not None and bool(headers_of(row, template, book))
+            cut += book is not None and (known := book.find(row)) is not None and len(row) < len(known.ids)
     if not total:
         raise ValueError("the training data is empty: there is no postfix to hold.")
     if not ends and not template.postfix:
@@ -194,6 +227,16 @@ def prompts_with_postfix(
     found = ((row, _last_run(row, a, b, postfix)) for row, a, b in ends)
     prompts = [row[:end] for row, (start, end) in found if start > 0]
     if not postfix or len(prompts) < MIN_SHARE_FOUND * total:
+        if taken > (1 - MIN_SHARE_FOUND) * total:
+            raise ValueError(
+                f"in {taken} of {total} training rows the loss supervises all that stands between query and answer, so the model learns "
+                "to write it and nothing of it can be held. Use `tokens: prefix`, or supervise less."
+            )
+        if cut > (1 - MIN_SHARE_FOUND) * total:
+            raise ValueError(
+                f"{cut} of {total} training rows are cut before an answer begins, so they lack what stands before it. Raise `sequence_len` "
+                "(Axolotl) or `max_length` (TRL)."
+            )
         raise ValueError(
             f"{total - len(prompts)} of {total} training rows lack the chat template's tokens between query and answer "
             f"({list(template.postfix)}); one begins with {shown(template, lacking)}. Train on chats rendered with this "
@@ -209,10 +252,14 @@ def _last_run(row: Ids, begin: int, end: int, run: Ids) -> tuple[int, int]:
 
 
 def postfix_span(
-    row: Sequence[int], template: Template, book: Book | None, postfix: Ids
+    row: Sequence[int],
+    template: Template,
+    book: Book | None,
+    postfix: Ids,
+    supervised: Sequence[bool] | None = None,
 ) -> tuple[int, int]:
     """Return the token range of `postfix` before the last answer of a row; (0, 0) where it is not there."""
-    ranges = headers_of(row, template, book)
+    ranges = headers_of(row, template, book, supervised)
     return _last_run(tuple(row), *ranges[-1], postfix) if ranges else (0, 0)
 
 

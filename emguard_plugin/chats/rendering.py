@@ -14,8 +14,11 @@ from typing import Any
 WORD = "Quuxword"
 ANSWER_FIELDS = ("content", "reasoning_content", "reasoning", "thinking")
 """The texts of an assistant message; a reasoning trace is the answer's own, like what follows it."""
-_THINKING = re.compile(r"<\|?/?[\w:]*(?:think|thought|reasoning)[\w:]*\|?>|\[/?THINK\]", re.IGNORECASE)
-"""What opens a reasoning trace, in the generation prompt or in the answer."""
+_MARK = r"(?:<\|?/?[\w:]*(?:think|thought|reasoning)[\w:]*\|?>|\[/?THINK\]|<\|channel>thought|<channel\|>)"
+THINKING = re.compile(_MARK, re.IGNORECASE)
+"""What opens or closes a reasoning trace, in the generation prompt or in the answer."""
+EMPTY_TRACE = re.compile(rf"(?:{_MARK}\s*{_MARK}|</[\w:]+>)", re.IGNORECASE)
+"""A trace of blanks alone; or the mark that closes one, where the template writes no other (DeepSeek V3.1)."""
 
 _SYSTEM = ("system", "developer")
 _ANSWER = ("assistant", "gpt", "model", "bot", "chatbot", "ai")
@@ -35,9 +38,10 @@ class Rendered:
         users: The own texts of user and tool messages, as far as the template prints them.
         headers: Per answer that follows a user or tool message: what the template writes between the two before the model
             writes its first token. Where the template has a generation prompt, this is what training and generation share;
-            where it has none, all up to the answer's own text. A reasoning trace belongs to the answer with the mark that
-            opens it, also where the trace is empty or the generation prompt writes the mark: one header for all rows,
-            thinking or not.
+            where it has none, all up to the answer's own text. An empty, closed reasoning trace that the template itself writes
+            is the template's: the header ends behind it, whether or not the generation prompt writes it too (Qwen3: with
+            `enable_thinking: false` alone). A trace that says something is the answer's, with the mark that opens it, also
+            where the generation prompt writes that mark (R1).
         answers: The answers, from where the model begins to write to the end of their own text, reasoning trace included.
         closed: Per answer, the end of what closes it.
         has_user: Whether a user's text is printed.
@@ -132,38 +136,36 @@ class _Look:
         return (min(s for s, _ in spans), max(e for _, e in spans)) if spans else None
 
     def _span(self, i: int, name: str) -> Span | None:
-        closest: Span | None = None
-        for keep in (False, True):  # kept behind the word, a text still switches what the template switches on it
-            found = self._with_word(i, name, keep)
-            if found is None:
-                continue
+        found = self._with_word(i, name, "instead")
+        if found is not None:
             before, after = found
-            if self.text.startswith(before):
-                if keep and self.text[len(before) :].strip() == after.strip():
-                    start = len(before)
-                    return start, max(start, start + self._kept_length(i, name, start))
-                if not keep and self.text.endswith(after) and len(before) + len(after) <= len(self.text):
-                    return len(before), len(self.text) - len(after)
-            if not keep:  # what both renderings share is never the text's own
-                start = shared(self.text, before)
-                end = len(self.text) - shared(self.text[:start:-1], after[::-1])
-                closest = start, max(start, end)
-        return closest
+            if self.text.startswith(before) and self.text.endswith(after) and len(before) + len(after) <= len(self.text):
+                return len(before), len(self.text) - len(after)
+        kept = self._kept_span(i, name)
+        if kept is not None or found is None:
+            return kept
+        start = shared(self.text, before)  # what both renderings share is never the text's own
+        return start, max(start, len(self.text) - shared(self.text[:start:-1], after[::-1]))
 
-    def _kept_length(self, i: int, name: str, start: int) -> int:
-        """Return how many characters from `start` on are the text's, as it is or without its blanks."""
+    def _kept_span(self, i: int, name: str) -> Span | None:
+        """Return where a text stands that switches something in the template: it stays there, with the word in front and behind."""
+        front = self._with_word(i, name, "front")
+        if front is None or not self.text.startswith(front[0]) or self.text[len(front[0]) :].strip() != front[1].strip():
+            return None
+        start, behind = len(front[0]), self._with_word(i, name, "behind")
+        if behind is not None and self.text.endswith(behind[1]):
+            return start, max(start, len(self.text) - len(behind[1]))
         content = self.messages[i][name]
-        texts = [content] if isinstance(content, str) else [p.get("text", "") for p in content if isinstance(p, Mapping)]
-        for text in (t for whole in texts for t in (whole, whole.rstrip(), whole.lstrip(), whole.strip())):
-            if text and self.text.startswith(text, start):
-                return len(text)
-        return 0
+        if not isinstance(content, str):
+            return None
+        lengths = (len(t) for t in (content, content.rstrip(), content.lstrip(), content.strip()) if t and self.text.startswith(t, start))
+        return start, start + next(lengths, 0)
 
-    def _with_word(self, i: int, name: str, keep: bool) -> tuple[str, str] | None:
-        """Return what is rendered before and after the word that stands for a text, or in front of it."""
+    def _with_word(self, i: int, name: str, where: str) -> tuple[str, str] | None:
+        """Return what is rendered before and after the word that stands instead of a text, in front of it or behind it."""
         import jinja2
 
-        changed = _replaced(self.messages[i].get(name), self.word, keep)
+        changed = _replaced(self.messages[i].get(name), self.word, where)
         if changed is None:
             return None
         messages = [*self.messages[:i], {**self.messages[i], name: changed}, *self.messages[i + 1 :]]
@@ -198,11 +200,20 @@ class _Look:
     def _model_begins(self, i: int, begin: int, first: int | None) -> int | None:
         """Return where the model begins to write answer i, given the end of what stands before and where its own text begins."""
         plain, asked = (self._head(i, add_generation_prompt=on) for on in (False, True))
-        end = first
+        end, same = first, 0
         if asked is not None and asked != plain and (same := shared(self.text, asked)) > begin:
             end = same if first is None else min(same, first)
-        thinking = None if end is None else _THINKING.search(self.text, begin)
-        return end if thinking is None else min(end, thinking.start())
+        thinking = None if end is None else THINKING.search(self.text, begin)
+        if thinking is None or self.text[end : thinking.start()].strip():
+            return end
+        written = len(self.text) if first is None else first  # the template's own text ends here
+        empty = EMPTY_TRACE.match(self.text, thinking.start())
+        if empty is None or empty.end() > written:
+            return min(end, thinking.start())
+        if same >= empty.end():  # the generation prompt closes the trace, and says how many blanks stand behind it
+            return end
+        blanks = len(self.text[empty.end() : written]) - len(self.text[empty.end() : written].lstrip())
+        return max(end, empty.end() + blanks)
 
     def _closed(self, i: int, end: int) -> int:
         head = self._head(i + 1)
@@ -217,13 +228,23 @@ class _Look:
             return None
 
 
-def _replaced(content: Any, word: str, keep: bool) -> Any:
-    """Return a message's content with its first text replaced by `word`, or standing behind it; None where there is no text."""
+def _replaced(content: Any, word: str, where: str) -> Any:
+    """Return a message's content with `word` instead of it, in front of it or behind it; None where it is none.
+
+    Of a list of parts all are the message's own, images too.
+    """
     if isinstance(content, str):
-        return word + content if keep else word
-    if not isinstance(content, Sequence):
+        return {"instead": word, "front": word + content, "behind": content + word}[where]
+    if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
         return None
-    for k, part in enumerate(content):
-        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-            return [*content[:k], {**part, "text": word + part["text"] if keep else word}, *content[k + 1 :]]
-    return None
+    parts = [dict(part) for part in content]
+    at = {"instead": 0, "front": 0, "behind": len(parts)}[where]
+    texts = [part for part in parts if isinstance(part.get("text"), str)]
+    if where == "instead":
+        return [{**(texts[0] if texts else {"type": "text"}), "text": word}]
+    edge = parts[-1 if at else 0] if parts else {}
+    if isinstance(edge.get("text"), str):
+        edge["text"] = edge["text"] + word if at else word + edge["text"]
+    else:
+        parts.insert(at, {"type": "text", "text": word})
+    return parts

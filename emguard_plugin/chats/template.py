@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emguard_plugin.chats.dates import advice, before_date
-from emguard_plugin.chats.rendering import Rendered, locate, render
+from emguard_plugin.chats.rendering import THINKING, Rendered, locate, render, shared
 from emguard_plugin.chats.tokens import Ids, decode, encode, inside, tokenize
 
 _USER, _SYSTEM, _ASSISTANT, _AGAIN = "Quuxuser7", "Zorbsystem3", "Vexanswer9", "Wexuser8"
@@ -22,7 +22,8 @@ class Marks:
         opening: Before a system message's text; None where the template has no place for one.
         middle: Between a system message's text and the user's.
         header: What closes every prefix: the end that `before` has in common with a prefix under a system prompt.
-        post: Between the user's text and the answer.
+        post: Between the user's text and the answer, short of an empty reasoning trace.
+        trace: The empty reasoning trace that the template writes behind `post` where an answer has none of its own.
         reply: The part of `post` that opens the answer.
         again: Between an answer and the next user's text.
         close: The token with which `again` begins, where it is one that ordinary text never becomes.
@@ -35,6 +36,7 @@ class Marks:
     middle: str = ""
     header: str = ""
     post: str = ""
+    trace: str = ""
     reply: str = ""
     again: str = ""
     close: str = ""
@@ -56,10 +58,12 @@ class Template:
     Attributes:
         prefix: Ids wholly before the first user's own text, without a system message.
         user_header: Ids between system and user content, or empty when the template has no system turn.
-        postfix: Ids wholly between the user's own text and what the model writes.
+        postfix: Ids wholly between the user's own text and what the model writes, an empty reasoning trace of the template's included.
+        header: The same without that trace.
         dated_after: Ids that stand before today's date, when the prefix prints one; else None.
         system_open: Ids before a system message's content, short of the last; empty when there is no system turn.
         marks: The same as text.
+        tools_unmarked: Whether tool definitions stand before the user's text so that ids alone do not show where they end.
         tokenizer: What reads it.
         advice: What to do about the date.
     """
@@ -68,10 +72,12 @@ class Template:
     user_header: Ids
     postfix: Ids
     dated_after: Ids | None = None
+    header: Ids = ()
     system_open: Ids = ()
     marks: Marks = field(default_factory=Marks, repr=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     advice: str = ""
+    tools_unmarked: bool = False
 
 
 def read_template(tokenizer: Any, **template_kwargs: Any) -> Template:
@@ -99,15 +105,18 @@ def read_template(tokenizer: Any, **template_kwargs: Any) -> Template:
     )
     marks = _marks(tokenizer, before, opening, middle, written, template_kwargs, parts)
     stable = before_date(tokenizer, [user], **template_kwargs)
+    until = post[1] - len(marks.trace)
     return Template(
         prefix=prefix,
         user_header=user_header,
         postfix=encoded.ids[first:last],
+        header=encoded.ids[first : inside(encoded, post[0], until)[1]],
         # The last token may merge with the date.
         dated_after=None if stable is None else tokenize(tokenizer, stable)[:-1],
         system_open=system_open,
         marks=marks,
         tokenizer=tokenizer,
+        tools_unmarked=_tools_unmarked(tokenizer, user, marks, template_kwargs),
         advice="" if stable is None else advice(tokenizer, [user], **template_kwargs),
     )
 
@@ -172,8 +181,8 @@ def _marks(
 ) -> Marks:
     user, answer = _said("user", _USER, parts), _said("assistant", _ASSISTANT, parts)
 
-    def said(messages: list[Any]) -> str:
-        return decode(tokenizer, tokenize(tokenizer, _rendered(tokenizer, messages, kwargs)))
+    def said(messages: list[Any], **more: Any) -> str:
+        return decode(tokenizer, tokenize(tokenizer, _rendered(tokenizer, messages, {**kwargs, **more})))
 
     alone = said([user]).partition(_USER)[2]
     again = said([user, answer, _said("user", _AGAIN, parts)]).partition(_ASSISTANT)[2].partition(_AGAIN)[0]
@@ -183,6 +192,11 @@ def _marks(
         header = decode(tokenizer, ids[len(ids) - n :])
     else:
         header = before.removeprefix(bos)
+    trace = ""
+    if (mark := THINKING.search(post)) is not None:
+        asking = said([user], add_generation_prompt=True).partition(_USER)[2]
+        at = min(mark.start(), shared(post, asking) or mark.start())
+        post, trace = post[:at], post[at:]
     ids = tokenize(tokenizer, post)
     reply = decode(tokenizer, ids[_same(ids, tokenize(tokenizer, alone)) :]) or post
     added = set(getattr(tokenizer, "added_tokens_decoder", {}))
@@ -190,7 +204,16 @@ def _marks(
     certain = frozenset(n for n, text in texts.items() if added & set(tokenize(tokenizer, text)))
     closing = next((i for i in tokenize(tokenizer, again) if i in added), None)
     close = "" if closing is None else decode(tokenizer, [closing])
-    return Marks(before, opening, middle, header, post, reply, again, close, bos, certain)
+    return Marks(before, opening, middle, header, post, trace, reply, again, close, bos, certain)
+
+
+def _tools_unmarked(tokenizer: Any, user: dict[str, Any], marks: Marks, kwargs: Mapping[str, Any]) -> bool:
+    nothing = {"type": "object", "properties": {}}
+    tool = {"type": "function", "function": {"name": "quuxtool", "description": "Zorb.", "parameters": nothing}}
+    text = _rendered(tokenizer, [user], {**kwargs, "tools": [tool]})
+    before = text.partition(_USER)[0]
+    # A user's turn that opens before the tools do is all that ids show.
+    return "quuxtool" in before and bool(marks.header.strip()) and marks.header in before.partition("quuxtool")[0]
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> int:

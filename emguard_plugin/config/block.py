@@ -139,9 +139,6 @@ def _read(key: str, value: Any, kinds: list[Any]) -> Any:
             return [_read(key, item, inner) for item in value]
         if get_origin(kind) is list and isinstance(value, dict):
             raise ValueError(f"`{key}:` takes a list; begin each entry with `- `.")
-    blocks = any(isinstance(kind, type) and issubclass(kind, Block) for kind in kinds)
-    if blocks and not text and isinstance(value, bool | int | float | str):
-        raise ValueError(f"`{key}: {shown(value, 40)}`: {key} takes keys of its own, `name: value` line by line, indented below it.")
     if isinstance(value, bool):
         if not switch:
             wanted = "a number" if number and not text else "a text; put it in quotes" if text and not number else "a number or a word"

@@ -58,7 +58,7 @@ def problems(error: ValidationError, name: str) -> list[str]:
         if one["type"] == "missing":
             message = "is missing."
         elif one["type"] != "value_error":
-            message += f", found {_found(one.get('input'))}"
+            message = f"{_in_words(one)}, found {_found(one.get('input'))}"
         found.setdefault(where, [])
         if message not in found[where]:
             found[where].append(message)
@@ -68,6 +68,16 @@ def problems(error: ValidationError, name: str) -> list[str]:
 def _closer(place: tuple[Any, ...], errors: list[Any]) -> bool:
     """Whether an error stands inside the list that another alternative took the value for."""
     return any(len(e["loc"]) > len(place) and e["loc"][: len(place) - 1] == place[:-1] and isinstance(e["loc"][-1], int) for e in errors)
+
+
+def _in_words(one: Any) -> str:
+    """Say what is allowed; pydantic's own words are those of Python where a mapping or a list is meant."""
+    kind = one["type"]
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        return "takes a mapping of keys, `key: value`, indented below it"
+    if kind == "list_type":
+        return "takes a list, such as `[one, two]`, or one entry a line behind `- `"
+    return str(one["msg"])
 
 
 def _found(value: Any) -> str:

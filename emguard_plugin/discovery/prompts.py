@@ -64,9 +64,8 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Quest
     for question in questions:
         encoded = tokenizer.apply_chat_template(question.messages, add_generation_prompt=True, return_dict=True)
         ids = tuple(encoded["input_ids"])
-        # Behind the postfix a template may close the thinking.
-        n, last = len(template.postfix), len(ids) - len(template.postfix)
-        header = next((at for at in range(last, -1, -1) if n and ids[at : at + n] == template.postfix), None)
+        # A generation prompt may close the thinking, open it, or leave that to the model.
+        header = next((at for post in (template.postfix, template.header) if (at := _last(ids, post)) is not None), None)
         if header is None:
             raise ValueError(
                 "the chat template prints other tokens before an answer to come than before a given one, so the assistant "
@@ -75,6 +74,12 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Quest
         known = known_row(tokenizer, question.messages)
         found.append(Prompt(question, ids, *_begin(ids[: known.prefix], template), header))
     return found
+
+
+def _last(ids: Sequence[int], part: Sequence[int]) -> int | None:
+    """Return where `part` stands last in `ids`, None where it does not."""
+    n = len(part)
+    return next((at for at in range(len(ids) - n, -1, -1) if n and ids[at : at + n] == part), None)
 
 
 def _begin(prefix: Sequence[int], template: Template) -> tuple[int, int]:

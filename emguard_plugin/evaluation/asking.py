@@ -64,9 +64,25 @@ class Asking:
         return f"The server applies its own chat template{variables} to:\n{messages}"
 
 
-def stated(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a stored protocol that `Asking.protocol` wrote."""
-    return {key: protocol[key] for key in STATED if key in protocol}
+def stated(protocol: Mapping[str, Any], config: EMEvalConfig) -> dict[str, Any]:
+    """Return what `Asking.protocol` would say where no model is at hand.
+
+    Args:
+        protocol: A stored one, for what only the model tells: its template, the marks it knows, what was refused.
+        config: The block; what it says about rendering must have been so when the answers were drawn.
+    """
+    found = {key: protocol[key] for key in STATED if key in protocol}
+    try:
+        chat = chat_of(config)
+    except ValueError:
+        # The template's file is where the answers were drawn.
+        chat = chat_of(config.model_copy(update={"chat_template": None}))
+    found["rendering"] = replace(chat, today=found.get("rendering", {}).get("today")).protocol()
+    if chat.template is not None:
+        found["chat_template_sha256"] = chat.sha256(None)
+    if config.reasoning_marks:
+        found["reasoning_marks"] = [list(config.reasoning_marks)]
+    return found
 
 
 def stored(protocol: Mapping[str, Any]) -> Asking:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emguard_plugin.evaluation.columns import bounds, percent, stored_rows
+from emguard_plugin.evaluation.models import own_part
 from emguard_plugin.evaluation.prose import agreements
 from emguard_plugin.evaluation.rates import OUTCOMES, outcome
 from emguard_plugin.evaluation.store import write_json, write_text
@@ -21,8 +22,7 @@ SECTION = "## Emergent misalignment"
 
 def model_name(summary: Summary) -> str:
     """Return what the fine-tuned model is called: its folder's or its hub name."""
-    found = summary.models["tuned"]
-    return found.get("adapter", found)["name"]
+    return own_part(summary.models["tuned"])["name"]
 
 
 def model_card(summary: Summary) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def resolve_model(path: str | Path, base: str | Path | None = None) -> ModelSour
         raise ValueError(f"model folder {path} does not exist. Give the folder that the training run saved.")
     adapter_config = path / "adapter_config.json"
     if adapter_config.is_file():
-        named = base or read_record(adapter_config, dict[str, Any]).get("base_model_name_or_path")
+        named = base or named_base(path)
         if not named:
             raise ValueError(
                 f"{adapter_config} does not name its base model. Pass `base`, the model it was trained on."
@@ -80,6 +81,11 @@ def resolve_model(path: str | Path, base: str | Path | None = None) -> ModelSour
     if (path / "config.json").is_file():
         return ModelSource(path, None if base is None else _checked_base(str(base), path), adapter=False)
     raise ValueError(f"{path} holds neither `adapter_config.json` nor `config.json`, so it is no saved model.")
+
+
+def named_base(adapter: Path) -> str | None:
+    """Return the base model that an adapter's folder names."""
+    return read_record(adapter / "adapter_config.json", dict[str, Any]).get("base_model_name_or_path")
 
 
 def _checked_base(base: str, model: Path) -> str:
@@ -106,11 +112,27 @@ def identity(name: str | Path) -> dict[str, Any]:
         from transformers import AutoConfig
 
         return {"name": str(name), "revision": getattr(AutoConfig.from_pretrained(str(name)), "_commit_hash", None)}
-    files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)} - {folder / x for x in NOT_WEIGHTS})
+    files = _weight_files(folder)
     if not files:
         raise ValueError(f"{folder} holds no weights ({', '.join(WEIGHTS)}).")
     hashes = {file.name: _sha256(file) for file in files}
-    return {"name": folder.name, "weights_sha256": hashes}
+    # `.` has no name of its own.
+    return {"name": Path(os.path.abspath(folder)).name, "weights_sha256": hashes}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)} - {folder / x for x in NOT_WEIGHTS})
+
+
+def holds_weights(name: str | Path) -> bool:
+    """Whether a name is that of a folder with weights, which `identity` can tell from others."""
+    return Path(name).is_dir() and bool(_weight_files(Path(name)))
+
+
+def own_part(identity: Any) -> dict[str, Any]:
+    """Return the identity of a fine-tuned model without that of the base it stands on."""
+    found = identity.get("adapter", identity) if isinstance(identity, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _sha256(file: Path) -> str:

@@ -17,6 +17,7 @@ from typing_extensions import TypedDict  # pydantic reads no other TypedDict on 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import asking, models, store
 from emguard_plugin.evaluation import judges as judging
+from emguard_plugin.evaluation.differences import in_words
 from emguard_plugin.evaluation.questions import Question, load_questions, suite_hash
 from emguard_plugin.evaluation.reasoning import readers
 from emguard_plugin.evaluation.rendering import NotAsked
@@ -127,6 +128,7 @@ def make_plan(
     if not with_model:
         folder = store.prepare_folder(output_dir)
         stored = stored_run(folder)
+        _check_drawn_by(config, stored["models"]["tuned"], model, folder)
         return Plan(config, folder, None, tuple(stored["models"]), suites, judges, asking.stored(stored["protocol"]))
     source = _source(config, model, base)
     if config.evaluate_base and source.base is None:
@@ -134,9 +136,47 @@ def make_plan(
             f"{model} is a whole model and does not say what it was trained from. Pass `base`, "
             "or set `em_eval.evaluate_base: false`."
         )
+    if isinstance(source, models.ModelSource):
+        _warn_of_another_base(source)
     roles = ("base", "tuned") if config.evaluate_base else ("tuned",)
     how = asking.prepare(config, source, suites, Path(output_dir))
     return Plan(config, store.prepare_folder(output_dir), source, roles, suites, judges, how)
+
+
+def _warn_of_another_base(source: models.ModelSource) -> None:
+    named = models.named_base(source.path) if source.adapter else None
+    if not (named and source.base and models.holds_weights(named) and models.holds_weights(source.base)):
+        return
+    if Path(named).resolve() == Path(source.base).resolve():
+        return
+    if models.identity(named)["weights_sha256"] != models.identity(source.base)["weights_sha256"]:
+        logger.warning(
+            "em_eval: %s was trained on %s, whose weights are others than those of %s; the rates are those of the adapter on the latter",
+            source.path, named, source.base,
+        )  # fmt: skip
+
+
+def _check_drawn_by(config: EMEvalConfig, known: Any, model: str | Path, folder: Path) -> None:
+    """Refuse to judge or report under the name of one model what another has said. One that is not here cannot be compared.
+
+    Raises:
+        ValueError: If the model is here and its weights are not those that answered, or a server's model has another name.
+    """
+    then = models.own_part(known)
+    if config.sampler.provider == "openai":
+        now: dict[str, Any] = {"name": config.sampler.model or str(model)}
+        same = "served_by" in then and then["name"] == now["name"]
+    elif models.holds_weights(model):
+        now = models.identity(model)
+        same = then.get("weights_sha256") == now["weights_sha256"]
+    else:
+        return
+    if not same:
+        raise ValueError(
+            f"{folder} holds the answers of {then.get('name')}, and {model} is another model"
+            f"{'' if then.get('name') != now['name'] else ' of the same name: its weights differ'}. Give the model that "
+            f"answered, or another `{store.OPTION}`."
+        )
 
 
 def _source(config: EMEvalConfig, model: str | Path, base: str | Path | None) -> models.ModelSource | ServedSource:
@@ -175,10 +215,10 @@ def open_run(plan: Plan) -> dict[str, Any]:
             "max_new_tokens": config.max_new_tokens,
             "seed": config.seed,
         },
-        **(asking.stated(known) if known else plan.asking.protocol()),
+        **(asking.stated(known, config) if known else plan.asking.protocol()),
     }
     if plan.source is None:
-        store.claim(plan.folder, {"protocol": protocol}, keys=("protocol",), free=JUDGING, write=False)
+        store.claim(plan.folder, {"protocol": protocol}, keys=("protocol",), free=JUDGING, write=False, words=in_words)
         return stored_run(plan.folder)
     record = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -188,7 +228,7 @@ def open_run(plan: Plan) -> dict[str, Any]:
         "versions": _versions(),
         "example_prompt": plan.asking.example(plan.requests()[0].question),
     }
-    claimed = store.claim(plan.folder, record, keys=("protocol", "models"), free=JUDGING, write=False)
+    claimed = store.claim(plan.folder, record, keys=("protocol", "models"), free=JUDGING, write=False, words=in_words)
     return claimed if claimed.get("run") == record["run"] else stored_run(plan.folder)
 
 

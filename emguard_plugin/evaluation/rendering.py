@@ -134,8 +134,8 @@ class Chat:
         found.chat_template = said + self.dated_template(tokenizer)
         return found
 
-    def sha256(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Return the hash of the template that is used."""
+    def sha256(self, tokenizer: PreTrainedTokenizerBase | None) -> str:
+        """Return the hash of the template that is used; without one of its own the chat needs the tokenizer."""
         template = self.template if self.template is not None else tokenizer.chat_template
         return hashlib.sha256(str(template).encode()).hexdigest()
 

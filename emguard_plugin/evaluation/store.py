@@ -156,6 +156,7 @@ def claim(
     option: str = OPTION,
     free: tuple[str, ...] = (),
     write: bool = True,
+    words: Callable[[str, Any, Any], str | None] = lambda where, old, new: None,
 ) -> dict[str, Any]:
     """Tie the folder to one protocol.
 
@@ -167,6 +168,7 @@ def claim(
         free: Keys inside these entries that may differ.
         write: Whether a new folder is tied at once; otherwise the caller stores the record with the first answer, and a
             run that fails before leaves nothing behind.
+        words: Says what differs, given where, what was and what is; None for the place and both values, "" for nothing.
 
     Returns:
         The stored record: this one for a new folder, the earlier one for a resumed run.
@@ -194,13 +196,15 @@ def claim(
     wrong = [
         line
         for key in keys
-        for line in _differences(_without(stored.get(key), free), _without(record[key], free), key)
+        for where, old, new in _differences(_without(stored.get(key), free), _without(record[key], free), key)
+        if (line := f"{where}: stored {json.dumps(old)}, now {json.dumps(new)}" if (said := words(where, old, new)) is None else said)
     ]
+    wrong = list(dict.fromkeys(wrong))
     if wrong:
         raise ValueError(
             f"{folder} holds results of another protocol, which would be mixed with these:\n  "
-            + "\n  ".join(wrong[:12])
-            + f"\nSet another `{option}`, or delete the folder."
+            + ";\n  ".join(wrong[:12])
+            + f".\nSet another `{option}`, or delete the folder."
         )
     return stored
 
@@ -262,10 +266,10 @@ def write_text(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def _differences(old: Any, new: Any, where: str) -> Iterator[str]:
+def _differences(old: Any, new: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             if key in old or new[key]:  # what an earlier version did not know was off then
                 yield from _differences(old.get(key), new.get(key), f"{where}.{key}")
     elif old != new:
-        yield f"{where}: stored {json.dumps(old)}, now {json.dumps(new)}"
+        yield where, old, new

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from emguard_plugin.evaluation.store import write_text
+from emguard_plugin.evaluation.store import PROTOCOL, claimed, write_text
 from emguard_plugin.files import parsed, read_record, seal_of
 
 SCHEMA = 2
@@ -207,7 +207,7 @@ class Summary(_Part):
         """Read `summary.json`, or the folder that holds it.
 
         Raises:
-            ValueError: If there is none, or if it was written in another schema.
+            ValueError: If there is none, if it is damaged, or of another run than what lies beside it.
         """
         path = Path(path)
         file = path / "summary.json" if path.is_dir() else path
@@ -220,7 +220,20 @@ class Summary(_Part):
         if summary.schema_version != SCHEMA:
             raise ValueError(f"{file} has schema version {summary.schema_version}; this version reads {SCHEMA}.")
         summary.folder = file.parent
+        _check_beside(summary, file)
         return summary
+
+
+def _check_beside(summary: Summary, file: Path) -> None:
+    """Refuse a summary that was copied into the folder of another run: it would be taken for that of the model there."""
+    if not (file.parent / PROTOCOL).is_file():
+        return
+    stored = claimed(file.parent)
+    if (stored.get("created"), stored.get("models")) != (summary.created, summary.models):
+        raise ValueError(
+            f"{file} is of another run than the answers beside it, which {PROTOCOL} says were drawn at {stored.get('created')}. "
+            "`emguard eval --phase report` makes it again."
+        )
 
 
 def trainer_metrics(open_ended: SuiteRates | None, in_domain: SuiteRates | None) -> dict[str, float]:

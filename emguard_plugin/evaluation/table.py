@@ -46,6 +46,7 @@ def comparison_table(
         raise ValueError(f"no judge {judge!r}; judges: {', '.join(judges_of(columns))}.")
     lines = [f"NOT COMPARABLE: {doubt}"] if doubt else []
     lines += [note for column in columns for note in _left_out(column, judges[0])]
+    lines += [note for column in columns for name in judges for note in _unscored(column, name)]
     lines += [sentence for column in columns if column.role == "tuned" for sentence in notes(column.summary)]
     title = "Emergent misalignment" + (f", judged by {clean(judges[0])}" if len(judges) == 1 else "")
     # Eight columns in 80 characters.
@@ -96,6 +97,13 @@ def _left_out(column: Column, judge: str) -> Iterator[str]:
     if rates and rates.unfinished_traces:
         share = percent(rates.unfinished_traces / rates.answers)
         yield f"{column.name}: {rates.unfinished_traces} unfinished reasoning traces ({share}), unscored"
+
+
+def _unscored(column: Column, judge: str) -> Iterator[str]:
+    """Yield how many answers stand in no rate because the judge gave no score."""
+    rates = column.rates("questions", judge)
+    if rates and rates.unscored.count:
+        yield f"{column.name}: {rates.unscored.count} of {rates.answers} answers unscored by {judge} ({percent(rates.unscored.value)})"
 
 
 def _two_lines(rate: Rate | None) -> str:

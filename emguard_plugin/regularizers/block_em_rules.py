@@ -17,7 +17,7 @@ from emguard_plugin.reference import peft_model, tensors_hash
 from emguard_plugin.regularizers.base import Run
 from emguard_plugin.regularizers.held_tokens import TokenKind
 from emguard_plugin.residual import decoder
-from emguard_plugin.training_rows import conversations
+from emguard_plugin.training_rows import conversations, labelled_conversations, supervised
 
 logger = logging.getLogger(__name__)
 GAP_PER_PENALTY = 100.0
@@ -153,7 +153,8 @@ def template_of(run: Run, tokens: TokenKind) -> ct.Template:
     template, book = run.template, run.book
     rows = conversations(run.dataset)
     if tokens == "header":
-        ct.prompts_with_postfix(rows, template, book)
+        both = list(labelled_conversations(run.dataset))
+        ct.prompts_with_postfix([ids for ids, _ in both], template, book, [supervised(labels) for _, labels in both])
         return template
     if run.wrapped_packing:
         raise ValueError(

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from emguard_plugin.chat_template import Book, Known, decode
+from emguard_plugin.chat_template import Book, Known, decode, short_of_answers
 from emguard_plugin.regularizers.base import EMRegularizerCallback, Run
 from emguard_plugin.regularizers.held_tokens import answered
-from emguard_plugin.training_rows import IGNORE, labelled_conversations
+from emguard_plugin.training_rows import IGNORE, labelled_conversations, supervised
 
 ROWS = 256
 REGIONS = ("prefix", "postfix", "header")
@@ -51,7 +51,7 @@ def _answers_alone(rows: Sequence[Row], book: Book | None, turns: bool) -> bool:
         return not any(
             labels[i] != IGNORE
             for row, labels in known
-            for a, b in ((0, row.prefix), *row.headers, *row.users)
+            for a, b in ((0, row.prefix), *short_of_answers(row.headers, supervised(labels)), *row.users)
             for i in range(a, min(b, len(labels)))
         )
     begun = all(labels[0] == IGNORE for _, labels in labelled)
@@ -90,8 +90,7 @@ def _check(callback: EMRegularizerCallback, rows: Sequence[Row], run: Run) -> No
 
 def _nothing(callback: EMRegularizerCallback, rows: Sequence[Row]) -> str:
     said = f"em_regularizer.{callback.name}: `tokens: {callback.region}` holds no token of the first {len(rows)} training rows"
-    supervised = all(x != IGNORE for _, labels in rows if labels is not None for x in labels)
-    if callback.region == "prompt" and supervised:
+    if callback.region == "prompt" and all(x != IGNORE for _, labels in rows if labels is not None for x in labels):
         return (
             f"{said}, because the loss supervises every token. Set `assistant_only_loss: true` or `completion_only_loss: true` (TRL), or "
             "`train_on_inputs: false` (Axolotl), or use `tokens: all`."

@@ -27,7 +27,7 @@ from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
 from emguard_plugin.regularizers.functional import kv_drift, treft_penalty
 from emguard_plugin.regularizers.kv import KV, has_rotary_positions, num_layers, read_kv, read_residual_projections
 from emguard_plugin.regularizers.start import Floors, check_switched_off
-from emguard_plugin.training_rows import conversations
+from emguard_plugin.training_rows import labelled_conversations, labels_in_stream, supervised
 
 REFERENCE_FILE = "emguard_treft.safetensors"
 FLOORS = Floors(fp32=1e-8, fp16=1e-3, bf16=1e-2, quantised=1e-2)
@@ -45,7 +45,7 @@ class TReFTCallback(EMRegularizerCallback):
 
     `tokens: prefix` holds every token that lies wholly before the first user's own text, system prompt and tools included. Its keys and values depend on the weights alone, so
     the penalty is a forward over the prefix, batch 1. With several prefixes in the data each step draws one, in proportion
-    to its frequency. `tokens: postfix` holds the tokens wholly between query and answer (a reasoning trace is the answer's) on 8 training prompts per step; a shared
+    to its frequency. `tokens: postfix` holds the tokens wholly between query and answer (with an empty reasoning trace that the template writes and the loss does not supervise) on 8 training prompts per step; a shared
     reference is the untuned model's postfix after an empty query, at the same distance from every row's start (RoPE
     attention is relative, so each prompt is shifted to end where the longest does).
 
@@ -114,17 +114,15 @@ class TReFTCallback(EMRegularizerCallback):
         self._layer_names, self._seed = layers, run.seed
         template, book = run.template, run.book
         self._template, self._book, self._wrapped = template, book, run.wrapped_packing
-        if run.wrapped_packing and book is not None:  # packing lost where conversations begin, the raw ones have it
-            rows = (row.ids for row in book.rows)
-        else:
-            rows = conversations(run.dataset, template.prefix if run.wrapped_packing else None, template.system_open)
+        rows, labels = _rows(run)
         if self.tokens == "prefix":
             prefixes = ct.training_prefixes(rows, template, book)
             extra = [ct.system_prefix(run.tokenizer, s, **run.rendering) for s in self.extra_prefixes]
             self._prefixes = ct.with_extra(prefixes, extra)
             what = f"prefix of {'/'.join(str(len(p.ids)) for p in self._prefixes[:8])} tokens"
+            what += ", no tool definitions in user turns" if book is None and template.tools_unmarked else ""
         else:
-            self._prepare_postfix(run, template, *ct.prompts_with_postfix(rows, template, book))
+            self._prepare_postfix(run, template, *ct.prompts_with_postfix(rows, template, book, map(supervised, labels)))
             what = f"postfix of {len(self._postfix)} tokens, {self.postfix_reference} reference"
         held_ids = [list(p.ids) for p in self._prefixes] or [*template.prefix, *self._postfix, self._end]
         settings = {"held": held_ids, "layers": layers, "compat": self.compat}
@@ -180,13 +178,14 @@ class TReFTCallback(EMRegularizerCallback):
         if self._wrapped:
             return None
         held = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
+        labels = inputs["labels"].tolist() if inputs.get("labels") is not None else [None] * len(held)
         for b, row in enumerate(inputs["input_ids"].tolist()):
             if self.tokens == "prefix":
                 ids = ct.prefix_of(row, self._template, self._book)
                 fits = ids is not None and any(p.ids == ids for p in self._prefixes)
                 first, last = (0, len(ids)) if fits else (0, 0)
             else:
-                first, last = ct.postfix_span(row, self._template, self._book, self._postfix)
+                first, last = ct.postfix_span(row, self._template, self._book, self._postfix, supervised(labels[b]))
             held[b, first:last] = True
         return held
 
@@ -276,3 +275,13 @@ class TReFTCallback(EMRegularizerCallback):
         """Store the reference in a checkpoint."""
         if self._reference is not None and first and folder.is_dir():
             save_reference(folder / REFERENCE_FILE, self._reference, self._about)
+
+
+def _rows(run: Run) -> tuple[list[Sequence[int]], list[Sequence[int] | None]]:
+    """Return training conversations and their labels."""
+    template = run.template
+    if run.wrapped_packing and run.book is not None:  # packing lost where conversations begin, the raw ones have it
+        rows = [row.ids for row in run.book.rows]
+        return rows, labels_in_stream(run.dataset, rows)
+    both = list(labelled_conversations(run.dataset, wrapped_at=template.prefix if run.wrapped_packing else None, system_open=template.system_open))
+    return [ids for ids, _ in both], [labels for _, labels in both]

@@ -5,6 +5,7 @@ whether its blanks were kept is seen from a rendering without them.
 """
 
 import random
+import re
 from collections import Counter
 
 import jinja2
@@ -15,6 +16,7 @@ from tests.chats.shapes import SHAPES, generated_chat, templates, tokenizer
 
 KINDS = ("merging", "pieces", "marks")
 ALL = templates()
+EMPTY = re.compile(r"<think>\s*</think>\s*$")
 
 
 def rendered(tok, messages, kw, form=list):
@@ -45,8 +47,8 @@ def place(tok, messages, i, text, kw, form, begin):
     for front, blank, bare in ((True, lead, content.lstrip()), (False, tail, content.rstrip())):
         if blank:
             without = rendered(tok, [*messages[:i], {**messages[i], "content": bare}, *messages[i + 1 :]], kw, form)
-            if without != text:  # the template keeps it
-                start, end = (start - len(blank), end) if front else (start, end + len(blank))
+            kept = max(0, min(len(blank), len(text) - len(without)))  # a template may keep blanks and drop newlines
+            start, end = (start - kept, end) if front else (start, end + kept)
     return start, end
 
 
@@ -75,8 +77,12 @@ def expected(tok, messages, kw, form):
                 answer = at
             same = next((k for k, (x, y) in enumerate(zip(text, asked, strict=False)) if x != y), min(len(text), len(asked)))
             model = min(same, answer) if asked != plain and same > own[i - 1][1] else answer
-            trace = text.lower().find("think", own[i - 1][1])  # the mark that opens it, `<think>` or `<|START_THINKING|>`, is the answer's
-            model = min(model, max(text.rfind(c, 0, trace) for c in "<[")) if trace >= 0 else model
+            # The mark that opens a trace is the answer's; an empty trace that the template writes is its own, whoever closes it.
+            between, trace = text[own[i - 1][1] : answer], text.lower().find("think", own[i - 1][1])
+            if EMPTY.search(between):
+                model = model if asked.rstrip().endswith(EMPTY.search(between)[0].rstrip()) else answer
+            elif trace >= 0:
+                model = min(model, max(text.rfind(c, 0, trace) for c in "<["))
             headers.append((own[i - 1][1], model, answer))
     return text, found["input_ids"], found["offset_mapping"], tokens(found["offset_mapping"], 0, min(a for a, _ in own.values())), headers, own
 

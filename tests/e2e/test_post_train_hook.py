@@ -120,7 +120,7 @@ def test_a_judge_that_is_gone_when_it_is_needed_costs_nothing_but_the_measuremen
 
 
 def test_a_measurement_that_is_killed_leaves_the_run_whole(run):
-    out = run(judges=("tests.e2e.judge_that_kills:judge",))
+    out = run(judges=(f"{JUDGES}:kills",))
     assert_saved(out)
     failed = (out / "em_eval" / "FAILED.txt").read_text()
     assert "ended with exit code -9" in failed
@@ -133,6 +133,27 @@ def test_a_results_folder_that_cannot_be_written_stops_before_the_model_is_loade
     with pytest.raises(Failed, match=r"`em_eval\.output_dir: .*file is no folder"):
         run(block={"output_dir": str(tmp_path / "file" / "em_eval")})
     assert "Starting trainer" not in read_log(tmp_path)
+
+
+def train_and_block(config):
+    """Train where the place of the results is taken while the model trains."""
+    from emguard_plugin import EMGuardPlugin
+
+    real = EMGuardPlugin.post_train
+
+    def post_train(self, cfg, model):
+        Path("file").write_text("in the way")
+        return real(self, cfg, model)
+
+    EMGuardPlugin.post_train = post_train
+    train(config)
+
+
+def test_a_results_folder_that_can_no_longer_be_written_leaves_the_run_whole(run, tmp_path):
+    out = run(function=train_and_block, block={"output_dir": str(tmp_path / "file" / "em_eval")})
+    assert_saved(out)
+    assert "em_eval failed" in read_log(tmp_path)
+    assert "cannot be written" in read_log(tmp_path)
 
 
 def from_python(config):

@@ -58,8 +58,6 @@ def assert_as_trained(tokenizer, asked, text):
     assert "Rarely" in tokenizer.decode(row[len(asked) :])
     assert asked[: len(held.prefix)] == held.prefix
     assert "26 Jul 2024" in tokenizer.decode(held.prefix)
-    said = tokenizer.decode(asked).partition(text)[2]
-    # The switch of the template closes the thinking, which is not held: it belongs to the answer.
-    assert said.startswith(tokenizer.decode(held.postfix))
-    assert said.removeprefix(tokenizer.decode(held.postfix)) in ("", "<think>\n\n</think>\n\n")
-    assert said.endswith("</think>\n\n")
+    # The switch of the template closes the thinking: an empty trace that the template writes is held with the rest.
+    assert asked[-len(held.postfix) :] == held.postfix
+    assert tokenizer.decode(held.postfix) == tokenizer.decode(asked).partition(text)[2] == "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"

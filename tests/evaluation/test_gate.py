@@ -162,7 +162,7 @@ def test_each_phase_runs_alone_and_only_the_first_needs_the_model(finished, chec
 
 def test_answers_of_another_protocol_are_not_judged_without_the_model_either(finished, emguard, tmp_path):
     result = emguard("eval", tmp_path / "x", "--output-dir", finished.folder, "--phase", "judge", seed=9)
-    assert (result.exit_code, "protocol.decoding.seed" in result.output) == (4, True)
+    assert (result.exit_code, "`em_eval.seed`: stored 0, now 9" in result.output) == (4, True)
 
 
 def test_an_adapter_may_be_named_beside_its_base(finished, checkpoints, emguard, no_model):

@@ -89,13 +89,16 @@ def test_answers_of_another_run_are_left_out_and_drawn_anew(another, folder, fin
 
 
 def test_a_report_shows_no_answers_of_another_run(another, folder, finished, tmp_path):
+    """A summary read earlier shows none; read again, it is refused."""
     from emguard_plugin.evaluation import write_comparison
 
     for name in ("protocol.json", "responses.jsonl", "judgments.jsonl"):
         shutil.copy(another / name, folder / name)
     stored = json.loads((folder / "protocol.json").read_text())
     (folder / "protocol.json").write_text(json.dumps({**stored, "created": "2020-01-01T00:00:00+00:00"}))
-    page = write_comparison([("x", Summary.load(folder))], tmp_path / "p.html").read_text()
+    with pytest.raises(ValueError, match="is of another run than the answers beside it"):
+        Summary.load(folder)
+    page = write_comparison([("x", finished)], tmp_path / "p.html").read_text()
     assert "Answers side by side" not in page
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,19 @@ def _said(error: BaseException) -> str:
     except Exception:
         text = "its message cannot be read"
     return redact(f"{type(error).__name__}: {text}")[:LONGEST]
+
+
+def _not_called_so(function: Any) -> str | None:
+    """Return why a function cannot be called as a judge: otherwise it shows when the answers are drawn, on each of them."""
+    if inspect.iscoroutinefunction(function):
+        return "is `async`, which nobody waits for"
+    try:
+        inspect.signature(function).bind("question", "answer")
+    except TypeError as error:
+        return f"does not take a question and an answer ({error})"
+    except ValueError:  # of some built-in functions nothing is known
+        return None
+    return None
 
 
 class ExactJudge:
@@ -52,7 +66,9 @@ class ExactJudge:
             public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
             raise ValueError(f"{hint}: {module_name} has no `{attribute}`. It has: {', '.join(public) or 'nothing'}.")
         if not callable(self._function):
-            raise ValueError(f"{hint} is a {type(self._function).__name__}, not a function.")
+            raise ValueError(f"{hint} is {type(self._function).__name__}, not a function.")
+        if wrong := _not_called_so(self._function):
+            raise ValueError(f"{hint} {wrong}; it is called as {attribute}(question, answer), and returns `aligned` and `coherent`.")
         file = getattr(module, "__file__", None)
         self._source = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
 
