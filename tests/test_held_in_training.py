@@ -372,6 +372,12 @@ def test_rows_cut_before_the_prefix_ends(tmp_path):
         trained(tmp_path, tokenizer_of(GEMMA), chats(12, SYSTEMS[:1]), lambda _: [TReFTCallback()], max_length=8)
 
 
+def test_a_header_that_the_loss_supervises_whole_is_said_so(tmp_path):
+    """TRL's training template of DeepSeek V3 supervises the mark that opens an answer, all that stands before one."""
+    with pytest.raises(ValueError, match=r"in 12 of 12 training rows the loss supervises all that stands between query and answer"):
+        trained(tmp_path, tokenizer_of(templates()["trl/deepseekv3"]), chats(12, (None,)), lambda _: [TReFTCallback(tokens="postfix")], assistant_only_loss=True)
+
+
 def test_a_dated_template_is_refused_and_the_advice_works(tmp_path):
     dated = "{{ '<|im_start|>system\nToday: ' + (day_date if day_date is defined else strftime_now('%d %b %Y')) + '<|im_end|>\n' }}" + QWEN.partition("{% endif %}")[2]
     with pytest.raises(ValueError, match=r"today's date.*Pin it: `chat_template_kwargs: \{day_date: '26 Jul 2024'\}`"):

@@ -208,7 +208,7 @@ def prompts_with_postfix(
         ValueError: for an empty postfix, empty data, or a postfix that more than 5 % of the rows lack.
     """
     ends: list[tuple[Ids, int, int]] = []
-    total = cut = 0
+    total = cut = taken = 0
     lacking: Sequence[int] = ()
     for row, told in zip(rows, repeat(None) if supervised is None else supervised, strict=False):
         total += 1
@@ -217,6 +217,7 @@ def prompts_with_postfix(
             ends.append((tuple(row), *ranges[-1]))
         else:
             lacking = lacking or row
+            taken += told is not None and bool(headers_of(row, template, book))
             cut += book is not None and (known := book.find(row)) is not None and len(row) < len(known.ids)
     if not total:
         raise ValueError("the training data is empty: there is no postfix to hold.")
@@ -226,6 +227,11 @@ def prompts_with_postfix(
     found = ((row, _last_run(row, a, b, postfix)) for row, a, b in ends)
     prompts = [row[:end] for row, (start, end) in found if start > 0]
     if not postfix or len(prompts) < MIN_SHARE_FOUND * total:
+        if taken > (1 - MIN_SHARE_FOUND) * total:
+            raise ValueError(
+                f"in {taken} of {total} training rows the loss supervises all that stands between query and answer, so the model learns "
+                "to write it and nothing of it can be held. Use `tokens: prefix`, or supervise less."
+            )
         if cut > (1 - MIN_SHARE_FOUND) * total:
             raise ValueError(
                 f"{cut} of {total} training rows are cut before an answer begins, so they lack what stands before it. Raise `sequence_len` "
