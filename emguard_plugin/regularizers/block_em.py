@@ -280,9 +280,8 @@ class BlockEMCallback(EMRegularizerCallback):
         """Warn when the penalty is met while the model moves where nothing is held."""
         name = f"em_regularizer/{self.name}"
         penalty, outside = (logs or {}).get(f"{name}/penalty"), (logs or {}).get(f"{name}/outside_shift")
-        if self._warned or penalty is None or outside is None:
-            return
-        self._warned = warn_if_bypassed(penalty, outside, self.yardstick, state.global_step)
+        if not (self._warned or penalty is None or outside is None):
+            self._warned = warn_if_bypassed(penalty, outside, self.yardstick, state.global_step)
 
     def save(self, folder: Path, first: bool) -> None:
         """Store what the checkpoint was trained with, and recorded latents that cannot be computed again."""
