@@ -286,3 +286,12 @@ def test_a_folder_of_somebody_elses_files_is_found_before_a_model_is_loaded(tmp_
     (tmp_path / RECORDING).write_bytes(b"half")
     check_inputs(EMRegularizerConfig(kl={"cache": str(tmp_path)}))
     assert (tmp_path / RECORDING).exists(), "looking removes nothing"
+
+
+def test_a_damaged_file_of_rows_comes_with_one_piece_of_advice(tmp_path):
+    save_reference(tmp_path / "rows-0-00000-a.safetensors", {"a": torch.zeros(3)}, {"model": "m"})
+    (tmp_path / "rows-0-00000-a.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="was cut") as error:
+        RowStore(tmp_path, {"model": "m"})
+    assert "Restore" not in str(error.value)
+    assert str(error.value).endswith("Delete the folder, or name another one.")

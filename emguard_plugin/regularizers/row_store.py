@@ -52,7 +52,7 @@ class RowStore:
         """
         for path in sorted(folder.glob("rows-*.safetensors")):
             try:
-                self.rows |= load_reference(path, self.about)
+                self.rows |= load_reference(path, self.about, advice="")
             except Damaged as exc:
                 raise Damaged(f"`{KEY}`: a file in {folder} was cut, or was changed ({exc}). {advice}.") from exc
             except ValueError as exc:
