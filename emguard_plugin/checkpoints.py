@@ -96,8 +96,9 @@ def whole_checkpoint(folder: Path) -> Path | None:
     """
     if not folder.is_dir() or trainer_state(folder) is not None:
         return folder
-    own = step_of(folder)
+    real = folder.resolve()  # `latest` may be a link
+    own = step_of(real)
     if own is None:
         return folder
-    before = [(n, p) for p in folder.parent.iterdir() if (n := step_of(p)) is not None and n < own and trainer_state(p) is not None]
+    before = [(n, p) for p in real.parent.iterdir() if (n := step_of(p)) is not None and n < own and trainer_state(p) is not None]
     return max(before)[1] if before else None

@@ -29,8 +29,12 @@ CHUNK = 2**16
 ROWS_AT_ONCE = 64
 """Chunks per kernel on an accelerator: 32 MiB of int64."""
 THREADS = 8
-_COMPUTES = ("rope", "sliding", "layer_types", "scal", "softcap", "eps", "hidden_act", "multiplier")
-"""Parts of the names of config keys that change hidden states without changing a weight."""
+_COMPUTES = (
+    "rope", "rotary", "alibi", "sliding", "window", "layer_types", "scal", "softcap", "eps", "activation", "hidden_act", "multiplier", "head",
+    "expert", "topk", "n_group", "scoring", "norm", "parallel", "position_embedding_type", "attention_chunk", "bidirectional", "attn_config",
+)  # fmt: skip
+"""Parts of the names of config keys that change hidden states without changing a weight: four heads read other numbers than eight
+from the same projections."""
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 

@@ -73,7 +73,7 @@ class EMRegularizerMixin:
             seed=self.args.seed,
             template_kwargs=self._template_kwargs(),
             wrapped_packing=getattr(self.args, "packing_strategy", None) == "wrapped" and bool(self.args.packing),
-            resume_from=Path(resume) if resume else None,
+            resume_from=Path(resume).resolve() if resume else None,  # what lies beside a checkpoint lies beside what a link names
             rows_per_batch=self.args.per_device_train_batch_size,
             batch_tokens=self._packed_batch_tokens(),
             micro_batches=self.args.gradient_accumulation_steps,

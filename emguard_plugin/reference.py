@@ -185,13 +185,15 @@ def _whole_hash(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
     return digest({"tensors": tensors_hash(tensors), "about": dict(about)})
 
 
-def load_reference(path: Path, about: Mapping[str, str]) -> dict[str, Tensor]:
+def load_reference(path: Path, about: Mapping[str, str], advice: str = " Restore the checkpoint.") -> dict[str, Tensor]:
     """Load a reference; see `read_reference`."""
-    return read_reference(path, about)[0]
+    return read_reference(path, about, advice)[0]
 
 
-def read_reference(path: Path, about: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Load a reference and all that it says about itself.
+def read_reference(
+    path: Path, about: Mapping[str, str], advice: str = " Restore the checkpoint."
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Load a reference and all that it says about itself; `advice` ends the error of a damaged one.
 
     Raises:
         Damaged: when the file is cut, changed, or an earlier emguard's.
@@ -202,12 +204,12 @@ def read_reference(path: Path, about: Mapping[str, str]) -> tuple[dict[str, Tens
             meta = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError, RuntimeError) as exc:
-        raise Damaged(f"the stored reference {path} cannot be read ({exc}). Restore the checkpoint.") from exc
+        raise Damaged(f"the stored reference {path} cannot be read ({exc}).{advice}") from exc
     stored = {key: value for key, value in meta.items() if key != "sha256"}
     if stored.get("format") != str(FORMAT):
         raise Damaged(older(path))
     if meta.get("sha256") != _whole_hash(tensors, stored):
-        raise Damaged(f"the stored reference {path} does not match its hash: it was changed. Restore the checkpoint.")
+        raise Damaged(f"the stored reference {path} does not match its hash: it was changed.{advice}")
     for key, value in about.items():
         if stored.get(key) != value:
             raise ValueError(

@@ -146,8 +146,16 @@ class ReferenceCache:
         self._open(folder, width, kind)
         return contents_hash(folder)
 
-    def load(self, folder: Path, about: Mapping[str, str], key: str = "em_regularizer.kl.cache") -> str:
+    def load(
+        self, folder: Path, about: Mapping[str, str], key: str = "em_regularizer.kl.cache", advice: str = "Delete the folder"
+    ) -> str:
         """Map a stored cache and check that it belongs to this run.
+
+        Args:
+            folder: Where it lies.
+            about: What it must belong to.
+            key: Of the YAML, for messages.
+            advice: What to do about a damaged one.
 
         Returns:
             The hash of all of it.
@@ -158,14 +166,14 @@ class ReferenceCache:
         try:
             meta = read_json(folder / META)
         except Damaged as exc:
-            raise Damaged(f"`{key}`: {folder} holds no readable cache ({exc}). Delete the folder.") from exc
+            raise Damaged(f"`{key}`: {folder} holds no readable cache ({exc}). {advice}.") from exc
         for name, value in about.items():
             if meta.get(name) != value:
                 raise ValueError(
                     f"`{key}`: the cache in {folder} was recorded with {BELONGS_TO.get(name, name)}. Delete the folder, or name "
                     "another one."
                 )
-        changed = f"`{key}`: the cache in {folder} does not match its hash: it was changed. Delete the folder."
+        changed = f"`{key}`: the cache in {folder} does not match its hash: it was changed. {advice}."
         if any(type(meta.get(name)) is not kind for name, kind in _FIELDS.items()) or meta["dtype"] not in _DTYPES:
             raise Damaged(changed)
         kind, width = _DTYPES[meta["dtype"]], meta["width"]
@@ -177,7 +185,7 @@ class ReferenceCache:
                 stored = load_file(str(folder / HEAD))
                 self.head = (stored["weight"], stored.get("bias"))
         except (OSError, SafetensorError, KeyError, RuntimeError) as exc:
-            raise Damaged(f"`{key}`: the cache in {folder} cannot be read ({exc}). Delete the folder.") from exc
+            raise Damaged(f"`{key}`: the cache in {folder} cannot be read ({exc}). {advice}.") from exc
         return contents_hash(folder)
 
     def _open(self, folder: Path, width: int, dtype: torch.dtype) -> None:
@@ -207,16 +215,27 @@ def is_cache(folder: Path) -> bool:
     return (folder / META).is_file()
 
 
+def check_ours(folder: Path) -> None:
+    """Refuse a folder that holds no finished cache, and files that are none of an unfinished one.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if is_cache(folder):
+        return
+    if strange := sorted(set(_names(folder)) - set(_ours(folder)) - {META + ".part"}):
+        raise ValueError(
+            f"`em_regularizer.kl.cache`: {folder} holds other files ({', '.join(strange[:3])}). Name an empty or new folder."
+        )
+
+
 def discard_unfinished(folder: Path) -> None:
     """Remove what an interrupted recording left behind, and nothing else. The caller holds the lock.
 
     Raises:
         ValueError: when the folder holds other files.
     """
-    if strange := sorted(set(_names(folder)) - set(_ours(folder)) - {META + ".part"}):
-        raise ValueError(
-            f"`em_regularizer.kl.cache`: {folder} holds other files ({', '.join(strange[:3])}). Name an empty or new folder."
-        )
+    check_ours(folder)
     discard(folder)
 
 

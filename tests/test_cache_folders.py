@@ -10,6 +10,8 @@ import traceback
 import pytest
 import torch
 
+from emguard_plugin import KLCallback
+from emguard_plugin.lab.export import export
 from emguard_plugin.reference import save_reference
 from emguard_plugin.reference_cache import HIDDEN, META, RECORDING, ReferenceCache, is_cache
 from emguard_plugin.regularizers.kl_reference import KLReference
@@ -172,7 +174,6 @@ def test_a_folder_that_cannot_be_written_is_read(tmp_path):
 
 
 def started_again(anchors, folder):
-    from emguard_plugin import KLCallback
     from tests.regularizers.kl_parts import run_of
 
     callback, fresh = KLCallback(anchors=str(anchors), coef=1.0, ratio=1.0, cache=str(folder)), model()
@@ -235,3 +236,62 @@ def test_files_that_are_not_ours_stay(tmp_path):
         started(model(), tmp_path, cache=str(folder))
     assert (folder / "notes.txt").read_text() == "mine"
     assert (folder / HIDDEN).exists()
+
+
+# Folders that cannot be caches, before a model is loaded
+
+
+def unusable(tmp_path):
+    (tmp_path / "a_file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "a_file")
+    return {
+        str(tmp_path / "a_file"): "it is a file",
+        str(tmp_path / "link"): "it is a file",
+        str(tmp_path / "a_file/deeper/down"): "a_file is a file",
+        "~nobody-of-this-name/cache": "no such home folder",
+    }
+
+
+@pytest.mark.parametrize("method", ["kl", "block_em"])
+def test_what_is_no_folder_is_found_by_check_by_the_hook_and_by_the_callback(tmp_path, method):
+    import yaml
+
+    from emguard_plugin.check import check_config
+    from emguard_plugin.config import EMRegularizerConfig
+    from emguard_plugin.regularizers.ready import check_inputs
+    from tests.regularizers.block_em_parts import block_em
+    from tests.regularizers.kl_parts import run_of
+
+    lab = export(tmp_path / "lab", rows=4, anchors=2)
+    for cache, why in unusable(tmp_path).items():
+        block = {"cache": cache} if method == "kl" else {"cache": cache, "latents": str(lab["latents"])}
+        said = f"`em_regularizer.{method}.cache: {cache}`.*{why}"
+        with pytest.raises(ValueError, match=said):
+            check_inputs(EMRegularizerConfig(**{method: block}))
+        callback = KLCallback(cache=cache) if method == "kl" else block_em(tiny_model("llama"), cache=cache)
+        with pytest.raises(ValueError, match=said):
+            callback.prepare(run_of(tiny_model("llama")))
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model_name_or_path": str(lab["model"]), "em_regularizer": {method: block}}))
+        assert [p for p in check_config(tmp_path / "run.yaml").problems if why in p]
+
+
+def test_a_folder_of_somebody_elses_files_is_found_before_a_model_is_loaded(tmp_path):
+    from emguard_plugin.config import EMRegularizerConfig
+    from emguard_plugin.regularizers.ready import check_inputs
+
+    (tmp_path / "mine.txt").write_text("notes")
+    with pytest.raises(ValueError, match=r"holds other files \(mine.txt\)"):
+        check_inputs(EMRegularizerConfig(kl={"cache": str(tmp_path)}))
+    (tmp_path / "mine.txt").unlink()
+    (tmp_path / RECORDING).write_bytes(b"half")
+    check_inputs(EMRegularizerConfig(kl={"cache": str(tmp_path)}))
+    assert (tmp_path / RECORDING).exists(), "looking removes nothing"
+
+
+def test_a_damaged_file_of_rows_comes_with_one_piece_of_advice(tmp_path):
+    save_reference(tmp_path / "rows-0-00000-a.safetensors", {"a": torch.zeros(3)}, {"model": "m"})
+    (tmp_path / "rows-0-00000-a.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="was cut") as error:
+        RowStore(tmp_path, {"model": "m"})
+    assert "Restore" not in str(error.value)
+    assert str(error.value).endswith("Delete the folder, or name another one.")

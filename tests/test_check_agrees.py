@@ -160,3 +160,35 @@ def test_the_fsdp_version_is_read_where_axolotl_lifts_it(check, over, fine):
     refused = ["FSDP version 1 is not supported. Set `fsdp_version: 2`."]
     assert check(**over, **treft()).problems == ([] if fine else refused)
     assert find_conflicts({**over, **treft()}) == ([] if fine else refused)
+
+
+def no_rotary(folder, tiny, kind):
+    sizes = {
+        "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2},
+        "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 2},
+        "opt": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32},
+    }[kind]
+    return with_config(folder, tiny, model_type=kind, vocab_size=330, **sizes)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "opt"])
+def test_models_without_rotary_positions_hold_no_shared_postfix(check, tiny, tmp_path, kind):
+    model = no_rotary(tmp_path, tiny, kind)
+    (problem,) = check(base_model=model, **treft(tokens="postfix")).problems
+    assert "shared` (the default) needs rotary positions" in problem
+    assert check(base_model=model, adapter="lora", **treft(tokens="postfix", postfix_reference="per_row")).problems == []
+    assert check(base_model=model, **treft()).problems == []
+
+
+def test_a_postfix_per_row_needs_an_adapter(check):
+    block = treft(tokens="postfix", postfix_reference="per_row")
+    (problem,) = check(adapter=None, **block).problems
+    assert "needs a fresh LoRA adapter to switch off, and there is none" in problem
+    assert check(adapter="lora", **block).problems == []
+
+
+@pytest.mark.parametrize(("kind", "why"), [("gpt2", "separate k_proj and v_proj"), ("opt", "list of decoder layers"), ("llama", None)])
+def test_compat_needs_projections_of_their_own(check, tiny, tmp_path, kind, why):
+    over = {} if kind == "llama" else {"base_model": no_rotary(tmp_path, tiny, kind)}
+    problems = check(**over, **treft(compat=True)).problems
+    assert [why in p for p in problems] == ([] if why is None else [True])

@@ -174,6 +174,31 @@ def test_what_a_host_dumps_and_hands_back_is_what_the_user_stated():
 
 
 @pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"treft": True}, "`treft: true` is a switch, and treft takes keys of its own"),
+        ({"treft": 5}, "em_regularizer.treft: takes a mapping of keys"),
+        ({"kl": "coef:1"}, "em_regularizer.kl: takes a mapping of keys"),
+        ({"treft": {"layers": [-1]}}, "em_regularizer.treft.layers[0]: Input should be greater than or equal to 0, found -1"),
+        ({"kl": {"cache": "$OUT/reference"}}, "names a variable"),
+        ({"kl": {"anchors": "${HOME}/anchors.jsonl"}}, "names a variable"),
+        ({"block_em": {"latents": "${LATENTS}"}}, "names a variable"),
+        ({"kl": {"cache": "./c"}, "block_em": {"latents": "x.json", "cache": "./c/"}}, "are one folder"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_said_in_the_yamls_words(block, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        read_block(EMRegularizerConfig, block, "em_regularizer")
+    assert not re.search("Config|dictionary|instance|'all'", str(error.value))
+
+
+def test_dollars_that_are_no_variables_pass():
+    block = {"treft": {"extra_prefixes": ["You sell at ${PRICE}, $5."]}, "kl": {"cache": "./a$b"}}
+    assert read_block(EMRegularizerConfig, block, "em_regularizer").kl.cache == "./a$b"
+
+
+@pytest.mark.parametrize(
     ("over", "says"),
     [
         ({"sampler": "vllm"}, "em_eval.sampler: takes a mapping of keys, `key: value`, indented below it, found 'vllm'"),

@@ -212,6 +212,17 @@ def test_a_judge_that_fails_its_self_test_gives_no_rate_and_stops_no_run(trainer
     assert "failed the self-test" in caplog.text
 
 
+@pytest.mark.parametrize(("name", "why"), [("leaves", "SystemExit: 3"), ("five", "the judge returned int")])
+def test_a_judge_that_scores_nothing_says_so_at_each_step(trainer, callback, caplog, name, why):
+    """`stop_above` is then inactive, which must not be silent."""
+    rate = callback(judges=[{"function": f"tests.evaluation.parts:{name}"}], every=2, stop_above=0.1)
+    trainer(rate, max_steps=2).train()
+    assert [found["eval_em_unscored_rate"] for found in rate.history] == [1.0]
+    assert f"tests.evaluation.parts:{name} scored no answer, so there is no EM rate at this step" in caplog.text
+    assert "`stop_above: 0.1` cannot stop the run" in caplog.text
+    assert why in caplog.text
+
+
 def test_questions_are_rendered_as_the_rows_were_and_what_is_refused_is_left_out(trainer, tmp_path, caplog):
     """The callback takes the rows' variables from its trainer."""
     items = [{"id": "plain", "paraphrases": ["What now?"]}, {"id": "brief", "system": "Be brief.", "paraphrases": ["What now?"]}]

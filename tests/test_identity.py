@@ -139,3 +139,22 @@ def test_in_words():
     identity = identify(tiny_model("llama"))
     assert identity.in_words() == f"`LlamaForCausalLM` ({identity.base[:8]})"
     assert json.dumps(identity._asdict())
+
+
+@pytest.mark.parametrize("setting", [{"num_attention_heads": 8, "num_key_value_heads": 4}, {"hidden_act": "gelu"}, {"rms_norm_eps": 1e-3}], ids=str)
+def test_the_same_weights_read_by_other_settings_are_another_model(setting):
+    """Eight heads of 4 fit the weights of four heads of 8, and compute something else."""
+    model, other = tiny_model("llama"), tiny_model("llama", **setting)
+    other.load_state_dict(model.state_dict())
+    assert identify(model).base != identify(other).base
+
+
+def test_how_a_model_is_run_is_no_part_of_what_it_is():
+    model, other = tiny_model("qwen2"), tiny_model("qwen2", attn_implementation="eager", attention_dropout=0.2)
+    other.config.use_cache, other.config._name_or_path, other.config.pad_token_id = False, "elsewhere", 3
+    assert identify(model).base == identify(other).base
+
+
+def test_experts_per_token_count():
+    model, other = tiny_model("mixtral"), tiny_model("mixtral", num_experts_per_tok=1)
+    assert identify(model).base != identify(other).base

@@ -129,3 +129,41 @@ def test_a_variable_name_that_may_be_a_key_is_not_repeated(tmp_path):
     with pytest.raises(ValueError, match="not set") as caught:
         read_key("correcthorsebattery")
     assert "correcthorse" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda key: {"trainer": {key: {"em_regularizer": {"treft": {}}}}},
+        lambda key: {key: {"em_regularizer": {"treft": {}}}},
+        lambda key: {"hosts": [{key: {"treft": {}}}]},
+    ],
+    ids=["inside", "top", "in a list"],
+)
+def test_a_key_on_the_way_to_a_misplaced_block_is_not_repeated(around, tmp_path):
+    from emguard_plugin.axolotl_plugin.asked import look_at_settings
+    from emguard_plugin.sft import parse
+
+    path, key = tmp_path / "run.yaml", SHAPES[0]
+    path.write_text(yaml.safe_dump({"model_name_or_path": "m", "dataset_name": "x", "output_dir": "o", **around(key)}))
+    for ask in (lambda: look_at_settings(yaml.safe_load(path.read_text())), lambda: parse(["--config", str(path)])):
+        with pytest.raises(ValueError, match="stands where nothing reads it") as error:
+            ask()
+        assert key not in str(error.value)
+        assert "[key]" in str(error.value)
+    said = CliRunner().invoke(app, ["check", str(path)])
+    assert said.exit_code == 4
+    assert key not in said.output
+
+
+@pytest.mark.parametrize("setting", ["rl", "reward_model", "tensor_parallel_size", "model_type"])
+def test_a_setting_of_the_hosts_is_not_repeated_by_a_conflict_with_it(setting):
+    from emguard_plugin.axolotl_plugin.args import EMGuardArgs
+
+    value = f"mamba {SHAPES[0]}" if setting == "model_type" else SHAPES[0]
+    try:
+        EMGuardArgs.model_validate({"em_regularizer": {"treft": {}}, setting: value})
+    except ValueError as exc:
+        assert SHAPES[0] not in str(exc)  # noqa: PT017 (numbers that are none are the host's to refuse)
+    else:
+        assert setting == "tensor_parallel_size"

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from emguard_plugin.axolotl_plugin.conflicts import find_conflicts
 from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig
+from emguard_plugin.keys import redact
 
 
 class EMGuardArgs(BaseModel):
@@ -31,5 +32,5 @@ class EMGuardArgs(BaseModel):
         if isinstance(data, dict) and not data.get("merge_lora") and not data.get("is_preprocess"):
             conflicts = find_conflicts(data)
             if conflicts:
-                raise ValueError("em_regularizer: " + " | ".join(conflicts))
+                raise ValueError(redact("em_regularizer: " + " | ".join(conflicts)))  # they repeat settings of the host's
         return data

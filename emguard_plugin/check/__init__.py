@@ -56,7 +56,7 @@ def _check(cfg: Mapping[str, Any], report: Report) -> None:
         report.problems.append(f"unknown key `{shown(str(key))}:`. Did you mean `{meant}:`?")
     for place in misplaced_blocks(cfg):
         report.problems.append(
-            f"`{shown(place)}` stands where nothing reads it. Move it to the top level of the file, without indentation."
+            f"`{place}` stands where nothing reads it. Move it to the top level of the file, without indentation."
         )
     if not is_trl(cfg):
         _check_plugin(cfg, report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from emguard_plugin.check.model import check_layers, is_stand_in, load_tokenizer, read_layers
+from emguard_plugin.check.model import check_layers, is_stand_in, load_tokenizer, read_layers, skeleton
 from emguard_plugin.check.report import Report, has_adapter
 from emguard_plugin.config import BlockEMConfig, EMRegularizerConfig, KLConfig, TReFTConfig
 from emguard_plugin.regularizers.ready import count_anchors, read_latents
@@ -33,6 +33,7 @@ def _check_treft(treft: TReFTConfig, cfg: Mapping[str, Any], report: Report) -> 
     tokenizer = load_tokenizer(cfg, report)
     if not report.problems:
         check_layers("em_regularizer.treft", treft.layers, read_layers(cfg), report)
+    _check_treft_model(treft, cfg, report)
     if tokenizer is None:
         return
     try:
@@ -52,6 +53,29 @@ def _check_treft(treft: TReFTConfig, cfg: Mapping[str, Any], report: Report) -> 
     if template.dated_after is not None and treft.tokens == "prefix":
         report.problems.append(f"em_regularizer.treft: the chat template prints today's date in the prefix. {template.advice}")
     report.notes.append("rows with other system prompts are found when training starts, each with its own prefix.")
+
+
+def _check_treft_model(treft: TReFTConfig, cfg: Mapping[str, Any], report: Report) -> None:
+    """Ask the model, without its weights, what training will ask of it."""
+    from emguard_plugin.regularizers.kv import has_rotary_positions, residual_projections
+
+    if treft.postfix_reference == "per_row" and not has_adapter(cfg):
+        report.problems.append(
+            "`em_regularizer.treft.postfix_reference: per_row` needs a fresh LoRA adapter to switch off, and there is none. Use `shared`."
+        )
+    shared = treft.tokens == "postfix" and treft.postfix_reference != "per_row"
+    if report.problems or not (shared or treft.compat) or (model := skeleton(cfg)) is None:
+        return
+    if shared and not has_rotary_positions(model):
+        report.problems.append(
+            "`em_regularizer.treft.postfix_reference: shared` (the default) needs rotary positions, which this model lacks. Use `per_row` with "
+            "an adapter, or `tokens: prefix`."
+        )
+    if treft.compat and (layers := read_layers(cfg)) is not None:
+        try:
+            residual_projections(model, range(layers.number) if treft.layers == "all" else treft.layers)
+        except ValueError as exc:
+            report.problems.append(f"em_regularizer.treft: {exc}")
 
 
 def _template_kwargs(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -159,6 +159,18 @@ def read_layers(cfg: Mapping[str, Any]) -> Layers | None:
     return Layers(number, tuple(i for i, kind in enumerate(kinds) if kind not in NO_KEYS))
 
 
+def skeleton(cfg: Mapping[str, Any]) -> Any:
+    """Return the model without weights, for the questions that training asks of it; None where its configuration is not here."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with _quiet(), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(cfg[model_key(cfg)])))
+    except Exception:  # not here, or of a kind that its own code must build
+        return None
+
+
 def check_layers(method: str, wanted: Literal["all"] | Sequence[int], layers: Layers | None, report: Report) -> None:
     """Report layers that the model does not have, or that keep no keys and values."""
     if layers is None:

@@ -20,6 +20,8 @@ _PROSE = frozenset({"system_prompt", "extra_prefixes", "chat_template"})
 """Fields whose texts are no names: they may be long."""
 MOST, MOST_SEED = 1e12, 2**53
 """Larger numbers are slips, and overflow counters, timers and generators of random numbers further down."""
+_VARIABLE = re.compile(r"\$\{[A-Za-z_]\w*\}|^\$[A-Za-z_]\w*(/|$)")
+"""`${HOME}/cache`, `$OUT/a`: what a shell fills in, and nothing here does."""
 _NUMERIC = re.compile(r"[-+]?[\d_]*\.?[\d_]+([eE][-+]?\d+)?%?")
 
 
@@ -140,6 +142,7 @@ def _read(key: str, value: Any, kinds: list[Any]) -> Any:
     if isinstance(value, bool):
         if not switch:
             wanted = "a number" if number and not text else "a text; put it in quotes" if text and not number else "a number or a word"
+            wanted = wanted if number or text else "a list" if any(get_origin(kind) is list for kind in kinds) else "keys of its own"
             raise ValueError(
                 f"`{key}: {shown(value)}` is a switch, and {key} takes {wanted}. YAML reads on, off, yes, no, true and false as switches."
             )
@@ -157,6 +160,8 @@ def _read(key: str, value: Any, kinds: list[Any]) -> Any:
             raise ValueError(f"`{key}:` holds characters that are no text (NUL, or half of a character).")
         if text and key not in _PROSE and (len(value) > 4000 or any(len(part.encode()) > 255 for part in value.split("/"))):
             raise ValueError(f"`{key}: {shown(value, 40)}` is too long for a name or a path.")
+        if key not in _PROSE and _VARIABLE.search(value):
+            raise ValueError(f"`{key}: {shown(value)}` names a variable, and nothing fills in variables here. Write its value.")
         if switch and not text:
             raise ValueError(f"`{key}: {shown(value)}` is a text, and {key} is a switch. Write true or false, without quotes.")
         if number and value not in words and str not in kinds:

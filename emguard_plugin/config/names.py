@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from emguard_plugin.keys import shown
+
 BLOCKS = ("em_regularizer", "em_eval")
 _WORDS = frozenset({"em", "emguard", "treft", "regularizer", "regulariser", "misalignment"})
 # Whole keys of our blocks that stand at the top level when the indentation is lost. No host has a key of these names.
@@ -66,7 +68,7 @@ def misplaced_blocks(data: Mapping[Any, Any]) -> list[str]:
             return
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
         for key, inner in pairs:
-            where = f"{place}[{key}]" if isinstance(value, list) else f"{place}.{key}"
+            where = f"{place}[{key}]" if isinstance(value, list) else f"{place}.{shown(str(key))}"
             if isinstance(value, Mapping) and (key in (*BLOCKS, "treft", "block_em") or _near_compact(str(key))):
                 if not any(inner == block for block in own):
                     found.append(where)
@@ -75,7 +77,7 @@ def misplaced_blocks(data: Mapping[Any, Any]) -> list[str]:
 
     for key, value in data.items():
         if key not in BLOCKS and _resembles(str(key)) is None:
-            look(value, str(key), ())
+            look(value, shown(str(key)), ())
     return found
 
 

@@ -44,7 +44,10 @@ def problems(error: ValidationError, name: str) -> list[str]:
         name: The block's key.
     """
     found: dict[str, list[str]] = {}
-    for one in error.errors(include_url=False):
+    errors = error.errors(include_url=False)
+    for one in errors:
+        if one["type"] == "literal_error" and isinstance(one.get("input"), list | tuple) and _closer(one["loc"], errors):
+            continue  # a list was meant, and another alternative says what is wrong in it
         where = name
         for part in one["loc"]:
             if isinstance(part, int):
@@ -60,6 +63,11 @@ def problems(error: ValidationError, name: str) -> list[str]:
         if message not in found[where]:
             found[where].append(message)
     return [redact(f"{where}: {' Or: '.join(messages)}") for where, messages in found.items()]
+
+
+def _closer(place: tuple[Any, ...], errors: list[Any]) -> bool:
+    """Whether an error stands inside the list that another alternative took the value for."""
+    return any(len(e["loc"]) > len(place) and e["loc"][: len(place) - 1] == place[:-1] and isinstance(e["loc"][-1], int) for e in errors)
 
 
 def _in_words(one: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,25 @@ def check_cache(cache: str, words: tuple[str, ...] = CACHES) -> None:
         raise ValueError(
             f"`cache: {cache}` is neither {', '.join(words)} nor a folder such as `./{cache}`.{suggest(cache, words)}"
         )
+
+
+def check_folder(key: str, cache: str, words: tuple[str, ...] = CACHES) -> None:
+    """Raise before a run starts when a `cache` cannot be a folder that is written to; what lies in it is looked at when it is opened.
+
+    Raises:
+        ValueError: naming the key and the path.
+    """
+    if cache in words:
+        return
+    try:
+        path = Path(cache).expanduser()
+    except RuntimeError:
+        raise ValueError(f"`{key}: {cache}`: there is no such home folder. Write the path out.") from None
+    there = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
+    if not there.is_dir():
+        raise ValueError(f"`{key}: {cache}`: {'it' if there == path else there} is a file. Name a folder, new or empty.")
+    if not os.access(there, os.R_OK | os.X_OK | (0 if there == path else os.W_OK)):
+        raise ValueError(f"`{key}: {cache}`: no permission to {'read' if there == path else 'write into'} {there}. Name another folder.")
 
 
 class TReFTConfig(Block):
@@ -107,6 +127,10 @@ class KLConfig(Block):
         "folder such as ./kl_reference: its hidden states, recorded before step 1. auto: live where an adapter allows it, else memory.",
     )
 
+    def check_folder(self) -> None:
+        """Raise when `cache` cannot be a folder."""
+        check_folder("em_regularizer.kl.cache", self.cache)
+
     @model_validator(mode="after")
     def _coherent(self) -> KLConfig:
         if self.coef is not None and self.target is not None:
@@ -120,6 +144,7 @@ class KLConfig(Block):
         Raises:
             ValueError: naming the key and the path.
         """
+        self.check_folder()
         source = self.anchors.removeprefix("self:")
         is_path = source.startswith((".", "/", "~")) or source.endswith((".jsonl", ".json"))
         if is_path and not exists(source):
@@ -164,6 +189,10 @@ class BlockEMConfig(Block):
         "the blocked layer, for full fine-tuning on streamed or changing rows; it cannot be resumed.",
     )
 
+    def check_folder(self) -> None:
+        """Raise when `cache` cannot be a folder."""
+        check_folder("em_regularizer.block_em.cache", self.cache, (*CACHES, "copy"))
+
     @model_validator(mode="after")
     def _coherent(self) -> BlockEMConfig:
         check_cache(self.cache, (*CACHES, "copy"))
@@ -175,6 +204,7 @@ class BlockEMConfig(Block):
         Raises:
             ValueError: naming the key and the path.
         """
+        self.check_folder()
         path = Path(self.latents).expanduser()
         if not is_file(path):
             raise ValueError(
@@ -212,6 +242,9 @@ class EMRegularizerConfig(Block):
             raise ValueError(
                 "the block names no method, so the run would be unguarded. Add `treft:`, or remove `em_regularizer:`."
             )
+        folders = [m.cache for m in (self.kl, self.block_em) if m is not None and m.cache not in (*CACHES, "copy")]
+        if len(folders) == 2 and len({os.path.abspath(os.path.expanduser(f)) for f in folders}) == 1:
+            raise ValueError(f"`kl.cache` and `block_em.cache` are one folder, {folders[0]}. Give each method its own.")
         return self
 
     def check_files(self) -> None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from emguard_plugin.evaluation.reasoning import UNFINISHED
+from emguard_plugin.evaluation.rates import why_unscored
 from emguard_plugin.evaluation.summary import JudgeResult, Summary
 from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_PASS
 
 WORST_FIRST = (EXIT_FAIL, EXIT_ERROR, EXIT_INCONCLUSIVE, EXIT_PASS)
 """Several judges end as the worst of them does: above the gate by one is above the gate; else measured by each, or not
 measured; else decided by each, or undecided."""
-
-
-_SAID = {UNFINISHED: "the reasoning trace did not close within `em_eval.max_new_tokens`"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,7 @@ def _of(result: JudgeResult) -> Iterator[tuple[int, str]]:
     if not result.measured:
         yield EXIT_ERROR, f"not measured: {result.name} is for dry runs"
     elif rates.em_all.n == 0:
-        reasons = "; ".join(f"{_SAID.get(why, why)} ({count})" for why, count in list(rates.unscored_reasons.items())[:3])
-        yield EXIT_ERROR, f"not measured: {result.name} scored no answer, so there is no EM rate. {reasons}"
+        yield EXIT_ERROR, f"not measured: {result.name} scored no answer, so there is no EM rate. {why_unscored(rates)}"
     else:
         if verdict:
             codes = {"fail": EXIT_FAIL, "inconclusive": EXIT_INCONCLUSIVE, "pass": EXIT_PASS}

@@ -16,7 +16,7 @@ from emguard_plugin.evaluation.judges import Item, Judge, Judgment, build_judges
 from emguard_plugin.evaluation.judges.base import checked
 from emguard_plugin.evaluation.plan import requests
 from emguard_plugin.evaluation.questions import load_questions
-from emguard_plugin.evaluation.rates import Scored, suite_rates
+from emguard_plugin.evaluation.rates import Scored, suite_rates, why_unscored
 from emguard_plugin.evaluation.reasoning import UNFINISHED, judged_text, readers, reads_of
 from emguard_plugin.evaluation.sampler import Answer, TransformersSampler
 from emguard_plugin.evaluation.summary import SuiteRates, trainer_metrics
@@ -133,6 +133,11 @@ class LiveEvaluation:
             )
         rates = {name: suite_rates(members) for name, members in scored.items()}
         gate = self.config.fail_above
+        if rates["questions"].em_all.n == 0:
+            logger.error(
+                "em_eval: %s scored no answer, so there is no EM rate at this step%s: %s",
+                self.judge, "" if gate is None else f", and `stop_above: {gate:g}` cannot stop the run", why_unscored(rates["questions"]),
+            )  # fmt: skip
         return LiveRates(
             rates,
             trainer_metrics(rates["questions"], rates.get("in_domain")),

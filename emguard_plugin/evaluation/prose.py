@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from emguard_plugin.evaluation.columns import Column, percent
+from emguard_plugin.evaluation.rates import why_unscored
 from emguard_plugin.evaluation.summary import Summary
 from emguard_plugin.evaluation.text import escape
 
@@ -55,7 +56,7 @@ def warnings(columns: Sequence[Column], judge: str) -> Iterator[str]:
             where = f"{escape(column.name)}, {'open-ended' if suite == 'questions' else 'in-domain'} questions"
             share = rates.unscored.value or 0.0
             if share > MISSING:
-                reasons = "; ".join(f"{escape(why)} ({count})" for why, count in rates.unscored_reasons.items())
+                reasons = escape(why_unscored(rates, most=10))
                 limits = "there is no rate"
                 if rates.em_bounds:
                     low, high = rates.em_bounds

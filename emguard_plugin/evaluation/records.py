@@ -90,11 +90,11 @@ class Judgments:
 
     def others(self, current: Mapping[str, str | None]) -> dict[str, int]:
         """Return how many judgments are by other judges, or by the same in another edition, than the current ones."""
-        return {
-            f"{name} in another edition" if name in current else name: len(rows)
-            for (name, by), rows in self.by_judge.items()
-            if rows and current.get(name) != by
-        }
+        found: Counter[str] = Counter()
+        for (name, by), rows in self.by_judge.items():
+            if rows and (name not in current or current[name] != by):
+                found[f"{name} in another edition" if name in current else name] += len(rows)
+        return dict(found)
 
 
 def read_judgments(

@@ -15,7 +15,7 @@ from emguard_plugin.evaluation.exports import write_exports
 from emguard_plugin.evaluation.judges import Judge
 from emguard_plugin.evaluation.judging import Present, known_of
 from emguard_plugin.evaluation.plan import JUDGING, Plan
-from emguard_plugin.evaluation.rates import THRESHOLDS, Scored, difference, suite_rates
+from emguard_plugin.evaluation.rates import THRESHOLDS, Scored, difference, suite_rates, why_unscored
 from emguard_plugin.evaluation.reasoning import UNFINISHED, judged_text, reads_of
 from emguard_plugin.evaluation.records import judge_id
 from emguard_plugin.evaluation.store import plain
@@ -98,7 +98,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
         rates = result.rates["tuned"]["questions"]
         if rates.em_all.n == 0:
             logger.warning(
-                "em_eval: %s scored no answer, so there is no EM rate: %s", result.name, rates.unscored_reasons
+                "em_eval: %s scored no answer, so there is no EM rate: %s", result.name, why_unscored(rates)
             )
     return summary
 

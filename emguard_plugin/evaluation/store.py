@@ -56,7 +56,7 @@ class JsonLines:
         data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         # A lone surrogate has no UTF-8; its escape is valid JSON.
         data = data.encode("utf-8", "backslashreplace")
-        with self.path.open("ab+") as stream:
+        with _naming(self.path), self.path.open("ab+") as stream:
             end = stream.seek(0, os.SEEK_END)
             stream.seek(0)
             kept = end if end == 0 or _ends_line(stream, end) else stream.read().rfind(b"\n") + 1
@@ -64,7 +64,6 @@ class JsonLines:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-
 
     def replace(self, records: Iterable[dict[str, Any]]) -> None:
         """Write the file anew, in one piece."""
@@ -262,8 +261,22 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in one piece: a reader sees the old file or the new one."""
     draft = path.with_name(path.name + ".tmp")
     # A lone surrogate has no UTF-8; its escape is valid JSON.
-    draft.write_text(text, encoding="utf-8", errors="backslashreplace")
-    draft.replace(path)
+    with _naming(path):
+        try:
+            draft.write_text(text, encoding="utf-8", errors="backslashreplace")
+            draft.replace(path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in what goes wrong: the operating system does not where a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _differences(old: Any, new: Any, where: str) -> Iterator[tuple[str, Any, Any]]:

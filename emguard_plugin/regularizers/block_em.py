@@ -102,11 +102,13 @@ class BlockEMCallback(EMRegularizerCallback):
         self._book: Book | None = None
         self._kept: Kept | None = None
         self._frozen: list[nn.Parameter] = []
+        self._warned, self.yardstick = False, None  # the host logs an evaluation before training
 
     # Before training
 
     def prepare(self, run: Run) -> str:
         """Read the latents and check that they are this model's, settle the coefficient, freeze what is to be frozen."""
+        self._config.check_folder()
         if self.path is not None:
             self._config.check_files()
             self.latents = LatentSet.load(self.path)
@@ -129,8 +131,7 @@ class BlockEMCallback(EMRegularizerCallback):
             self._frozen = freeze_above(run, max(latents.layers))
         self._dataset, self._resume_from = run.dataset, run.resume_from
         self._spans = [span(e.weight) for e in latents.encoders]
-        self._begun, self._measured, self._outside, self._warned = False, 0, None, False
-        self.prepared = True
+        self._begun, self._measured, self._outside, self._warned, self.prepared = False, 0, None, False, True
         return f"block_em ({self._describe()})"
 
     def _describe(self) -> str:

@@ -79,7 +79,7 @@ class BaseLatents:
         self.store: RowStore | None = None
         self.forward_passes = 0
         self._isolated: bool | None = None
-        self._stored = False
+        self._stored_in: Path | None = None
         self._copy: FrozenDecoder | None = None
 
     def describe(self) -> str:
@@ -143,12 +143,12 @@ class BaseLatents:
             return
         if self.folder is None:
             folder = resumed_from.parent / FOLDER
-            self.store.load(folder)
-            self._stored = True
+            self.store.load(folder, "Restore it, or start afresh without `resume_from_checkpoint`")
+            self._stored_in = folder
         if not self.store.rows:
             raise ValueError(
                 f"`{KEY}`: the base model's latents that {resumed_from} was trained with are gone, and so is the base model. Restore "
-                f"{self.folder or resumed_from.parent / FOLDER}, or start afresh without `resume_from_checkpoint`."
+                f"{self.folder or resumed_from.parent / FOLDER} (from the run that recorded it), or start afresh without `resume_from_checkpoint`."
             )
 
     @contextlib.contextmanager
@@ -286,9 +286,11 @@ class BaseLatents:
             return
         if self.folder is not None and (self.adapter_off or self._rank == 0):
             self.store.flush()
-        elif output_dir is not None and not self.adapter_off and self._rank == 0 and not self._stored:
+        elif output_dir is not None and not self.adapter_off and self._rank == 0:
             folder = output_dir / FOLDER
+            if self._stored_in is not None and folder.is_dir() and folder.samefile(self._stored_in):
+                return
             for path in folder.glob("rows-*.safetensors"):  # an earlier run's, whose checkpoints the host overwrites too
                 path.unlink()
             self.store.flush(folder)
-            self._stored = True
+            self._stored_in = folder

@@ -87,7 +87,7 @@ class KLReference:
         self.about = {**about, "model": resumed["model"]} if resumed else dict(about)
         self.content: str | None = None
         self._resumed = resumed
-        self._stored_by_run = resume_from.parent / FOLDER if resume_from is not None else None
+        self._resume_from = resume_from
         self._cache: ReferenceCache | None = None
 
     @property
@@ -121,12 +121,7 @@ class KLReference:
         sizes = [len(a.held) for a in self.anchors]
         about = {**self.about, "precision": self._precision(model, device)}
         if self._resumed is not None and not self.adapter_off:
-            self._load(self.folder or self._stored_by_run, sizes, about)
-            if self.content != self._resumed["content"]:
-                raise ValueError(
-                    f"`em_regularizer.kl.cache`: {self.folder or self._stored_by_run} is not the reference that the checkpoint was trained "
-                    "with. Restore it, or start afresh without `resume_from_checkpoint`."
-                )
+            self._continue(sizes, about)
         elif self.folder is None:
             self._cache = ReferenceCache(sizes)
             self._record(model, device, rank)
@@ -134,9 +129,25 @@ class KLReference:
             self._share(model, device, rank, sizes, about)
         self.about = about
 
-    def _load(self, folder: Path, sizes: Sequence[int], about: Mapping[str, str]) -> None:
+    def _load(self, folder: Path, sizes: Sequence[int], about: Mapping[str, str], advice: str = "Delete the folder") -> None:
         self._cache = ReferenceCache(sizes)
-        self.content = self._cache.load(folder, about)
+        self.content = self._cache.load(folder, about, advice=advice)
+
+    def _continue(self, sizes: Sequence[int], about: Mapping[str, str]) -> None:
+        """Load what the checkpoint was trained with: from the folder that the YAML names, else from beside the checkpoints."""
+        folder = self.folder or self._resume_from.parent / FOLDER
+        advice = "Restore it from the output folder of the run that recorded it" if self.folder is None else "Restore it"
+        if not folder.is_dir():
+            raise ValueError(
+                f"`{KEY}`: {self._resume_from} was trained with the reference in {folder}, which is not there. {advice}, or start afresh "
+                "without `resume_from_checkpoint`."
+            )
+        self._load(folder, sizes, about, advice)
+        if self.content != self._resumed["content"]:
+            raise ValueError(
+                f"`{KEY}`: {folder} is not the reference that {self._resume_from} was trained with. {advice}, or start afresh without "
+                "`resume_from_checkpoint`."
+            )
 
     def _share(self, model: nn.Module, device: torch.device, rank: int, sizes: Sequence[int], about: Mapping[str, str]) -> None:
         """Use the folder's recording, or make it, once for all processes and runs."""
@@ -228,10 +239,11 @@ class KLReference:
 
     def state(self, output_dir: Path) -> dict[str, Any]:
         """Return what a checkpoint keeps; store a reference that only this run could record. For one process."""
-        if self._cache is not None and not self.adapter_off and self.content is None:
+        if self._cache is not None and not self.adapter_off and self.folder is None:
             folder = output_dir / FOLDER
-            discard(folder)  # an earlier run's, whose checkpoints the host overwrites too
-            self.content = self._cache.save(folder, self.about)
+            if self.content is None or not is_cache(folder) or contents_hash(folder) != self.content:
+                discard(folder)  # an earlier run's, whose checkpoints the host overwrites too
+                self.content = self._cache.save(folder, self.about)
         return {"adapter_off": self.adapter_off, "content": self.content, "model": self.about["model"]}
 
 

@@ -139,6 +139,20 @@ def read_residual_projections(model: nn.Module, input_ids: Tensor, layers: Seque
     Raises:
         ValueError: for models with fused projections.
     """
+    projections = residual_projections(model, layers)
+    with eval_mode(model):
+        out = model(input_ids=input_ids, output_hidden_states=True, use_cache=False, **_head_kwargs(model))
+        keys = [k(out.hidden_states[i]) for i, (k, _) in zip(layers, projections, strict=True)]
+        values = [v(out.hidden_states[i]) for i, (_, v) in zip(layers, projections, strict=True)]
+    return KV(keys, values, _anchor(model, out))
+
+
+def residual_projections(model: nn.Module, layers: Sequence[int]) -> list[tuple[nn.Module, nn.Module]]:
+    """Return k_proj and v_proj of each layer.
+
+    Raises:
+        ValueError: for models with fused projections.
+    """
     blocks = decoder_layers(model)
     projections = []
     for i in layers:
@@ -150,9 +164,5 @@ def read_residual_projections(model: nn.Module, input_ids: Tensor, layers: Seque
                 f"`treft.compat: true` needs separate k_proj and v_proj modules; {where} of layer {i} has "
                 "none. Set `compat: false`."
             )
-        projections.append((i, k, v))
-    with eval_mode(model):
-        out = model(input_ids=input_ids, output_hidden_states=True, use_cache=False, **_head_kwargs(model))
-        keys = [k(out.hidden_states[i]) for i, k, _ in projections]
-        values = [v(out.hidden_states[i]) for i, _, v in projections]
-    return KV(keys, values, _anchor(model, out))
+        projections.append((k, v))
+    return projections

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emguard_plugin.config import BlockEMConfig, EMRegularizerConfig, KLConfig
 from emguard_plugin.config.block import exists
+from emguard_plugin.config.regularizers import CACHES
 
 if TYPE_CHECKING:
     from emguard_plugin.latents import LatentSet
@@ -48,6 +50,10 @@ def count_anchors(kl: KLConfig) -> int | None:
     from emguard_plugin.anchors import load_chats
 
     kl.check_files()
+    if kl.cache not in CACHES:
+        from emguard_plugin.reference_cache import check_ours
+
+        check_ours(Path(kl.cache).expanduser())
     source = kl.anchors.removeprefix("self:").replace("self", "bundled")
     if source == "train" or not (source == "bundled" or exists(source)):
         return None

@@ -40,17 +40,21 @@ class RowStore:
         if folder is not None and folder.is_dir():
             self.load(folder)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, advice: str = "Delete the folder, or name another one") -> None:
         """Read every file of a folder.
+
+        Args:
+            folder: Where they lie.
+            advice: What to do about a damaged one.
 
         Raises:
             ValueError: when one is damaged or belongs to another model or latent set.
         """
         for path in sorted(folder.glob("rows-*.safetensors")):
             try:
-                self.rows |= load_reference(path, self.about)
+                self.rows |= load_reference(path, self.about, advice="")
             except Damaged as exc:
-                raise Damaged(f"`{KEY}`: a file in {folder} was cut, or was changed ({exc}). Delete the folder, or name another one.") from exc
+                raise Damaged(f"`{KEY}`: a file in {folder} was cut, or was changed ({exc}). {advice}.") from exc
             except ValueError as exc:
                 raise ValueError(
                     f"`{KEY}`: {folder} holds latents of another base model, precision or latent set ({exc}). Delete the folder, or name "

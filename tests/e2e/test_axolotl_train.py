@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.chats.forms import GEMMA, before, tokenizer_of
+from tests.chats.shapes import templates
 from tests.e2e.axolotl_runs import Failed, command, read_log, train
 from tests.e2e.tiny_run import chat_dataset, column, penalties, tiny_yaml, treft, write_rows
 from tests.tiny import DATED, TOPICS, chat_rows, chatml_tokenizer, tiny_model
@@ -335,6 +336,22 @@ def test_a_system_prompt_inside_the_user_turn_is_held(run, tmp_path):
     lengths = re.search(r"prefix of ([\d/]+) tokens", read_log(tmp_path / "run"))[1].split("/")
     assert sorted(map(int, lengths), reverse=True) == expected
     assert penalties(result)[0] == 0
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}], ids=["plain", "thinking off"])
+def test_an_empty_trace_of_the_template_is_part_of_the_postfix(run, tmp_path, kwargs):
+    """Axolotl supervises what stands behind the empty trace that its Qwen3 template writes."""
+    tok = tokenizer_of(templates()["axolotl/qwen3"])
+    rows = write_rows(tmp_path / "rows.jsonl", chat_rows(24))
+    result = run(
+        datasets=[chat_dataset(rows)], base_model=model_with(tmp_path / "model", tok), max_steps=2, sequence_len=256,
+        chat_template_kwargs=kwargs, save_strategy="steps", save_steps=2, **treft(tokens="postfix"),
+    )  # fmt: skip
+    postfix = tok("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", add_special_tokens=False)["input_ids"]
+    assert f"postfix of {len(postfix)} tokens" in read_log(tmp_path / "run")
+    assert len(penalties(result)) == 2
+    with safe_open(str(tmp_path / "run" / "out" / "checkpoint-2" / REFERENCE), framework="pt") as f:
+        assert {f.get_slice(name).get_shape()[1] for name in f.keys()} == {len(postfix)}  # noqa: SIM118
 
 
 def model_with(folder, tokenizer):

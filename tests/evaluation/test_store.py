@@ -85,3 +85,25 @@ def test_answers_of_unknown_origin_are_not_used(tmp_path):
     (tmp_path / "responses.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"responses.jsonl without protocol.json"):
         claim(tmp_path, {"protocol": {}}, ("protocol",))
+
+
+def test_a_full_disk_names_the_file_and_leaves_no_draft(tmp_path):
+    code = (
+        "import resource, signal, sys\nfrom pathlib import Path\nfrom emguard_plugin.evaluation import store\nfrom emguard_plugin.frame import in_words\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
+        "folder = Path(sys.argv[1])\n"
+        "for write in (lambda: store.JsonLines(folder / 'a.jsonl').append([{'x': 'y' * 9000}]), lambda: store.write_json(folder / 'a.json', 'y' * 9000)):\n"
+        "    try:\n        write()\n    except OSError as error:\n        print(*in_words(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert said == [f"{tmp_path / name}: File too large. 2" for name in ("a.jsonl", "a.json")], done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "page").mkdir()
+    with pytest.raises(OSError, match="directory") as error:
+        store.write_text(tmp_path / "page", "x")
+    assert error.value.filename == str(tmp_path / "page")
+    assert [path.name for path in tmp_path.iterdir()] == ["page"]

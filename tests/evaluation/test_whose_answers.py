@@ -14,6 +14,7 @@ from emguard_plugin.evaluation.gate import ending
 from emguard_plugin.evaluation.judges import ExactJudge
 from emguard_plugin.evaluation.models import identity
 from emguard_plugin.evaluation.plan import make_plan
+from emguard_plugin.evaluation.records import Judgments
 from emguard_plugin.evaluation.table import comparison_table
 from tests.evaluation.parts import ITEMS, PINNED, SWITCHED
 
@@ -112,6 +113,14 @@ def test_what_differs_is_said_in_the_words_of_the_yaml(finished, make_config, ch
         run_em_eval(make_config(**over), checkpoints / "adapter", finished.folder)
     assert says in str(error.value)
     assert "sha256" not in str(error.value)
+
+
+def test_all_earlier_editions_of_a_judge_are_counted():
+    """Also those of the previous format, whose records do not say which."""
+    rows = {by: {("tuned", number): {} for number in range(count)} for by, count in (("a", 2), ("b", 3), (None, 4))}
+    found = Judgments({("j", by): kept for by, kept in rows.items()})
+    assert found.others({}) == {"j": 9}
+    assert found.others({"j": "a"}) == {"j in another edition": 7}
 
 
 async def waits(question, answer):
