@@ -44,6 +44,10 @@ def _model(rest: str, old: Any, new: Any) -> str:
     who = f"the {_ROLES.get(role, role)}"
     if not field:
         return f"{who} was {'not measured' if old is None else 'measured'} then (`em_eval.evaluate_base`)"
+    if field == "adapter":
+        return f"{who} was {'a whole model' if old is None else 'an adapter'} then"
+    if field in ("on", "name") and None in (old, new):
+        return ""
     if "weights_sha256" in field:
         return f"{who} has other weights{' in its base' if field.startswith('on.') else ''}"
     return f"{who}{' stands on another base' if field.startswith('on') else ''}: {_both(old, new)}"

@@ -118,6 +118,6 @@ def test_strengths_in_one_or_several_options(tiny, tmp_path, given):
 @pytest.mark.parametrize("given", ["0.1,a", "0.1;0.2", ",", "0", "0.1,0.1"])
 def test_strengths_that_are_none(tiny, tmp_path, given):
     printed = CliRunner().invoke(app, arguments(tiny, tmp_path / "k.json", "--strengths", given))
-    assert printed.exit_code == 2
+    assert printed.exit_code == 4
     assert "`--strengths" in printed.output
     assert "such as 0.1,0.2,0.4" in printed.output

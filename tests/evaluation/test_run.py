@@ -156,11 +156,11 @@ def test_several_judges_are_reported_each(make_config, checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("over", "names"),
     [
-        ({"seed": 1}, "protocol.decoding.seed: stored 0, now 1"),
-        ({"max_new_tokens": 9}, "protocol.decoding.max_new_tokens"),
-        ({"temperature": 0.5}, "protocol.suites.questions.temperature"),
-        ({"items": ITEMS[:3]}, "protocol.suites.questions.sha256"),
-        ({"model": "whole"}, "models.tuned"),
+        ({"seed": 1}, "`em_eval.seed`: stored 0, now 1"),
+        ({"max_new_tokens": 9}, "`em_eval.max_new_tokens`: stored 8, now 9"),
+        ({"temperature": 0.5}, r"`em_eval.temperature`: stored \[1.0\], now \[0.5\] for questions"),
+        ({"items": ITEMS[:3]}, "`em_eval.questions`: these are not the questions that were asked"),
+        ({"model": "whole"}, "the fine-tuned model was an adapter then"),
     ],
 )
 def test_results_of_another_protocol_are_not_mixed(whole_run, make_config, checkpoints, over, names):

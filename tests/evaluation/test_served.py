@@ -109,7 +109,7 @@ def test_answers_of_one_sampler_are_not_mixed_with_those_of_another(make_config,
     with FakeServer(reply=talker) as server:
         endpoint = {"provider": "openai", "base_url": server.url}
         run_em_eval(make_config(sampler=endpoint, evaluate_base=False), "m", tmp_path, phases=["generate"])
-        with pytest.raises(ValueError, match=r"models\.tuned"):
+        with pytest.raises(ValueError, match='the fine-tuned model: stored "m", now "other"'):
             run_em_eval(make_config(sampler=endpoint, evaluate_base=False), "other", tmp_path, phases=["generate"])
 
 
