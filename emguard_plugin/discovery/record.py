@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from emguard_plugin.discovery.prompts import prompt_hash
 from emguard_plugin.discovery.screen import Finding, Strength
+from emguard_plugin.discovery.settings import Rule
+from emguard_plugin.evaluation import models
+from emguard_plugin.evaluation.suites import plain
+from emguard_plugin.reference import tensors_hash
 
 if TYPE_CHECKING:
+    from sae_lens import SAE
+
+    from emguard_plugin.discovery.run import Discovery
     from emguard_plugin.discovery.search import Result
 
 PACKAGES = ("emguard-plugin", "torch", "transformers", "peft", "sae-lens")
+METHODS: dict[Rule, str] = {"attribution": "attribution by gradients, emguard's own; in place of the steering of arXiv 2602.00767"}
 
 
 def record_of(
@@ -67,3 +77,42 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def protocol_of(discovery: Discovery, sae: SAE) -> dict[str, Any]:
+    """Return what stored answers depend on."""
+    return {
+        "protocol": {
+            "models": discovery.pair.identity(),
+            "sae_sha256": tensors_hash(sae.state_dict()),
+            "prompts_sha256": [prompt_hash(prompt.question) for prompt in discovery.prompts],
+            "selection": discovery.selection,
+            "chat_template_sha256": models.template_hash(discovery.pair.tokenizer),
+            "judge": discovery.judge.identity(),
+            "max_new_tokens": discovery.settings.max_new_tokens,
+            "steer_at": discovery.settings.steer_at,
+        }
+    }
+
+
+def provenance_of(discovery: Discovery, results: Sequence[Result]) -> dict[str, Any]:
+    """Return what the result was made of."""
+    hashes = [prompt_hash(prompt.question) for prompt in discovery.prompts]
+    return {
+        "method": METHODS.get(discovery.settings.rule, "BLOCK-EM discovery, arXiv 2602.00767"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "models": discovery.pair.identity(),
+        "saes": [
+            {"layer": r.layer, "source": r.source, "sha256": tensors_hash(discovery.saes[r.layer][1].state_dict()),
+             "unexplained_variance": r.error, "scale": r.scale}
+            for r in results
+        ],
+        "selection": {"questions": plain(discovery.request.questions), "sha256": hashes[: discovery.selection]},
+        "evaluation": {"questions": discovery.request.evaluation and plain(discovery.request.evaluation), "sha256": hashes[discovery.selection :]},
+        "judge": discovery.judge.identity(),
+        "settings": discovery.settings.to_dict(),
+        "excluded": [other.digest for other in discovery.known],
+        "united": [other.digest for other in discovery.united],
+        "spent": spent_by(results),
+        "versions": versions(),
+    }  # fmt: skip

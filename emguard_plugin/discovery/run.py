@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +15,18 @@ from emguard_plugin.discovery.choose import baseline, unite
 from emguard_plugin.discovery.examples import top_activating
 from emguard_plugin.discovery.kept import Kept, run_id
 from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
-from emguard_plugin.discovery.prompts import Prompt, prompt_hash, refuse_overlap, render_prompts
-from emguard_plugin.discovery.record import record_of, spent_by, versions
+from emguard_plugin.discovery.prompts import Prompt, refuse_overlap, render_prompts
+from emguard_plugin.discovery.record import protocol_of, provenance_of, record_of
 from emguard_plugin.discovery.report import write_report
 from emguard_plugin.discovery.screen import Finding
 from emguard_plugin.discovery.search import LayerSearch, Result
 from emguard_plugin.discovery.settings import Rule, Settings
 from emguard_plugin.discovery.shift import Candidate
-from emguard_plugin.evaluation import models, store
+from emguard_plugin.evaluation import store
 from emguard_plugin.evaluation.questions import load_questions
 from emguard_plugin.evaluation.rendering import Chat
-from emguard_plugin.evaluation.suites import plain
 from emguard_plugin.latents import LatentSet, SubsetEncoder
 from emguard_plugin.latents.sae import layer_of, load_sae, subset
-from emguard_plugin.reference import tensors_hash
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -41,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 WORK = "--work"
 BASELINES: tuple[Rule, ...] = ("top_shift", "random", "shuffled_signs", "k_plus", "k_minus")
-
-METHODS: dict[Rule, str] = {"attribution": "attribution by gradients, emguard's own; in place of the steering of arXiv 2602.00767"}
 
 
 @dataclass(frozen=True)
@@ -176,7 +171,7 @@ def run(discovery: Discovery) -> LatentSet:
     with store.locked(folder, WORK):
         for layer, (source, sae) in discovery.saes.items():
             place = store.prepare_folder(folder / f"block{layer}", WORK)
-            tied = store.claim(place, _protocol(discovery, sae), keys=("protocol",), option=WORK)
+            tied = store.claim(place, protocol_of(discovery, sae), keys=("protocol",), option=WORK)
             kept = Kept(place, run_id(tied["protocol"]))
             exclude = {i for known in discovery.known for e in known.encoders if e.layer == layer for i in e.ids}
             search = LayerSearch(
@@ -219,7 +214,7 @@ def _latent_set(discovery: Discovery, results: Sequence[Result], sets: Sequence[
     groups = [*(other.encoders for other in discovery.united), encoders]
     encoders, scores = unite(groups, [*(r for other in discovery.united for r in other.scores), *scores])
     with discovery.pair.use(BASE) as model:
-        return LatentSet.for_model(model, encoders, scores=scores, provenance=_provenance(discovery, results))
+        return LatentSet.for_model(model, encoders, scores=scores, provenance=provenance_of(discovery, results))
 
 
 def _records(result: Result, chosen: Sequence[Candidate], curves: bool = False) -> list[dict[str, Any]]:
@@ -234,44 +229,6 @@ def _records(result: Result, chosen: Sequence[Candidate], curves: bool = False) 
 def _encoder(discovery: Discovery, layer: int, chosen: Sequence[Candidate]) -> SubsetEncoder:
     sae = discovery.saes[layer][1]
     return subset(sae, [c.id for c in chosen], [c.sign for c in chosen], discovery.settings.mode, layer)
-
-
-def _protocol(discovery: Discovery, sae: SAE) -> dict[str, Any]:
-    """Return what stored answers depend on."""
-    return {
-        "protocol": {
-            "models": discovery.pair.identity(),
-            "sae_sha256": tensors_hash(sae.state_dict()),
-            "prompts_sha256": [prompt_hash(prompt.question) for prompt in discovery.prompts],
-            "selection": discovery.selection,
-            "chat_template_sha256": models.template_hash(discovery.pair.tokenizer),
-            "judge": discovery.judge.identity(),
-            "max_new_tokens": discovery.settings.max_new_tokens,
-            "steer_at": discovery.settings.steer_at,
-        }
-    }
-
-
-def _provenance(discovery: Discovery, results: Sequence[Result]) -> dict[str, Any]:
-    hashes = [prompt_hash(prompt.question) for prompt in discovery.prompts]
-    return {
-        "method": METHODS.get(discovery.settings.rule, "BLOCK-EM discovery, arXiv 2602.00767"),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "models": discovery.pair.identity(),
-        "saes": [
-            {"layer": r.layer, "source": r.source, "sha256": tensors_hash(discovery.saes[r.layer][1].state_dict()),
-             "unexplained_variance": r.error, "scale": r.scale}
-            for r in results
-        ],
-        "selection": {"questions": plain(discovery.request.questions), "sha256": hashes[: discovery.selection]},
-        "evaluation": {"questions": discovery.request.evaluation and plain(discovery.request.evaluation), "sha256": hashes[discovery.selection :]},
-        "judge": discovery.judge.identity(),
-        "settings": discovery.settings.to_dict(),
-        "excluded": [other.digest for other in discovery.known],
-        "united": [other.digest for other in discovery.united],
-        "spent": spent_by(results),
-        "versions": versions(),
-    }  # fmt: skip
 
 
 def _record(discovery: Discovery, results: Sequence[Result], latents: LatentSet) -> dict[str, Any]:
