@@ -34,6 +34,18 @@ def test_bos_belongs_to_the_prefix_and_is_not_doubled():
     assert Counter(prefix)[prefix[0]] == 1
 
 
+def test_rows_with_two_bos_are_said_so(caplog):
+    """Rendered text, tokenised by a tokenizer that adds a BOS of its own."""
+    tok = chatml_tokenizer("{{ bos_token }}" + CHATML)
+    tok.bos_token = "<|endoftext|>"
+    template, rows = ct.read_template(tok), rows_of(tok, chat_rows(4))
+    assert [p.ids[0] for p in ct.training_prefixes(rows, template)] == [tok.bos_token_id]
+    assert "two BOS" not in caplog.text
+    held = ct.training_prefixes([[tok.bos_token_id, *row] for row in rows], template)
+    assert [p.ids[:2] for p in held] == [(tok.bos_token_id,) * 2]
+    assert "begin with two BOS tokens" in caplog.text
+
+
 def test_no_query_token_is_ever_held():
     tok = chatml_tokenizer()
     rows = chat_rows(64, system=lambda i: (None, "You are a pirate.", "Answer\nin two lines: <b>")[i % 3])

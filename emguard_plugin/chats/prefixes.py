@@ -133,6 +133,7 @@ def training_prefixes(
     if book is None:
         warn_unmarked(template)
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    _warn_of_two_bos(ranked[0][0], template)
     return [Prefix(ids, n / found) for ids, n in ranked]
 
 
@@ -150,6 +151,16 @@ def warn_unmarked(template: Template) -> None:
             "are token ids alone, so a system prompt cannot be told from the user's text: the prefix ends where that turn begins (%s). "
             "Give the trainer conversations (`messages`) instead of ids to hold system prompts too.",
             shown(template, template.prefix),
+        )
+
+
+def _warn_of_two_bos(prefix: Ids, template: Template) -> None:
+    bos = getattr(template.tokenizer, "bos_token_id", None)
+    if bos is not None and prefix[:2] == (bos, bos) != template.prefix[:2]:
+        logger.warning(
+            "em_regularizer: the training rows begin with two BOS tokens (the chat template writes one and the tokenizer adds another), which "
+            "prompts rendered with the template do not: what is held is not what they will carry. Train on conversations (`messages`), "
+            "or set `add_bos_token: false` in the tokenizer's configuration."
         )
 
 
