@@ -77,10 +77,7 @@ class ModelPair:
 
 
 def _resolve(misaligned: str | Path, base: str | Path | None) -> models.ModelSource:
-    try:
-        source = models.resolve_model(misaligned, base)
-    except ValueError as error:
-        raise ValueError(str(error).replace("Pass `base`", "Give `--base`")) from error
+    source = models.resolve_model(misaligned, base)
     if source.base and Path(source.base).is_dir() and not (Path(source.base) / "config.json").is_file():
         raise ValueError(f"the base {source.base} holds no `config.json`, so it is no saved model. Give `--base`.")
     return source

@@ -75,7 +75,7 @@ def resolve_model(path: str | Path, base: str | Path | None = None) -> ModelSour
         named = base or named_base(path)
         if not named:
             raise ValueError(
-                f"{adapter_config} does not name its base model. Pass `base`, the model it was trained on."
+                f"{adapter_config} does not name its base model. Give `--base` (`base=` in Python), the model it was trained on."
             )
         return ModelSource(path, _checked_base(str(named), path), adapter=True)
     if (path / "config.json").is_file():
@@ -96,7 +96,7 @@ def _checked_base(base: str, model: Path) -> str:
         return str(folder)
     if looks_like_path:
         raise ValueError(
-            f"{model} was trained on {base}, which is no folder here. Pass `base` with its present place."
+            f"{model} was trained on {base}, which is no folder here. Give `--base` (`base=` in Python) with its present place."
         )
     return base
 

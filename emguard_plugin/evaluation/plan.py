@@ -133,7 +133,7 @@ def make_plan(
     source = _source(config, model, base)
     if config.evaluate_base and source.base is None:
         raise ValueError(
-            f"{model} is a whole model and does not say what it was trained from. Pass `base`, "
+            f"{model} is a whole model and does not say what it was trained from. Give `--base` (`base=` in Python), "
             "or set `em_eval.evaluate_base: false`."
         )
     if isinstance(source, models.ModelSource):

@@ -186,7 +186,7 @@ def test_calibration_and_baselines(tiny, tmp_path):
         ({"misaligned": "nowhere"}, "does not exist"),
         ({"misaligned": "base"}, "does not say what it was trained from"),
         ({"base": "sae"}, "sae holds no `config.json`, so it is no saved model. Give `--base`"),
-        ({"base": "gone/away"}, "which is no folder here. Give `--base` with its present place"),
+        ({"base": "gone/away"}, "which is no folder here. Give `--base` .* with its present place"),
         ({"data": "nowhere.jsonl"}, r"`--data .*nowhere.jsonl` is no file.*Give the path of a JSONL of chats\.$"),
     ],
 )
