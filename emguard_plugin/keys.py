@@ -140,13 +140,16 @@ def _refuse_value(value: Any, place: str, key: str) -> None:
     if isinstance(value, str) and looks_like_key(value) and not (key == "revision" and len(value) == 40 and _HEX.fullmatch(value)):
         remember(value)
         what = "an address with a password or a signature" if "://" in value else "what looks like a key"
-        raise _found(f"`{place}` holds {what}, which")
+        instead = "Save what is there as a file, and give its path." if "://" in value and key != "base_url" else _BY_VARIABLE
+        raise _found(f"`{place}` holds {what}, which", instead)
 
 
-def _found(what: str) -> SecretInConfigError:
+_BY_VARIABLE = "Put it into an environment variable, and name that in `api_key_env`."
+
+
+def _found(what: str, instead: str = _BY_VARIABLE) -> SecretInConfigError:
     return SecretInConfigError(
-        f"{what} must not stand in a file: files are copied, logged and shared. Put it into an environment variable, and name that in "
-        "`api_key_env`. Consider the key in the file as leaked."
+        f"{what} must not stand in a file: files are copied, logged and shared. {instead} Consider the key in the file as leaked."
     )
 
 

@@ -115,6 +115,20 @@ def test_addresses_lose_passwords_and_signatures_alone():
     assert said == "cannot fetch https://[key]@host.org/a?x=1&X-Amz-Signature=[key]&sig=[key]#sha256=00 now"
 
 
+@pytest.mark.parametrize(
+    ("block", "advice"),
+    [
+        ({"questions": "https://u:canary-9f2e@h.example/q.yaml"}, "Save what is there as a file, and give its path."),
+        ({"judges": [{"provider": "openai", "model": "m", "base_url": "https://u:canary-9f2e@h.example/v1"}]}, "name that in `api_key_env`"),
+    ],
+)
+def test_the_advice_about_an_address_can_be_followed(block, advice):
+    with pytest.raises(SecretInConfigError) as error:
+        EMEvalConfig.model_validate({"questions": "open_ended", "judges": [{"provider": "mock"}], **block})
+    assert advice in str(error.value)
+    assert "canary" not in str(error.value)
+
+
 def test_options_of_vllm_that_would_show_a_key_to_all_are_refused(tmp_path):
     for args in (["--api-key", "short"], ["--api-key=short"], ["--hf-token", "short"]):
         with pytest.raises(SecretInConfigError, match="list of processes"):
