@@ -134,10 +134,10 @@ def test_a_plugin_that_cannot_be_imported(check):
     ("over", "message"),
     [
         ({"em_regularizer": {"treft": {"coeff": 1}}}, "em_regularizer.treft: unknown key 'coeff'. Did you mean 'coef'?"),
-        ({"em_regularizer": {"treft": {"coef": -1}}}, "em_regularizer.treft.coef: Input should be greater than"),
+        ({"em_regularizer": {"treft": {"coef": -1}}}, "em_regularizer.treft.coef: takes a number of at least 0, found -1"),
         ({"em_regularizer": "treft"}, "`em_regularizer:` is a text; it takes a mapping"),
         ({"em_regulariser": {"treft": {}}}, "unknown key `em_regulariser:`. Did you mean `em_regularizer:`?"),
-        ({"em_eval": {"questions": "q.yaml", "judges": []}}, "em_eval.judges: List should have at least 1 item"),
+        ({"em_eval": {"questions": "q.yaml", "judges": []}}, "em_eval.judges: takes a list of at least 1 item"),
         ({"em_eval": {"questions": "no.yaml", "judges": [EXACT]}}, "em_eval: `em_eval.questions: no.yaml` is neither a bundled suite nor a file"),
         (treft(extra_prefixes=["x"], tokens="postfix"), "em_regularizer.treft: `extra_prefixes` goes with"),
     ],

@@ -179,7 +179,7 @@ def test_what_a_host_dumps_and_hands_back_is_what_the_user_stated():
         ({"treft": True}, "`treft: true` is a switch, and treft takes keys of its own"),
         ({"treft": 5}, "em_regularizer.treft: takes a mapping of keys"),
         ({"kl": "coef:1"}, "em_regularizer.kl: takes a mapping of keys"),
-        ({"treft": {"layers": [-1]}}, "em_regularizer.treft.layers[0]: Input should be greater than or equal to 0, found -1"),
+        ({"treft": {"layers": [-1]}}, "em_regularizer.treft.layers[0]: takes a number of at least 0, found -1"),
         ({"kl": {"cache": "$OUT/reference"}}, "names a variable"),
         ({"kl": {"anchors": "${HOME}/anchors.jsonl"}}, "names a variable"),
         ({"block_em": {"latents": "${LATENTS}"}}, "names a variable"),

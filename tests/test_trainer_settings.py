@@ -44,7 +44,7 @@ def test_without_blocks_nothing_is_active(tmp_path):
         ({"em_regularizer": "treft"}, "`em_regularizer: treft` is neither a mapping nor JSON"),
         ({"em_regularizer": "5"}, "`em_regularizer:` is a number; it takes a mapping"),
         ({"em_regularizer": ["treft"]}, "`em_regularizer:` is a list; it takes a mapping"),
-        ({"em_regularizer": {"treft": {"coef": -1}}}, "greater than or equal to 0"),
+        ({"em_regularizer": {"treft": {"coef": -1}}}, "takes a number of at least 0"),
         ({"em_eval": {"questions": "q.yaml", "judges": JUDGES, "sample": 3}}, "unknown key 'sample'. Did you mean"),
         ({"em_eval": {"questions": "q.yaml"}}, "judges"),
         ({"em_eval": "questions"}, "`em_eval: questions` is neither a mapping nor JSON"),

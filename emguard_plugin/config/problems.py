@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from emguard_plugin.config.names import suggest
 from emguard_plugin.keys import SecretInConfigError, redact, refuse_keys, shown
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -58,7 +60,7 @@ def problems(error: ValidationError, name: str) -> list[str]:
         if one["type"] == "missing":
             message = "is missing."
         elif one["type"] != "value_error":
-            message = f"{_in_words(one)}, found {_found(one.get('input'))}"
+            message = f"{_in_words(one)}, found {_found(one.get('input'))}.{_near(one)}"
         found.setdefault(where, [])
         if message not in found[where]:
             found[where].append(message)
@@ -77,10 +79,36 @@ def _in_words(one: Any) -> str:
         return "takes a mapping of keys, `key: value`, indented below it"
     if kind == "list_type":
         return "takes a list, such as `[one, two]`, or one entry a line behind `- `"
+    if kind == "too_short":
+        return f"takes a list of at least {one['ctx']['min_length']} item"
+    if kind == "string_too_short":
+        return "takes a text"
+    if kind == "literal_error":
+        return f"takes {one['ctx']['expected']}"
+    if kind in _BOUNDS:
+        words, name = _BOUNDS[kind]
+        return f"takes a number {words} {one['ctx'][name]:g}"
     return str(one["msg"])
 
 
+_BOUNDS = {
+    "greater_than": ("above", "gt"),
+    "greater_than_equal": ("of at least", "ge"),
+    "less_than": ("below", "lt"),
+    "less_than_equal": ("of at most", "le"),
+}
+
+
+def _near(one: Any) -> str:
+    value = one.get("input")
+    if one["type"] != "literal_error" or not isinstance(value, str):
+        return ""
+    return suggest(value[:40], re.findall("'([^']+)'", one["ctx"]["expected"]))
+
+
 def _found(value: Any) -> str:
+    if value == []:
+        return "an empty list"
     if isinstance(value, str):
         return f"'{shown(value, 40)}'" if value else "an empty text"
     return shown(value)
