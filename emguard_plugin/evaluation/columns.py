@@ -78,7 +78,8 @@ def columns_of(runs: Sequence[Run], force: bool = False) -> tuple[list[Column], 
         base = summary.models.get("base")
         known = [column.summary.models["base"] for column in columns if column.role == "base"]
         if base is not None and base not in known:
-            columns.append(Column("base" if not known else f"base of {name}", summary, "base"))
+            label = "base" if not known else f"base of {name}"
+            columns.append(Column(f"{label} model" if label in names else label, summary, "base"))
     return columns + [Column(name, summary, "tuned") for name, summary in loaded], doubt
 
 

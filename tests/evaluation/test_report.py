@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from emguard_plugin.evaluation import Summary, run_em_eval, write_comparison
+from emguard_plugin.evaluation.columns import columns_of
 from emguard_plugin.evaluation.store import JsonLines
 from emguard_plugin.evaluation.table import comparison_table
 from emguard_plugin.evaluation.text import clean, escape
@@ -120,6 +121,11 @@ def test_runs_need_names_of_their_own(finished, tmp_path):
             write_comparison(runs, tmp_path / "p.html")
     with pytest.raises(ValueError, match="does not exist"):
         Summary.load(tmp_path / "nowhere")
+
+
+def test_a_run_named_base_is_told_from_the_base(finished):
+    columns, _ = columns_of([("base", finished)])
+    assert [(column.name, column.role) for column in columns] == [("base model", "base"), ("base", "tuned")]
 
 
 def test_terminal_output_of_a_hostile_name_has_no_escape(hostile):
