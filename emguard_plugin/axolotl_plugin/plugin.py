@@ -31,8 +31,9 @@ def _block(cfg: Any, name: str) -> dict[str, Any] | None:
 
 
 def _folder(cfg: Any) -> Path:
-    """Return the folder of the YAML; a configuration that was made in Python lies in a temporary file, and modules beside none."""
-    return Path(cfg.axolotl_config_path or ".").expanduser().resolve().parent
+    """Return the folder of the YAML, or the current one for a configuration that was made in Python."""
+    path = cfg.axolotl_config_path
+    return Path(path).expanduser().resolve().parent if path else Path.cwd()
 
 
 def _is_rank_0() -> bool:

@@ -54,3 +54,15 @@ def test_axolotl_train_never_prints_a_key(axolotl, tiny, tmp_path, place):
         axolotl.call(validate, tmp_path, tiny_yaml(tiny, em_eval={"questions": "open_ended", "judges": [judge]}))
     assert "leaked" in str(failed.value)
     assert key[3:13] not in str(failed.value) + "".join(f.read_text(errors="replace") for f in tmp_path.glob("log*"))
+
+
+def folders_of_modules():
+    from axolotl.utils.dict import DictDefault
+
+    from emguard_plugin.axolotl_plugin.plugin import _folder
+
+    return [str(_folder(DictDefault(cfg))) for cfg in ({}, {"axolotl_config_path": "runs/a.yaml"})]
+
+
+def test_modules_are_looked_for_beside_the_yaml_and_in_the_current_folder_alone(axolotl, tmp_path):
+    assert axolotl.call(folders_of_modules, tmp_path) == [str(tmp_path), str(tmp_path / "runs")]
