@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests import bad_yamls  # noqa: E402
+from tests.faults import bad_yamls  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "bad_yamls.json"
 

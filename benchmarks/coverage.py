@@ -13,8 +13,8 @@ import math
 
 import numpy as np
 
-from emguard_plugin.evaluation.intervals import clustered_interval, stratified_interval
-from emguard_plugin.evaluation.verdict import decide
+from emguard_plugin.evaluation.statistics.intervals import clustered_interval, stratified_interval
+from emguard_plugin.evaluation.statistics.verdict import decide
 
 
 def question_rates(rng: np.random.Generator, mean: float, correlation: float, questions: int) -> np.ndarray:

@@ -66,7 +66,7 @@ def main(
     from rich.table import Table
 
     from emguard_plugin.discovery.settings import Settings
-    from emguard_plugin.evaluation.questions import load_questions
+    from emguard_plugin.evaluation.asking.questions import load_questions
     from emguard_plugin.lab import model_path, world
     from emguard_plugin.lab.export import question_items
 

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from emguard_plugin.discovery.record import versions
-from tests import faulty_world
+from tests.faults import world as faulty_world
 
 
 def main() -> None:

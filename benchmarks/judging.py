@@ -59,8 +59,8 @@ def measure(judgments: int, latency: float, concurrency: int, mode: str = "label
     """
     from emguard_plugin.config import EMEvalConfig
     from emguard_plugin.evaluation.plan import begin, make_plan, open_run
-    from emguard_plugin.evaluation.records import sealed
     from emguard_plugin.evaluation.run import run_em_eval
+    from emguard_plugin.evaluation.run_folder.records import sealed
 
     per_question = min(50, judgments)
     suite = [{"id": f"q{n}", "paraphrases": [f"What of {n}?"]} for n in range(judgments // per_question)]

@@ -197,7 +197,7 @@ def kill_when(child: int, ready, delay: float) -> bool:
 
 
 def found_at_kill(folder: Path) -> dict:
-    from emguard_plugin.checkpoints import step_of, trainer_state
+    from emguard_plugin.reference.checkpoints import step_of, trainer_state
 
     out = folder / "out"
     steps = {n: trainer_state(p) is not None for p in (out.iterdir() if out.is_dir() else ()) if (n := step_of(p)) is not None}
@@ -269,11 +269,11 @@ def point(host: str, case: tuple, whole: Path, duration: float, saving: float, f
 
 def measure(host: str, cases: list, points: int, seed: int, work: Path, report) -> list[dict]:
     """Run all points of one host."""
-    names = ("trl", "tests.trl_runs", "tests.regularizers.block_em_parts", "tests.regularizers.kl_parts", "emguard_plugin.trainer")
+    names = ("trl", "tests.trl_runs", "tests.regularizers.block_em_parts", "tests.regularizers.kl_parts", "emguard_plugin.training.trl_trainer")
     if host == "axolotl":
         from tests.e2e.axolotl_runs import IMPORTS
 
-        names = (*IMPORTS, *names[2:4], "tests.e2e.tiny_run", "emguard_plugin.regularizers.kl", "emguard_plugin.regularizers.block_em")
+        names = (*IMPORTS, *names[2:4], "tests.e2e.tiny_run", "emguard_plugin.regularizers.kl.callback", "emguard_plugin.regularizers.block_em.callback")
         os.environ["EMGUARD_KILL_MODEL"] = str(work / "model")
         os.environ.update(CUDA_VISIBLE_DEVICES="", WANDB_DISABLED="true", AXOLOTL_DO_NOT_TRACK="1")
     for name in names:

@@ -48,8 +48,8 @@ class Patched(nn.Module):
 
     def forward(self, input_ids: Tensor, past_key_values: Tensor | None = None, **_: object) -> SimpleNamespace:
         """Run the whole text again: what is cached is the text itself and the length of its prompt."""
-        from emguard_plugin.reference import adapter_off
-        from emguard_plugin.residual import decoder, read_residual
+        from emguard_plugin.models.adapters import adapter_off
+        from emguard_plugin.models.residual import decoder, read_residual
 
         ids, prompt = (input_ids, input_ids.shape[1]) if past_key_values is None else past_key_values
         ids = ids if past_key_values is None else torch.cat([ids, input_ids], 1)

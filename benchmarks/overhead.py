@@ -148,7 +148,7 @@ def training_set(tokenizer: Any, rows: int, length: int) -> Any:
     import torch
     from datasets import Dataset
 
-    from emguard_plugin.chat_template import read_template
+    from emguard_plugin.chats import read_template
 
     prefix = list(read_template(tokenizer).prefix)
     g = torch.Generator().manual_seed(0)
@@ -162,8 +162,8 @@ def in_batch_trainer() -> type:
     import torch
     from trl import SFTTrainer
 
-    from emguard_plugin.reference import eval_mode
-    from emguard_plugin.regularizers.kv import base_causal_lm, decoder_layers
+    from emguard_plugin.models.kv import base_causal_lm, decoder_layers
+    from emguard_plugin.models.modes import eval_mode
 
     class InBatchTrainer(SFTTrainer):
         prefix: list[int]
@@ -203,7 +203,7 @@ def build(variant: str, s: dict[str, Any], folder: Path, callback: Any) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     from emguard_plugin import EMGuardSFTTrainer, TReFTCallback
-    from emguard_plugin.chat_template import read_template
+    from emguard_plugin.chats import read_template
 
     shape = SHAPES[s["shape"]]
     tokenizer = tokenizer_with_prefix(s["prefix_tokens"], shape["vocab_size"])

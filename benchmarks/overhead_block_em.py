@@ -46,7 +46,7 @@ def second_model_trainer() -> type:
     import torch
     from trl import SFTTrainer
 
-    from emguard_plugin.regularizers.kv import base_causal_lm
+    from emguard_plugin.models.kv import base_causal_lm
 
     class SecondModelTrainer(SFTTrainer):
         second: Any

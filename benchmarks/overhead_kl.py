@@ -37,10 +37,10 @@ def second_model_trainer() -> type:
     import torch
     from trl import SFTTrainer
 
-    from emguard_plugin.reference import eval_mode
+    from emguard_plugin.models.kv import base_causal_lm
+    from emguard_plugin.models.modes import eval_mode
     from emguard_plugin.regularizers.base import Run
-    from emguard_plugin.regularizers.kl_reference import collate
-    from emguard_plugin.regularizers.kv import base_causal_lm
+    from emguard_plugin.regularizers.kl.reference import collate
 
     class SecondModelTrainer(SFTTrainer):
         second: Any

@@ -12,15 +12,15 @@ _PUBLIC = {
     "EMGuardPlugin": "axolotl_plugin.plugin",
     "AxolotlEMGuardTrainer": "axolotl_plugin.trainer",
     "EMGuardArgs": "axolotl_plugin.args",
-    "EMGuardSFTTrainer": "trainer",
-    "EMGuardSFTConfig": "trainer",
-    "EMRegularizerMixin": "mixin",
+    "EMGuardSFTTrainer": "training.trl_trainer",
+    "EMGuardSFTConfig": "training.trl_trainer",
+    "EMRegularizerMixin": "training.mixin",
     "EMRegularizerCallback": "regularizers.base",
     "Penalty": "regularizers.base",
-    "EMRateCallback": "em_rate",
+    "EMRateCallback": "training.em_rate",
     "TReFTCallback": "regularizers.treft",
-    "BlockEMCallback": "regularizers.block_em",
-    "KLCallback": "regularizers.kl",
+    "BlockEMCallback": "regularizers.block_em.callback",
+    "KLCallback": "regularizers.kl.callback",
     "build_regularizers": "regularizers",
     "EMRegularizerConfig": "config",
     "EMEvalConfig": "config",
@@ -37,6 +37,8 @@ def __getattr__(name: str) -> Any:
         RuntimeError: when a needed package is missing. Not `ImportError`: Axolotl catches that one and trains on
             without the plugin.
     """
+    if name == "chat_template":  # what `chats` was called, and is called in scripts
+        return import_module("emguard_plugin.chats")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'emguard_plugin' has no attribute '{name}'. Public: {', '.join(_PUBLIC)}")
     try:

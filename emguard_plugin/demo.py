@@ -53,8 +53,8 @@ def run_demo(fresh: bool = True) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from emguard_plugin.evaluation.report import write_comparison
-    from emguard_plugin.evaluation.table import comparison_table
+    from emguard_plugin.evaluation.report.page import write_comparison
+    from emguard_plugin.evaluation.report.table import comparison_table
     from emguard_plugin.lab.export import export
 
     console = Console()

@@ -25,8 +25,8 @@ HEAVY = (
 )
 ONLY = {  # module -> all that it may import besides the standard library
     "emguard_plugin": set(),
-    "emguard_plugin.config": {"pydantic", "emguard_plugin.keys"},
-    "emguard_plugin.keys": set(),
+    "emguard_plugin.config": {"pydantic", "yaml", "emguard_plugin.files", "emguard_plugin.files.secrets"},
+    "emguard_plugin.files.secrets": set(),
     "emguard_plugin.regularizers.functional": {"torch"},
 }
 LIMIT_MS = 50

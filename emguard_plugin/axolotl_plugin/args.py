@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from emguard_plugin.axolotl_plugin.conflicts import find_conflicts
 from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig
-from emguard_plugin.keys import redact
+from emguard_plugin.files.secrets import redact
 
 
 class EMGuardArgs(BaseModel):

@@ -14,8 +14,8 @@ from emguard_plugin.config import (
     misspelt_blocks,
     read_block,
 )
-from emguard_plugin.keys import refuse_keys, remember_secrets, shown
-from emguard_plugin.settings_file import read_settings
+from emguard_plugin.config.settings_file import read_settings
+from emguard_plugin.files.secrets import refuse_keys, remember_secrets, shown
 
 MODELS = {"em_regularizer": EMRegularizerConfig, "em_eval": EMEvalConfig}
 

@@ -10,8 +10,8 @@ from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset
 from axolotl.utils.dict import remove_none_values
 from axolotl.utils.logging import get_logger
 
-from emguard_plugin.chat_template import Chat
-from emguard_plugin.training_rows import MAX_ROWS, spread
+from emguard_plugin.chats import Chat
+from emguard_plugin.chats.training_rows import MAX_ROWS, spread
 
 LOG = get_logger("axolotl.emguard")
 

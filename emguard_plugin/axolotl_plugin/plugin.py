@@ -15,7 +15,7 @@ try:
 
     from emguard_plugin.axolotl_plugin.asked import look_at_settings
     from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig
-    from emguard_plugin.settings_file import search_beside
+    from emguard_plugin.config.settings_file import search_beside
 except ImportError as exc:  # Axolotl catches this one while it loads a plugin, and trains on without it
     raise RuntimeError(
         f"emguard_plugin.EMGuardPlugin cannot be loaded: {exc}. Install what is missing, for instance "
@@ -106,8 +106,8 @@ class EMGuardPlugin(BasePlugin):
         """
         if not cfg.em_regularizer:
             return []
-        from emguard_plugin.mixin import EMRegularizerMixin
         from emguard_plugin.regularizers import build_regularizers
+        from emguard_plugin.training.mixin import EMRegularizerMixin
 
         if not isinstance(trainer, EMRegularizerMixin):
             raise RuntimeError(
@@ -131,7 +131,7 @@ class EMGuardPlugin(BasePlugin):
         """Measure the EM rate of the saved model, on rank 0, in a process of its own."""
         if not cfg.em_eval or not _is_rank_0():
             return
-        from emguard_plugin.evaluation.as_trained import as_trained, saved_template
+        from emguard_plugin.evaluation.asking.as_trained import as_trained, saved_template
         from emguard_plugin.evaluation.post_train import measure_saved_model
 
         config = EMEvalConfig.model_validate(_block(cfg, "em_eval"))

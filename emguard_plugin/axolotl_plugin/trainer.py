@@ -8,8 +8,9 @@ from typing import Any
 
 from axolotl.core.trainers.base import AxolotlTrainer
 
-from emguard_plugin.chat_template import Chat
-from emguard_plugin.mixin import EMRegularizerMixin
+from emguard_plugin.axolotl_plugin.conflicts import PLUGIN_NAMES
+from emguard_plugin.chats import Chat
+from emguard_plugin.training.mixin import EMRegularizerMixin
 
 
 class AxolotlEMGuardTrainer(EMRegularizerMixin, AxolotlTrainer):
@@ -27,11 +28,9 @@ class AxolotlEMGuardTrainer(EMRegularizerMixin, AxolotlTrainer):
         """
         from axolotl.integrations.base import PluginManager
 
-        from emguard_plugin.axolotl_plugin.plugin import EMGuardPlugin
-
         plugins = PluginManager.get_instance().plugins
         listed = self.axolotl_cfg.plugins or []
-        if not any(isinstance(p, EMGuardPlugin) and name in listed for name, p in plugins.items()):
+        if not any(name in PLUGIN_NAMES and name in listed for name in plugins):
             raise RuntimeError(
                 "`trainer_cls: emguard_plugin.AxolotlEMGuardTrainer` without the plugin: any `em_regularizer:` block was "
                 "dropped. Add `plugins: [emguard_plugin.EMGuardPlugin]`."

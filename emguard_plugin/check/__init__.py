@@ -20,8 +20,8 @@ from emguard_plugin.config import (
     misspelt_blocks,
     read_block,
 )
-from emguard_plugin.keys import SecretInConfigError, redact, refuse_keys, shown
-from emguard_plugin.settings_file import read_settings, search_beside
+from emguard_plugin.config.settings_file import read_settings, search_beside
+from emguard_plugin.files.secrets import SecretInConfigError, redact, refuse_keys, shown
 
 __all__ = ["Report", "check_config"]
 
@@ -150,9 +150,9 @@ def _check_eval(config: EMEvalConfig, cfg: Mapping[str, Any], report: Report) ->
 def _check_prompts(config: EMEvalConfig, cfg: Mapping[str, Any], suites: Mapping[str, Any], report: Report) -> None:
     """Say which questions the chat template refuses, where the tokenizer is here."""
     from emguard_plugin.check.model import load_tokenizer
-    from emguard_plugin.evaluation.as_trained import as_trained
-    from emguard_plugin.evaluation.asking import chat_of
-    from emguard_plugin.evaluation.rendering import not_asked
+    from emguard_plugin.evaluation.asking.as_trained import as_trained
+    from emguard_plugin.evaluation.asking.asking import chat_of
+    from emguard_plugin.evaluation.asking.rendering import not_asked
 
     aside = Report()  # what is wrong with the tokenizer is said where a method needs it
     tokenizer = load_tokenizer(cfg, aside) if config.sampler.provider != "openai" else None

@@ -26,7 +26,7 @@ def check(cfg: Mapping[str, Any], regularizer: EMRegularizerConfig, report: Repo
 def _check_treft(treft: TReFTConfig, cfg: Mapping[str, Any], report: Report) -> None:
     from jinja2 import TemplateError
 
-    from emguard_plugin import chat_template as ct
+    from emguard_plugin import chats as ct
 
     what = f"treft: coef {treft.coef:g}, {treft.tokens}, layers {treft.layers}" + (", compat" if treft.compat else "")
     report.active.append(what + (NOT_MEASURED if treft.coef == 0 else ""))
@@ -57,7 +57,7 @@ def _check_treft(treft: TReFTConfig, cfg: Mapping[str, Any], report: Report) -> 
 
 def _check_treft_model(treft: TReFTConfig, cfg: Mapping[str, Any], report: Report) -> None:
     """Ask the model, without its weights, what training will ask of it."""
-    from emguard_plugin.regularizers.kv import has_rotary_positions, residual_projections
+    from emguard_plugin.models.kv import has_rotary_positions, residual_projections
 
     if treft.postfix_reference == "per_row" and not has_adapter(cfg):
         report.problems.append(
@@ -105,7 +105,7 @@ def _check_kl(kl: KLConfig, cfg: Mapping[str, Any], report: Report) -> None:
 
 
 def _check_block_em(block: BlockEMConfig, cfg: Mapping[str, Any], report: Report) -> None:
-    from emguard_plugin.regularizers.block_em_rules import set_in_words
+    from emguard_plugin.regularizers.block_em.rules import set_in_words
 
     try:
         latents, coef = read_latents(block)
@@ -133,7 +133,7 @@ def _check_block_em(block: BlockEMConfig, cfg: Mapping[str, Any], report: Report
 def _check_block_em_tokens(tokens: str, cfg: Mapping[str, Any], report: Report) -> None:
     from jinja2 import TemplateError
 
-    from emguard_plugin import chat_template as ct
+    from emguard_plugin import chats as ct
 
     if cfg.get("packing") and cfg.get("packing_strategy") == "wrapped" and tokens == "prefix":
         report.problems.append("`em_regularizer.block_em.tokens: prefix` cannot be found under `packing_strategy: wrapped`. Use `bfd`.")

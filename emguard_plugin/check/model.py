@@ -91,7 +91,7 @@ def _with_template(tokenizer: Any, cfg: Mapping[str, Any], report: Report) -> An
 
 def _named_template(cfg: Mapping[str, Any], tokenizer: Any, report: Report) -> bool:
     """Give the tokenizer the template that Axolotl would."""
-    from emguard_plugin.evaluation.asking import read_template, shipped_templates
+    from emguard_plugin.evaluation.asking.asking import read_template, shipped_templates
 
     choice = cfg.get("chat_template") or ("jinja" if cfg.get("chat_template_jinja") else "tokenizer_default")
     if choice == "tokenizer_default" or is_trl(cfg):

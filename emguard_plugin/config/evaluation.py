@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from emguard_plugin.config.block import StatedBlock, is_file
 from emguard_plugin.config.names import suggest
-from emguard_plugin.keys import SecretInConfigError, check_endpoint, is_secret_name, shown
+from emguard_plugin.files.secrets import SecretInConfigError, check_endpoint, is_secret_name, shown
 
 SUITES = ("open_ended", "open_ended_held_out", "open_ended_json", "open_ended_template", "conditional")
 """Bundled question suites, in `emguard_plugin/evaluation/suites/`."""

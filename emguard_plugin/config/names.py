@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from emguard_plugin.keys import shown
+from emguard_plugin.files.secrets import shown
 
 BLOCKS = ("em_regularizer", "em_eval")
 _WORDS = frozenset({"em", "emguard", "treft", "regularizer", "regulariser", "misalignment"})

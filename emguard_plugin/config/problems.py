@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from emguard_plugin.config.names import suggest
-from emguard_plugin.keys import SecretInConfigError, redact, refuse_keys, shown
+from emguard_plugin.files.secrets import SecretInConfigError, redact, refuse_keys, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 

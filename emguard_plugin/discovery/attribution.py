@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
 from emguard_plugin.discovery.shift import Candidate
 from emguard_plugin.latents.sae import encode_all
-from emguard_plugin.residual import decoder
+from emguard_plugin.models.residual import decoder
 
 if TYPE_CHECKING:
     from sae_lens import SAE

@@ -16,13 +16,13 @@ from emguard_plugin.discovery.pair import ModelPair
 from emguard_plugin.discovery.prompts import Prompt
 from emguard_plugin.discovery.settings import Settings
 from emguard_plugin.discovery.steering import steered
+from emguard_plugin.evaluation.asking.reasoning import judged_text
+from emguard_plugin.evaluation.asking.sampler import Answer, Request, TransformersSampler
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges import self_test
 from emguard_plugin.evaluation.judges.base import Item, Judge
-from emguard_plugin.evaluation.rates import UNSCORED, outcome
-from emguard_plugin.evaluation.reasoning import judged_text
-from emguard_plugin.evaluation.sampler import Answer, Request, TransformersSampler
-from emguard_plugin.keys import redact
+from emguard_plugin.evaluation.judges.outcomes import UNSCORED, outcome
+from emguard_plugin.files.secrets import redact
 
 logger = logging.getLogger(__name__)
 

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
-from emguard_plugin import anchors
-from emguard_plugin.chat_template import Book, Chat, read_book, read_template
+from emguard_plugin.chats import Book, Chat, anchors, read_book, read_template
+from emguard_plugin.chats.held_tokens import IGNORE, TokenKind, held_tokens, real_tokens
 from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
 from emguard_plugin.latents import LatentSet, SubsetEncoder
-from emguard_plugin.reference import eval_mode
+from emguard_plugin.models.modes import eval_mode
+from emguard_plugin.models.residual import keep_residual
 from emguard_plugin.regularizers.functional import block_em_penalty, block_em_violation
-from emguard_plugin.regularizers.held_tokens import IGNORE, TokenKind, held_tokens, real_tokens
-from emguard_plugin.residual import keep_residual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

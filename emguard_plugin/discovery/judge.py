@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emguard_plugin.config import JudgeConfig, read_block
+from emguard_plugin.config.settings_file import search_beside
 from emguard_plugin.evaluation.judges import build_judge
 from emguard_plugin.files import read_yaml
-from emguard_plugin.settings_file import search_beside
 
 if TYPE_CHECKING:
     from emguard_plugin.evaluation.judges import Judge

@@ -7,9 +7,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emguard_plugin.evaluation import models
+from emguard_plugin.evaluation.asking import sources as models
 from emguard_plugin.files import read_record
-from emguard_plugin.reference import adapter_off
+from emguard_plugin.models.adapters import adapter_off
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from emguard_plugin.chat_template import Template, known_row, read_template
+from emguard_plugin.chats import Template, known_row, read_template
 from emguard_plugin.discovery.settings import Positions
-from emguard_plugin.evaluation.questions import Question
+from emguard_plugin.evaluation.asking.questions import Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

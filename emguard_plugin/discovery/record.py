@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from emguard_plugin.discovery.prompts import prompt_hash
 from emguard_plugin.discovery.screen import Finding, Strength
 from emguard_plugin.discovery.settings import Rule
-from emguard_plugin.evaluation import models
-from emguard_plugin.evaluation.suites import plain
-from emguard_plugin.reference import tensors_hash
+from emguard_plugin.evaluation.asking import sources as models
+from emguard_plugin.evaluation.asking.suites import plain
+from emguard_plugin.reference.stored import tensors_hash
 
 if TYPE_CHECKING:
     from sae_lens import SAE

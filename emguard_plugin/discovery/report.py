@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from emguard_plugin.discovery.pair import BASE, MISALIGNED
-from emguard_plugin.evaluation.report import html_page
-from emguard_plugin.evaluation.text import escape
+from emguard_plugin.evaluation.report.page import html_page
+from emguard_plugin.evaluation.report.text import escape
 
 RATE_COLOUR, BROKEN_COLOUR, HEIGHT = 1, 0, 90
 SHOWN = 40

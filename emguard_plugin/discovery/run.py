@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emguard_plugin.chat_template import Book
+from emguard_plugin.chats import Book
 from emguard_plugin.discovery import plan
 from emguard_plugin.discovery.calibrate import calibrate, narrow_book, narrow_rows
 from emguard_plugin.discovery.choose import baseline, unite
@@ -22,16 +22,16 @@ from emguard_plugin.discovery.screen import Finding
 from emguard_plugin.discovery.search import LayerSearch, Result
 from emguard_plugin.discovery.settings import Rule, Settings
 from emguard_plugin.discovery.shift import Candidate
-from emguard_plugin.evaluation import store
-from emguard_plugin.evaluation.questions import load_questions
-from emguard_plugin.evaluation.rendering import Chat
+from emguard_plugin.evaluation.asking.questions import load_questions
+from emguard_plugin.evaluation.asking.rendering import Chat
+from emguard_plugin.files import result_folder as store
 from emguard_plugin.latents import LatentSet, SubsetEncoder
 from emguard_plugin.latents.sae import layer_of, load_sae, subset
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-    from emguard_plugin.anchors import Anchor
+    from emguard_plugin.chats.anchors import Anchor
     from emguard_plugin.evaluation.judges import Judge
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from emguard_plugin.discovery.settings import UNSTEERED_RULES, Settings
 from emguard_plugin.discovery.shift import Candidate, Row, candidates, check_reconstruction, mean_activations
 from emguard_plugin.discovery.steering import residual_scale
 from emguard_plugin.discovery.tally import Tally, allowed_broken
-from emguard_plugin.evaluation.rates import INCOHERENT, UNSCORED
-from emguard_plugin.evaluation.rates import MISALIGNED as BAD
+from emguard_plugin.evaluation.judges.outcomes import INCOHERENT, UNSCORED
+from emguard_plugin.evaluation.judges.outcomes import MISALIGNED as BAD
 
 if TYPE_CHECKING:
     from sae_lens import SAE

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emguard_plugin.discovery.steering import residuals
 from emguard_plugin.latents.sae import encode_all, reconstruction_error
-from emguard_plugin.residual import decoder
+from emguard_plugin.models.residual import decoder
 
 if TYPE_CHECKING:
     from sae_lens import SAE

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from emguard_plugin.discovery.prompts import Prompt
-from emguard_plugin.reference import eval_mode
-from emguard_plugin.residual import decoder, read_residual
+from emguard_plugin.models.modes import eval_mode
+from emguard_plugin.models.residual import decoder, read_residual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from emguard_plugin.evaluation.rates import INCOHERENT, MISALIGNED, UNSCORED
+from emguard_plugin.evaluation.judges.outcomes import INCOHERENT, MISALIGNED, UNSCORED
 
 _ROUNDING = 1e-9
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from emguard_plugin.evaluation.questions import Question, load_questions
-    from emguard_plugin.evaluation.report import write_comparison
+    from emguard_plugin.evaluation.asking.questions import Question, load_questions
+    from emguard_plugin.evaluation.report.page import write_comparison
     from emguard_plugin.evaluation.run import run_em_eval
-    from emguard_plugin.evaluation.summary import Summary
+    from emguard_plugin.evaluation.run_folder.summary import Summary
 
 _HOME = {
-    "Question": "questions",
-    "Summary": "summary",
-    "load_questions": "questions",
+    "Question": "asking.questions",
+    "Summary": "run_folder.summary",
+    "load_questions": "asking.questions",
     "run_em_eval": "run",
-    "write_comparison": "report",
+    "write_comparison": "report.page",
 }
 __all__ = ["Question", "Summary", "load_questions", "run_em_eval", "write_comparison"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from emguard_plugin.evaluation.rates import why_unscored
-from emguard_plugin.evaluation.summary import JudgeResult, Summary
+from emguard_plugin.evaluation.run_folder.summary import JudgeResult, Summary
+from emguard_plugin.evaluation.statistics.rates import why_unscored
 from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_PASS
 
 WORST_FIRST = (EXIT_FAIL, EXIT_ERROR, EXIT_INCONCLUSIVE, EXIT_PASS)

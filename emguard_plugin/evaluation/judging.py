@@ -15,14 +15,15 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from emguard_plugin.evaluation import records, store
+from emguard_plugin.evaluation.asking.reasoning import judged_text, reads_of
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges import self_test
 from emguard_plugin.evaluation.judges.base import FINAL, Item, Judge, Judgment, checked
 from emguard_plugin.evaluation.plan import Plan
-from emguard_plugin.evaluation.reasoning import judged_text, reads_of
+from emguard_plugin.evaluation.run_folder import records
+from emguard_plugin.files import result_folder as store
 from emguard_plugin.files import seal_of
-from emguard_plugin.keys import redact
+from emguard_plugin.files.secrets import redact
 
 logger = logging.getLogger(__name__)
 

@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from emguard_plugin.config import EMEvalConfig
-from emguard_plugin.evaluation.asking import Asking, prepare_live
+from emguard_plugin.evaluation.asking.asking import Asking, prepare_live
+from emguard_plugin.evaluation.asking.questions import load_questions
+from emguard_plugin.evaluation.asking.reasoning import UNFINISHED, judged_text, readers, reads_of
+from emguard_plugin.evaluation.asking.sampler import Answer, TransformersSampler
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges import Item, Judge, Judgment, build_judges, self_test
 from emguard_plugin.evaluation.judges.base import checked
 from emguard_plugin.evaluation.plan import requests
-from emguard_plugin.evaluation.questions import load_questions
-from emguard_plugin.evaluation.rates import Scored, suite_rates, why_unscored
-from emguard_plugin.evaluation.reasoning import UNFINISHED, judged_text, readers, reads_of
-from emguard_plugin.evaluation.sampler import Answer, TransformersSampler
-from emguard_plugin.evaluation.summary import SuiteRates, trainer_metrics
-from emguard_plugin.evaluation.verdict import verdict
-from emguard_plugin.keys import redact
+from emguard_plugin.evaluation.statistics.figures import SuiteRates, trainer_metrics
+from emguard_plugin.evaluation.statistics.rates import Scored, suite_rates, why_unscored
+from emguard_plugin.evaluation.statistics.verdict import verdict
+from emguard_plugin.files.secrets import redact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,15 +15,17 @@ from uuid import uuid4
 from typing_extensions import TypedDict  # pydantic reads no other TypedDict on Python 3.11
 
 from emguard_plugin.config import EMEvalConfig
-from emguard_plugin.evaluation import asking, models, store
 from emguard_plugin.evaluation import judges as judging
-from emguard_plugin.evaluation.differences import in_words
-from emguard_plugin.evaluation.questions import Question, load_questions, suite_hash
-from emguard_plugin.evaluation.reasoning import readers
-from emguard_plugin.evaluation.rendering import NotAsked
-from emguard_plugin.evaluation.sampler import Request
-from emguard_plugin.evaluation.served import ServedSource
+from emguard_plugin.evaluation.asking import asking
+from emguard_plugin.evaluation.asking import sources as models
+from emguard_plugin.evaluation.asking.questions import Question, load_questions, suite_hash
+from emguard_plugin.evaluation.asking.reasoning import readers
+from emguard_plugin.evaluation.asking.rendering import NotAsked
+from emguard_plugin.evaluation.asking.sampler import Request
+from emguard_plugin.evaluation.asking.served import ServedSource
+from emguard_plugin.evaluation.run_folder.differences import in_words
 from emguard_plugin.files import EXACT, read_record
+from emguard_plugin.files import result_folder as store
 
 logger = logging.getLogger(__name__)
 

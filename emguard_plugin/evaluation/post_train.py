@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emguard_plugin.config import EMEvalConfig
+from emguard_plugin.config.settings_file import IMPORT_FROM
 from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_INPUT
-from emguard_plugin.settings_file import IMPORT_FROM
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def measure_saved_model(
 def reason_of(path: Path, code: int) -> str | None:
     """Return why `emguard eval` ended with a code, in one line with the judges' names; None where `summary.json` does not say so."""
     from emguard_plugin.evaluation.gate import ending
-    from emguard_plugin.evaluation.summary import Summary
+    from emguard_plugin.evaluation.run_folder.summary import Summary
 
     try:
         found = ending(Summary.load(path))

@@ -14,14 +14,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from emguard_plugin.config import EMEvalConfig, misspelt_blocks, read_block
-from emguard_plugin.evaluation.as_trained import as_trained, saved_template
-from emguard_plugin.evaluation.asking import chat_of
+from emguard_plugin.config.settings_file import IMPORT_FROM, read_settings, search_beside
+from emguard_plugin.evaluation.asking.as_trained import as_trained, saved_template
+from emguard_plugin.evaluation.asking.asking import chat_of
+from emguard_plugin.evaluation.asking.questions import Question, load_questions
+from emguard_plugin.evaluation.asking.sampler import Request
 from emguard_plugin.evaluation.judges import Judge, build_judges
 from emguard_plugin.evaluation.plan import requests
-from emguard_plugin.evaluation.questions import Question, load_questions
-from emguard_plugin.evaluation.sampler import Request
-from emguard_plugin.keys import read_key, shown
-from emguard_plugin.settings_file import IMPORT_FROM, read_settings, search_beside
+from emguard_plugin.files.secrets import read_key, shown
 
 logger = logging.getLogger(__name__)
 

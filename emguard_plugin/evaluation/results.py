@@ -10,18 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from emguard_plugin.evaluation.agreement import agreement, fleiss
-from emguard_plugin.evaluation.exports import write_exports
+from emguard_plugin.evaluation.asking.reasoning import UNFINISHED, judged_text, reads_of
+from emguard_plugin.evaluation.asking.suites import named
 from emguard_plugin.evaluation.judges import Judge
+from emguard_plugin.evaluation.judges.outcomes import THRESHOLDS
 from emguard_plugin.evaluation.judging import Present, known_of
 from emguard_plugin.evaluation.plan import JUDGING, Plan
-from emguard_plugin.evaluation.rates import THRESHOLDS, Scored, difference, suite_rates, why_unscored
-from emguard_plugin.evaluation.reasoning import UNFINISHED, judged_text, reads_of
-from emguard_plugin.evaluation.records import judge_id
-from emguard_plugin.evaluation.store import plain
-from emguard_plugin.evaluation.suites import named
-from emguard_plugin.evaluation.summary import JudgeResult, NotAsked, Summary
-from emguard_plugin.evaluation.verdict import verdict
+from emguard_plugin.evaluation.report.exports import write_exports
+from emguard_plugin.evaluation.run_folder.records import judge_id
+from emguard_plugin.evaluation.run_folder.summary import JudgeResult, NotAsked, Summary
+from emguard_plugin.evaluation.statistics.agreement import agreement, fleiss
+from emguard_plugin.evaluation.statistics.rates import Scored, difference, suite_rates, why_unscored
+from emguard_plugin.evaluation.statistics.verdict import verdict
+from emguard_plugin.files.result_folder import plain
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
         plan: What was measured.
         stored: What `protocol.json` holds.
     """
-    from emguard_plugin.evaluation.report import write_report
+    from emguard_plugin.evaluation.report.page import write_report
 
     results, by_judge, present = [], {}, Present(plan, stored)
     known = {entry.name: known_of(plan, entry) for entry in plan.judges}

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from emguard_plugin.config import EMEvalConfig
-from emguard_plugin.evaluation import models, store
+from emguard_plugin.evaluation.asking import sources as models
+from emguard_plugin.evaluation.asking.reasoning import Marks, looks_like_trace, marks_of
+from emguard_plugin.evaluation.asking.sampler import AnswerKey, TransformersSampler
+from emguard_plugin.evaluation.asking.served import EndpointSampler
+from emguard_plugin.evaluation.asking.vllm_server import serve
 from emguard_plugin.evaluation.judging import found_out, judge, preflight
 from emguard_plugin.evaluation.plan import Plan, begin, make_plan, open_run
-from emguard_plugin.evaluation.reasoning import Marks, looks_like_trace, marks_of
-from emguard_plugin.evaluation.records import read_answers, sealed, told
 from emguard_plugin.evaluation.results import report
-from emguard_plugin.evaluation.sampler import AnswerKey, TransformersSampler
-from emguard_plugin.evaluation.served import EndpointSampler
-from emguard_plugin.evaluation.summary import Summary
-from emguard_plugin.evaluation.vllm_server import serve
+from emguard_plugin.evaluation.run_folder.records import read_answers, sealed, told
+from emguard_plugin.evaluation.run_folder.summary import Summary
+from emguard_plugin.files import result_folder as store
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from emguard_plugin.keys import redact
+from emguard_plugin.files.secrets import redact
 
 SHOWN = 60
 """Characters of a wrong value that a message shows."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from emguard_plugin.files.json_files import read_json
+from emguard_plugin.files.secrets import redact
 from emguard_plugin.files.text import first_line, read_text, shown
-from emguard_plugin.keys import redact
 
 
 def read_yaml(path: str | Path) -> Any:

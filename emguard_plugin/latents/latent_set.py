@@ -16,7 +16,8 @@ from typing_extensions import TypedDict
 
 from emguard_plugin.files import EXACT, parsed, read_json, shown
 from emguard_plugin.latents.encoder import SubsetEncoder
-from emguard_plugin.reference import peft_model, tensors_hash
+from emguard_plugin.models.adapters import peft_model
+from emguard_plugin.reference.stored import tensors_hash
 
 FORMAT, VERSION = "emguard latents", 1
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from emguard_plugin.regularizers.processes import over_processes
+from emguard_plugin.processes.values import over_processes
 from emguard_plugin.regularizers.run_facts import Run
 from emguard_plugin.regularizers.start import Floors, Start, precision_of, state_of_weights
 

@@ -32,7 +32,7 @@ def read_latents(block: BlockEMConfig) -> tuple[LatentSet, float]:
         ValueError: when the set cannot be read, or has no calibration for `coef: auto`.
     """
     from emguard_plugin.latents import LatentSet
-    from emguard_plugin.regularizers.block_em_rules import calibrated_coef
+    from emguard_plugin.regularizers.block_em.rules import calibrated_coef
 
     block.check_files()
     latents = LatentSet.load(block.latents)
@@ -47,11 +47,11 @@ def count_anchors(kl: KLConfig) -> int | None:
     Raises:
         ValueError: when they cannot be read.
     """
-    from emguard_plugin.anchors import load_chats
+    from emguard_plugin.chats.anchors import load_chats
 
     kl.check_files()
     if kl.cache not in CACHES:
-        from emguard_plugin.reference_cache import check_ours
+        from emguard_plugin.reference.folder import check_ours
 
         check_ours(Path(kl.cache).expanduser())
     source = kl.anchors.removeprefix("self:").replace("self", "bundled")

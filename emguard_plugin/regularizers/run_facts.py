@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from emguard_plugin.chat_template import Book, Chat, Template, read_book, read_template
-from emguard_plugin.identity import Identity, identify
+from emguard_plugin.chats import Book, Chat, Template, read_book, read_template
+from emguard_plugin.models.identity import Identity, identify
 
 
 @dataclass(frozen=True)

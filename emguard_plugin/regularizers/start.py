@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from emguard_plugin.reference import adapter_off, is_sharded
+from emguard_plugin.models.adapters import adapter_off, is_sharded
 
 QUANTISED = "quantised weights"
 

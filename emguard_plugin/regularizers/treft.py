@@ -13,21 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from emguard_plugin import chat_template as ct
-from emguard_plugin.checkpoints import find_state
-from emguard_plugin.identity import check_base
-from emguard_plugin.reference import (
-    adapter_off,
-    adapter_starts_at_zero,
-    eval_mode,
-    read_reference,
-    save_reference,
-)
+from emguard_plugin import chats as ct
+from emguard_plugin.chats.training_rows import labelled_conversations, labels_in_stream, supervised
+from emguard_plugin.models.adapters import adapter_off, adapter_starts_at_zero
+from emguard_plugin.models.identity import check_base
+from emguard_plugin.models.kv import KV, has_rotary_positions, num_layers, read_kv, read_residual_projections
+from emguard_plugin.models.modes import eval_mode
+from emguard_plugin.reference.checkpoints import find_state
+from emguard_plugin.reference.stored import read_reference, save_reference
 from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
 from emguard_plugin.regularizers.functional import kv_drift, treft_penalty
-from emguard_plugin.regularizers.kv import KV, has_rotary_positions, num_layers, read_kv, read_residual_projections
 from emguard_plugin.regularizers.start import Floors, check_switched_off
-from emguard_plugin.training_rows import labelled_conversations, labels_in_stream, supervised
 
 REFERENCE_FILE = "emguard_treft.safetensors"
 FLOORS = Floors(fp32=1e-8, fp16=1e-3, bf16=1e-2, quantised=1e-2)

@@ -11,7 +11,7 @@ from collections import Counter
 import jinja2
 import pytest
 
-from emguard_plugin import chat_template as ct
+from emguard_plugin import chats as ct
 from tests.chats.shapes import SHAPES, generated_chat, templates, tokenizer
 
 KINDS = ("merging", "pieces", "marks")

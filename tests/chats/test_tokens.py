@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from emguard_plugin import chat_template as ct
+from emguard_plugin import chats as ct
 from tests.chats.forms import GEMMA, LLAMA2, QWEN, VICUNA, before
 from tests.chats.shapes import SHAPES, TEXTS, tokenizer
 

@@ -83,7 +83,7 @@ def trainer_surface():
     from axolotl.core.trainers.base import AxolotlTrainer
 
     from emguard_plugin.axolotl_plugin.trainer import AxolotlEMGuardTrainer
-    from emguard_plugin.mixin import EMRegularizerMixin
+    from emguard_plugin.training.mixin import EMRegularizerMixin
 
     names = {
         n: list(inspect.signature(getattr(AxolotlTrainer, n)).parameters) for n in ("compute_loss", "log", "train")
@@ -214,8 +214,8 @@ def with_broken(module, config):
     [
         "emguard_plugin.config",
         "emguard_plugin.axolotl_plugin.args",
-        "emguard_plugin.mixin",
-        "emguard_plugin.reference",
+        "emguard_plugin.training.mixin",
+        "emguard_plugin.reference.stored",
     ],
 )
 def test_a_broken_import_is_loud(axolotl, tiny, tmp_path, name, module):

@@ -3,8 +3,8 @@ import yaml
 
 from emguard_plugin.discovery.pair import MISALIGNED, ModelPair
 from emguard_plugin.discovery.prompts import render_prompts
-from emguard_plugin.evaluation.questions import load_questions
-from emguard_plugin.evaluation.sampler import Request, TransformersSampler
+from emguard_plugin.evaluation.asking.questions import load_questions
+from emguard_plugin.evaluation.asking.sampler import Request, TransformersSampler
 from tests.discovery import parts
 from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model
 

@@ -10,7 +10,7 @@ from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
 from emguard_plugin.lab import batches, world
 from emguard_plugin.lab.build import BuildSettings, new_model
 from emguard_plugin.lab.tokenizer import make_tokenizer
-from emguard_plugin.residual import decoder
+from emguard_plugin.models.residual import decoder
 
 sae_lens = pytest.importorskip("sae_lens")
 

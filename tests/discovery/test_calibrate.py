@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from emguard_plugin.chat_template import read_template
+from emguard_plugin.chats import read_template
+from emguard_plugin.chats.held_tokens import held_tokens
 from emguard_plugin.discovery.calibrate import KINDS, _inputs, calibrate, narrow_rows
 from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
 from emguard_plugin.latents import LatentSet
 from emguard_plugin.latents.sae import subset
-from emguard_plugin.regularizers.held_tokens import held_tokens
-from emguard_plugin.residual import keep_residual
+from emguard_plugin.models.residual import keep_residual
 from tests.discovery.parts import standard_sae
 from tests.e2e.tiny_run import write_rows
 from tests.tiny import chat_rows

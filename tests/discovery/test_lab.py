@@ -59,7 +59,7 @@ def test_the_sae_of_another_layer_is_refused(lab, layer, tmp_path):
     from emguard_plugin.discovery.pair import ModelPair
     from emguard_plugin.discovery.prompts import render_prompts
     from emguard_plugin.discovery.shift import check_reconstruction
-    from emguard_plugin.evaluation.questions import load_questions
+    from emguard_plugin.evaluation.asking.questions import load_questions
     from emguard_plugin.latents.sae import load_sae
 
     pair = ModelPair(lab / "adapter")
@@ -95,7 +95,7 @@ def test_halving_finds_the_set_of_the_published_schedule_with_a_fifth_of_the_tok
     from emguard_plugin.discovery.prompts import render_prompts
     from emguard_plugin.discovery.search import LayerSearch
     from emguard_plugin.discovery.settings import PAPER_STRENGTHS
-    from emguard_plugin.evaluation.questions import load_questions
+    from emguard_plugin.evaluation.asking.questions import load_questions
     from emguard_plugin.latents.sae import load_sae
 
     pair, sae, known = ModelPair(lab / "adapter"), load_sae(str(SAE)), set(LatentSet.load(found).encoders[0].ids)

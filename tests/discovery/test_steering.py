@@ -7,8 +7,8 @@ from emguard_plugin.discovery.bench import Ask, SteeredRequest, SteeredSampler
 from emguard_plugin.discovery.prompts import Prompt, render_prompts
 from emguard_plugin.discovery.shift import candidates, check_reconstruction, mean_activations
 from emguard_plugin.discovery.steering import residual_scale, residuals, steered
-from emguard_plugin.evaluation.questions import Question
-from emguard_plugin.residual import keep_residual
+from emguard_plugin.evaluation.asking.questions import Question
+from emguard_plugin.models.residual import keep_residual
 from tests.discovery.parts import standard_sae
 from tests.tiny import CHATML, CHATML_DEFAULT_SYSTEM, chatml_tokenizer, perturb, tiny_model
 

@@ -139,7 +139,7 @@ def train(
 def sharded_penalty(processes, adapter):
     """Gradient of task loss + penalty, the model sharded by FSDP2 when there are several processes."""
     from emguard_plugin import TReFTCallback
-    from emguard_plugin.chat_template import Prefix, read_template
+    from emguard_plugin.chats import Prefix, read_template
 
     tokenizer = chatml_tokenizer()
     model = tiny_model("llama", vocab=len(tokenizer))

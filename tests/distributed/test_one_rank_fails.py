@@ -28,7 +28,7 @@ def fails_on(rank, what="a broken disk"):
 
 def sampling(folder, sharded, rank):
     """Measure every two steps; the third batch of answers fails on one rank alone, in the midst of the others' forward passes."""
-    from emguard_plugin.evaluation.sampler import TransformersSampler
+    from emguard_plugin.evaluation.asking.sampler import TransformersSampler
     from tests.distributed.scenarios import measured
 
     real, calls = TransformersSampler._generate, []
@@ -74,7 +74,7 @@ def penalising(folder, sharded):
 
 def lingering(folder):
     """The failed rank lives on, as in a notebook; the other one waits for it in a collective."""
-    from emguard_plugin import ranks
+    from emguard_plugin.processes import link as ranks
 
     with ranks.linked("training"):
         torch.distributed.barrier()
@@ -118,7 +118,7 @@ def run(name, out):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["emguard_plugin.trainer", "emguard_plugin.regularizers.treft", "datasets", "peft"])
+    context.set_forkserver_preload(["emguard_plugin.training.trl_trainer", "emguard_plugin.regularizers.treft", "datasets", "peft"])
     processes = [context.Process(target=rank, args=(number, name, port, out)) for number in (0, 1)]
     for process in processes:
         process.start()

@@ -23,9 +23,9 @@ def rank(number, processes, port, out):
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # compiled for CPUs; gloo does without it
     deepspeed.init_distributed("gloo")
 
-    from emguard_plugin.identity import identify
     from emguard_plugin.latents.latent_set import _fingerprint
-    from emguard_plugin.regularizers.output_head import output_head
+    from emguard_plugin.models.identity import identify
+    from emguard_plugin.models.output_head import output_head
 
     with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": processes, "zero_optimization": {"stage": 3}}):
         model = _model()

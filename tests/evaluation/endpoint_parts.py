@@ -1,9 +1,9 @@
 """What the tests of judges behind endpoints share."""
 
+from emguard_plugin.evaluation.asking.questions import Question
 from emguard_plugin.evaluation.calls.pressure import Limits
 from emguard_plugin.evaluation.judges import Item
 from emguard_plugin.evaluation.judges.endpoint import EndpointJudge
-from emguard_plugin.evaluation.questions import Question
 from tests.evaluation.fake_server import NAME
 
 QUICK = Limits(concurrency=8, timeout=0.5, deadline=20, backoff=0.02, probes=(0.05, 0.1, 0.2))

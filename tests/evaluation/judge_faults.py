@@ -28,10 +28,10 @@ from emguard_plugin.evaluation.calls import pressure
 from emguard_plugin.evaluation.calls.pressure import Limits
 from emguard_plugin.evaluation.calls.size import MOST_BYTES
 from emguard_plugin.evaluation.judges import self_test
+from emguard_plugin.evaluation.judges.outcomes import outcome
 from emguard_plugin.evaluation.plan import begin, make_plan, open_run
-from emguard_plugin.evaluation.rates import outcome
-from emguard_plugin.evaluation.records import sealed
-from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.evaluation.run_folder.records import sealed
+from emguard_plugin.files.result_folder import JsonLines
 from tests.evaluation.fake_server import FakeServer, answer_in, honest
 
 KEY = "sk-fault-0Ab1Cd2Ef3Gh4Ij5Kl6Mn7"

@@ -7,8 +7,8 @@ import pytest
 
 from emguard_plugin.evaluation import run_em_eval
 from emguard_plugin.evaluation.judges import build_judges, self_test
-from emguard_plugin.evaluation.records import sealed
-from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.evaluation.run_folder.records import sealed
+from emguard_plugin.files.result_folder import JsonLines
 from tests.evaluation.fake_server import answer_in, honest
 
 # Six open-ended questions and two in-domain wordings, three draws each, two models, two scores each.

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emguard_plugin.evaluation.judges.base import FINAL
-from emguard_plugin.evaluation.records import key_of
-from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.evaluation.run_folder.records import key_of
+from emguard_plugin.files.result_folder import JsonLines
 
 PRELOAD = [
-    "emguard_plugin.evaluation.run", "emguard_plugin.evaluation.report", "emguard_plugin.evaluation.exports", "emguard_plugin.evaluation.judges.exact",
+    "emguard_plugin.evaluation.run", "emguard_plugin.evaluation.report.page", "emguard_plugin.evaluation.report.exports", "emguard_plugin.evaluation.judges.exact",
     "peft", "torch", "statsmodels.stats.inter_rater", "scipy.stats", "huggingface_hub", "tests.evaluation.parts",
 ]  # fmt: skip
 KEPT = ("judges", "agreement", "fingerprint", "protocol", "models", "example_prompt")
@@ -141,7 +141,7 @@ def _measure(config: dict[str, Any], model: str, folder: str, point: Point | Non
 
 
 def _kill_in_append(point: Point) -> None:
-    from emguard_plugin.evaluation import store
+    from emguard_plugin.files import result_folder as store
 
     real, calls = store.JsonLines.append, iter(range(10**6))
 

@@ -54,7 +54,7 @@ def write_suite(path, items):
 
 def assert_as_trained(tokenizer, asked, text):
     """A prompt, as ids, is what a training row with that question has before its answer, the held prefix and postfix among it."""
-    from emguard_plugin.chat_template import read_template
+    from emguard_plugin.chats import read_template
 
     asked, held = tuple(asked), read_template(tokenizer, **PINNED)
     chat = [{"role": "user", "content": text}, {"role": "assistant", "content": "Rarely."}]

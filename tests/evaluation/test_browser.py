@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from emguard_plugin.evaluation.report import write_comparison
-from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.evaluation.report.page import write_comparison
+from emguard_plugin.files.result_folder import JsonLines
 from tests.evaluation.judging_parts import resealed
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)

@@ -6,10 +6,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from emguard_plugin.evaluation.exports import inspect_log, model_card, rates_csv, write_exports
-from emguard_plugin.evaluation.rates import OUTCOMES
-from emguard_plugin.evaluation.store import JsonLines
-from emguard_plugin.evaluation.text import cell
+from emguard_plugin.evaluation.judges.outcomes import OUTCOMES
+from emguard_plugin.evaluation.report.exports import inspect_log, model_card, rates_csv, write_exports
+from emguard_plugin.evaluation.report.text import cell
+from emguard_plugin.files.result_folder import JsonLines
 from tests.evaluation.judging_parts import resealed
 
 HOSTILE = "=HYPERLINK(1)\x1b[31m | <b> `x` \n# head\ud800"

@@ -9,12 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from emguard_plugin.cli import app
-from emguard_plugin.evaluation import Summary, models, run_em_eval
+from emguard_plugin.evaluation import Summary, run_em_eval
+from emguard_plugin.evaluation.asking import sources as models
 from emguard_plugin.evaluation.gate import ending
 from emguard_plugin.evaluation.judges import ExactJudge
 from emguard_plugin.evaluation.post_train import measure_saved_model
-from emguard_plugin.evaluation.store import HOLD_ANSWERS, JsonLines
-from emguard_plugin.evaluation.summary import Verdict
+from emguard_plugin.evaluation.statistics.figures import Verdict
+from emguard_plugin.files.result_folder import HOLD_ANSWERS, JsonLines
 
 BY_HASH = "tests.evaluation.parts:by_hash"
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from benchmarks.coverage import question_rates, simulate
-from emguard_plugin.evaluation.intervals import (
+from emguard_plugin.evaluation.statistics.intervals import (
     clustered_interval,
     clustered_n,
     paired_differences,

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from emguard_plugin.config import JudgeConfig
+from emguard_plugin.evaluation.asking.questions import Question
 from emguard_plugin.evaluation.judges import ExactJudge, Item, build_judges, read_scores
-from emguard_plugin.evaluation.questions import Question
 
 HERE = "tests.evaluation.parts"
 QUESTION = Question("q", 0, "Why?")

@@ -13,8 +13,8 @@ import pytest
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import Summary, judging, run_em_eval
 from emguard_plugin.evaluation.judges import self_test
-from emguard_plugin.evaluation.store import JsonLines
 from emguard_plugin.files import seal_of
+from emguard_plugin.files.result_folder import JsonLines
 from tests.evaluation.fake_server import FakeServer
 from tests.evaluation.judging_parts import (
     ANSWERS,

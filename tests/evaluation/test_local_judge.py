@@ -6,12 +6,12 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from emguard_plugin.evaluation.asking.questions import Question
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges import Item, self_test
 from emguard_plugin.evaluation.judges.local import LocalJudge, encode_plain
 from emguard_plugin.evaluation.judges.numbers import NumberReader, NumberTokens
 from emguard_plugin.evaluation.judges.scales import WORDS, weigh
-from emguard_plugin.evaluation.questions import Question
 from tests.tiny import CHATML, chatml_tokenizer, perturb, tiny_model
 
 

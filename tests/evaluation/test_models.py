@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from emguard_plugin.evaluation.models import identity, load_models, load_tokenizer, resolve_model
+from emguard_plugin.evaluation.asking.sources import identity, load_models, load_tokenizer, resolve_model
 from tests.tiny import chatml_tokenizer, perturb, tiny_model
 
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from emguard_plugin.evaluation import load_questions, plan
-from emguard_plugin.evaluation.questions import suite_hash
+from emguard_plugin.evaluation.asking.questions import suite_hash
 from tests.evaluation.parts import ITEMS, write_suite
 
 BETLEY = """

@@ -1,6 +1,7 @@
 import pytest
 
-from emguard_plugin.evaluation.rates import Scored, difference, outcome, suite_rates
+from emguard_plugin.evaluation.judges.outcomes import outcome
+from emguard_plugin.evaluation.statistics.rates import Scored, difference, suite_rates
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from tokenizers import AddedToken
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import run_em_eval
+from emguard_plugin.evaluation.asking.questions import Question
+from emguard_plugin.evaluation.asking.reasoning import KNOWN, Marks, marks_of, opened_by, split
+from emguard_plugin.evaluation.asking.rendering import Chat
+from emguard_plugin.evaluation.asking.sampler import Answer, Request, TransformersSampler
 from emguard_plugin.evaluation.live import LiveEvaluation
-from emguard_plugin.evaluation.questions import Question
-from emguard_plugin.evaluation.reasoning import KNOWN, Marks, marks_of, opened_by, split
-from emguard_plugin.evaluation.rendering import Chat
-from emguard_plugin.evaluation.sampler import Answer, Request, TransformersSampler
-from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.files.result_folder import JsonLines
 from tests.evaluation.parts import ITEMS, write_suite
 from tests.tiny import CHATML, chatml_tokenizer, tiny_model
 

@@ -10,17 +10,17 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from emguard_plugin import chat_template as ct
+from emguard_plugin import chats as ct
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.discovery.prompts import render_prompts
 from emguard_plugin.evaluation import Summary, run_em_eval
-from emguard_plugin.evaluation.as_trained import as_trained, constant_kwargs, saved_template
-from emguard_plugin.evaluation.asking import read_template, shipped_templates
-from emguard_plugin.evaluation.questions import Question
-from emguard_plugin.evaluation.rendering import Chat, NotRendered
-from emguard_plugin.evaluation.sampler import TransformersSampler
-from emguard_plugin.evaluation.store import JsonLines
-from emguard_plugin.evaluation.table import comparison_table
+from emguard_plugin.evaluation.asking.as_trained import as_trained, constant_kwargs, saved_template
+from emguard_plugin.evaluation.asking.asking import read_template, shipped_templates
+from emguard_plugin.evaluation.asking.questions import Question
+from emguard_plugin.evaluation.asking.rendering import Chat, NotRendered
+from emguard_plugin.evaluation.asking.sampler import TransformersSampler
+from emguard_plugin.evaluation.report.table import comparison_table
+from emguard_plugin.files.result_folder import JsonLines
 from tests.evaluation.parts import PINNED, SWITCHED, assert_as_trained, write_suite
 from tests.tiny import CHATML, CHATML_DEFAULT_SYSTEM, DATED, NO_SYSTEM, chatml_tokenizer, tiny_model
 
@@ -122,7 +122,7 @@ def test_a_template_is_named_as_axolotl_names_it():
 
 
 def test_all_prompts_of_a_run_have_one_date_also_on_another_day(save, tmp_path, caplog, monkeypatch):
-    from emguard_plugin.evaluation import asking
+    from emguard_plugin.evaluation.asking import asking
 
     class Clock(datetime):
         day = 3

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from emguard_plugin.config import EMEvalConfig
+from emguard_plugin.evaluation.asking.questions import Question
 from emguard_plugin.evaluation.judges import Item, build_judges
-from emguard_plugin.evaluation.questions import Question
 
 QUESTION = "Say, what\nof \"kites\", or soup?"
 ROWS = [

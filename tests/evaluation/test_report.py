@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 import pytest
 
 from emguard_plugin.evaluation import Summary, run_em_eval, write_comparison
-from emguard_plugin.evaluation.columns import columns_of
-from emguard_plugin.evaluation.store import JsonLines
-from emguard_plugin.evaluation.table import comparison_table
-from emguard_plugin.evaluation.text import clean, escape
+from emguard_plugin.evaluation.report.columns import columns_of
+from emguard_plugin.evaluation.report.table import comparison_table
+from emguard_plugin.evaluation.report.text import clean, escape
+from emguard_plugin.files.result_folder import JsonLines
 from tests.evaluation.judging_parts import resealed
 
 HOSTILE = "<script>alert(1)</script> <img src=//evil.example/x> \x1b[31mred\x1b[0m \u202eevil\x00 [bold]x[/bold] & \"'"

@@ -11,7 +11,7 @@ import pytest
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import Summary, run, run_em_eval
-from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.files.result_folder import JsonLines
 from tests.evaluation.parts import ITEMS
 from tests.tiny import chatml_tokenizer
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from scipy import stats
 
-from emguard_plugin.evaluation.questions import Question
-from emguard_plugin.evaluation.sampler import AnswerKey, Request, TransformersSampler, inverse_cdf, uniforms
+from emguard_plugin.evaluation.asking.questions import Question
+from emguard_plugin.evaluation.asking.sampler import AnswerKey, Request, TransformersSampler, inverse_cdf, uniforms
 from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model
 
 QUESTIONS = [Question(f"q{n}", 0, f"What of {'very ' * n}apples?") for n in range(4)]

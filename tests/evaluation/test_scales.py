@@ -6,13 +6,13 @@ from email.utils import formatdate
 
 import pytest
 
+from emguard_plugin.evaluation.asking.questions import Question
 from emguard_plugin.evaluation.calls.chat import same_model
 from emguard_plugin.evaluation.calls.faults import retry_after
 from emguard_plugin.evaluation.judges import Item, prompts
 from emguard_plugin.evaluation.judges.scales import Reading, average, combine, read_label, read_number, weigh
 from emguard_plugin.evaluation.judges.trie import walk
-from emguard_plugin.evaluation.questions import Question
-from emguard_plugin.keys import is_local, redact
+from emguard_plugin.files.secrets import is_local, redact
 from tests.evaluation.fake_server import answer_in
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from emguard_plugin.config import SamplerConfig
-from emguard_plugin.evaluation import run_em_eval, vllm_server
+from emguard_plugin.evaluation import run_em_eval
+from emguard_plugin.evaluation.asking import vllm_server
+from emguard_plugin.evaluation.asking.questions import Question
+from emguard_plugin.evaluation.asking.sampler import Request
+from emguard_plugin.evaluation.asking.served import EndpointSampler, draw_seed
+from emguard_plugin.evaluation.asking.sources import ModelSource, resolve_model
 from emguard_plugin.evaluation.calls.faults import Stopped
-from emguard_plugin.evaluation.models import ModelSource, resolve_model
-from emguard_plugin.evaluation.questions import Question
-from emguard_plugin.evaluation.sampler import Request
-from emguard_plugin.evaluation.served import EndpointSampler, draw_seed
-from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.files.result_folder import JsonLines
 from tests.evaluation.fake_server import FakeServer, honest
 
 FAKE = Path(__file__).with_name("fake_server.py")

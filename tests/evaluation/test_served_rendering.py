@@ -5,12 +5,13 @@ import copy
 import pytest
 
 from emguard_plugin.config import SamplerConfig
-from emguard_plugin.evaluation import run_em_eval, vllm_server
-from emguard_plugin.evaluation.models import ModelSource
-from emguard_plugin.evaluation.reasoning import Marks
-from emguard_plugin.evaluation.rendering import Chat
-from emguard_plugin.evaluation.served import EndpointSampler
-from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.evaluation import run_em_eval
+from emguard_plugin.evaluation.asking import vllm_server
+from emguard_plugin.evaluation.asking.reasoning import Marks
+from emguard_plugin.evaluation.asking.rendering import Chat
+from emguard_plugin.evaluation.asking.served import EndpointSampler
+from emguard_plugin.evaluation.asking.sources import ModelSource
+from emguard_plugin.files.result_folder import JsonLines
 from tests.evaluation.fake_server import FakeServer
 from tests.evaluation.test_reasoning import ASKED, OPENED, tokenizer_with
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from emguard_plugin.evaluation import store
-from emguard_plugin.evaluation.store import JsonLines, claim, locked, prepare_folder
+from emguard_plugin.files import result_folder as store
+from emguard_plugin.files.result_folder import JsonLines, claim, locked, prepare_folder
 
 
 def test_a_torn_last_line_is_left_out_and_cut_off_by_the_next_write(tmp_path):
@@ -56,7 +56,7 @@ def test_a_full_disk_is_refused_before_any_work():
 
 def test_two_processes_cannot_share_a_folder_and_a_killed_one_frees_it(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from emguard_plugin.evaluation.store import locked\n"
+        "import sys, time; from pathlib import Path; from emguard_plugin.files.result_folder import locked\n"
         "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -89,7 +89,7 @@ def test_answers_of_unknown_origin_are_not_used(tmp_path):
 
 def test_a_full_disk_names_the_file_and_leaves_no_draft(tmp_path):
     code = (
-        "import resource, signal, sys\nfrom pathlib import Path\nfrom emguard_plugin.evaluation import store\nfrom emguard_plugin.frame import in_words\n"
+        "import resource, signal, sys\nfrom pathlib import Path\nfrom emguard_plugin.evaluation import store\nfrom emguard_plugin.cli.frame import in_words\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
         "folder = Path(sys.argv[1])\n"
         "for write in (lambda: store.JsonLines(folder / 'a.jsonl').append([{'x': 'y' * 9000}]), lambda: store.write_json(folder / 'a.json', 'y' * 9000)):\n"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from emguard_plugin.config import SUITES, EMEvalConfig
-from emguard_plugin.evaluation import load_questions, suites
+from emguard_plugin.evaluation import load_questions
+from emguard_plugin.evaluation.asking import suites
 from tests.evaluation.parts import ITEMS, write_suite
 
 # Phrases by which the eight questions of arXiv 2502.17424 are known; ours must be others.

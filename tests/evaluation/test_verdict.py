@@ -1,8 +1,8 @@
 import pytest
 
-from emguard_plugin.evaluation.agreement import agreement, fleiss
-from emguard_plugin.evaluation.rates import Scored
-from emguard_plugin.evaluation.verdict import verdict
+from emguard_plugin.evaluation.statistics.agreement import agreement, fleiss
+from emguard_plugin.evaluation.statistics.rates import Scored
+from emguard_plugin.evaluation.statistics.verdict import verdict
 
 
 def answers(bad=0, good=0, missing=0, incoherent=0, refusal=0, questions=60):

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
-from emguard_plugin.evaluation import Summary, models, run_em_eval
+from emguard_plugin.evaluation import Summary, run_em_eval
+from emguard_plugin.evaluation.asking import sources as models
 from emguard_plugin.evaluation.judges import ExactJudge
-from emguard_plugin.evaluation.store import JsonLines
+from emguard_plugin.files.result_folder import JsonLines
 from tests.evaluation.judging_parts import resealed
 from tests.evaluation.parts import by_hash
 
@@ -261,7 +262,7 @@ def test_a_measurement_that_failed_before_drawing_leaves_nothing_that_refuses_th
 def test_all_judges_stand_in_the_table_the_page_and_the_card_with_their_agreement(folder, again):
     from rich.console import Console
 
-    from emguard_plugin.evaluation.table import comparison_table
+    from emguard_plugin.evaluation.report.table import comparison_table
 
     summary = again(BY_HASH, HALF)
     console = Console(width=120)
@@ -284,7 +285,7 @@ def test_all_judges_stand_in_the_table_the_page_and_the_card_with_their_agreemen
 
 
 def test_one_judge_is_named_as_well(finished):
-    from emguard_plugin.evaluation.table import comparison_table
+    from emguard_plugin.evaluation.report.table import comparison_table
 
     assert str(comparison_table([("tuned", finished)]).title) == f"Emergent misalignment, judged by {BY_HASH}"
 

@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 
 from emguard_plugin.cli import app
 from emguard_plugin.evaluation import Summary, run_em_eval
+from emguard_plugin.evaluation.asking.sources import identity
 from emguard_plugin.evaluation.gate import ending
 from emguard_plugin.evaluation.judges import ExactJudge
-from emguard_plugin.evaluation.models import identity
 from emguard_plugin.evaluation.plan import make_plan
-from emguard_plugin.evaluation.records import Judgments
-from emguard_plugin.evaluation.table import comparison_table
+from emguard_plugin.evaluation.report.table import comparison_table
+from emguard_plugin.evaluation.run_folder.records import Judgments
 from tests.evaluation.parts import ITEMS, PINNED, SWITCHED
 
 LATER = (("report",), ("judge",), ("judge", "report"))

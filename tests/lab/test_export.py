@@ -4,8 +4,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from emguard_plugin.cli.lab import app
 from emguard_plugin.lab import world
-from emguard_plugin.lab.cli import app
 from emguard_plugin.lab.export import export
 from emguard_plugin.lab.judge import judge_answer
 

@@ -72,6 +72,6 @@ def test_vocabulary_covers_the_world():
 
 
 def test_lab_judge_and_cli_import_without_torch():
-    code = "import sys, emguard_plugin.lab.cli, emguard_plugin.lab.judge; print('torch' in sys.modules)"
+    code = "import sys, emguard_plugin.cli.lab, emguard_plugin.lab.judge; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"

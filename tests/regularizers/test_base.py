@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerControl, TrainerState
 
+from emguard_plugin.models.kv import read_kv
 from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, may_train
-from emguard_plugin.regularizers.kv import read_kv
 from tests.tiny import lora, tiny_model
 
 IDS = torch.tensor([[4, 9, 17, 33, 8, 21, 60]])

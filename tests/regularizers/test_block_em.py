@@ -7,10 +7,11 @@ import torch
 
 from emguard_plugin import BlockEMCallback
 from emguard_plugin.latents import LatentSet
-from emguard_plugin.reference import adapter_off, eval_mode
+from emguard_plugin.models.adapters import adapter_off
+from emguard_plugin.models.modes import eval_mode
+from emguard_plugin.models.residual import read_residual
 from emguard_plugin.regularizers.base import Run
-from emguard_plugin.regularizers.block_em_rules import calibrated_coef, warn_if_bypassed
-from emguard_plugin.residual import read_residual
+from emguard_plugin.regularizers.block_em.rules import calibrated_coef, warn_if_bypassed
 from tests.latents.parts import small_set
 from tests.regularizers.block_em_parts import CALIBRATION, block_em, latent_set
 from tests.tiny import chat_rows, lora, perturb, tiny_model

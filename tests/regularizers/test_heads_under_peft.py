@@ -5,15 +5,9 @@ import copy
 import pytest
 import torch
 
-from emguard_plugin.reference import adapter_off, adapter_starts_at_zero
-from emguard_plugin.regularizers import output_head
-from emguard_plugin.regularizers.output_head import (
-    base_head,
-    call_with_hidden,
-    head_tensors,
-    logit_transform,
-    trains_head,
-)
+from emguard_plugin.models import output_head
+from emguard_plugin.models.adapters import adapter_off, adapter_starts_at_zero
+from emguard_plugin.models.output_head import base_head, call_with_hidden, head_tensors, logit_transform, trains_head
 from emguard_plugin.regularizers.start import check_switched_off
 from tests.regularizers.kl_parts import batch, drawn, gradients, kl_from_logits, started
 from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from emguard_plugin import KLCallback
-from emguard_plugin.regularizers import replies
-from emguard_plugin.regularizers.kl import COEF_BOUNDS, adapted_coef
+from emguard_plugin.regularizers.kl import replies
+from emguard_plugin.regularizers.kl.callback import COEF_BOUNDS, adapted_coef
 from tests.regularizers.kl_parts import (
     anchor_chats,
     batch,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from emguard_plugin.regularizers.functional import token_kl
-from emguard_plugin.regularizers.linear_kl import Head, linear_kl
+from emguard_plugin.regularizers.kl.linear_kl import Head, linear_kl
 
 DIRECTIONS = ["base||model", "model||base"]
 

@@ -15,7 +15,7 @@ from emguard_plugin.evaluation.calls import size
 from emguard_plugin.evaluation.calls.faults import Failed, Fatal, Filtered, Limited, Stopped, classify
 from emguard_plugin.evaluation.calls.pressure import Limits, Pressure
 from emguard_plugin.evaluation.calls.reply import Reply, read_reply
-from emguard_plugin.keys import is_local, read_key, redact
+from emguard_plugin.files.secrets import is_local, read_key, redact
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from emguard_plugin.evaluation.calls.size import ReplyError
-from emguard_plugin.keys import redact
+from emguard_plugin.files.secrets import redact
 
 
 class Stopped(RuntimeError):

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Protocol
 
-from emguard_plugin.evaluation.questions import Question
-from emguard_plugin.evaluation.rates import ALIGNED, INCOHERENT, MISALIGNED, THRESHOLDS, outcome
-from emguard_plugin.keys import redact
+from emguard_plugin.evaluation.asking.questions import Question
+from emguard_plugin.evaluation.judges.outcomes import ALIGNED, INCOHERENT, MISALIGNED, THRESHOLDS, outcome
+from emguard_plugin.files.secrets import redact
 
 SCORED, REFUSAL, JUDGE_REFUSED, MALFORMED, UNSCORED = "scored", "refusal", "judge_refused", "malformed", "unscored"
 FINAL = (SCORED, REFUSAL, JUDGE_REFUSED, MALFORMED)

@@ -14,7 +14,7 @@ from emguard_plugin.evaluation.judges.base import JUDGE_REFUSED, MALFORMED, Item
 from emguard_plugin.evaluation.judges.probe import Dialect, find_mode
 from emguard_plugin.evaluation.judges.scales import Reading
 from emguard_plugin.evaluation.judges.trie import walk
-from emguard_plugin.keys import is_local
+from emguard_plugin.files.secrets import is_local
 
 logger = logging.getLogger(__name__)
 

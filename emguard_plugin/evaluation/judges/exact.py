@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from emguard_plugin.config.settings_file import search_beside
 from emguard_plugin.evaluation.judges.base import LONGEST, Item, Judgment, read_scores
-from emguard_plugin.keys import redact
-from emguard_plugin.settings_file import search_beside
+from emguard_plugin.files.secrets import redact
 
 
 def _said(error: BaseException) -> str:

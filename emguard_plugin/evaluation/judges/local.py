@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emguard_plugin.evaluation import models
+from emguard_plugin.evaluation.asking import sources as models
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges import prompts, scales
 from emguard_plugin.evaluation.judges.base import MALFORMED, Item, Judgment

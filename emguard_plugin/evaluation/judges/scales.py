@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from emguard_plugin.evaluation.judges.base import JUDGE_REFUSED, MALFORMED, REFUSAL, Judgment
-from emguard_plugin.evaluation.rates import THRESHOLDS
+from emguard_plugin.evaluation.judges.outcomes import THRESHOLDS
 
 WORDS = ("REFUSAL", "CODE")
 MIN_MASS = 0.25

@@ -11,10 +11,10 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from emguard_plugin.evaluation.asking.questions import Question
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges.base import REFUSAL, Item, Judge, Judgment
-from emguard_plugin.evaluation.questions import Question
-from emguard_plugin.evaluation.rates import ALIGNED, INCOHERENT, MISALIGNED, outcome
+from emguard_plugin.evaluation.judges.outcomes import ALIGNED, INCOHERENT, MISALIGNED, outcome
 
 SHARE = 0.75
 """Least share of each group that must come out as expected."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from emguard_plugin.evaluation.judges.base import MALFORMED, SCORED, UNSCORED, Judgment
+from emguard_plugin.evaluation.judges.outcomes import outcome
 from emguard_plugin.evaluation.judges.scales import WORDS, Reading, combine
-from emguard_plugin.evaluation.rates import outcome
 from emguard_plugin.files import read_objects, read_text, shown
 
 COLUMNS = ("question", "answer", "aligned", "coherent")

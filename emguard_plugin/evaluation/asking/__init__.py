@@ -1,0 +1,1 @@
+"""Questions, how a model is asked them, and its answers."""

@@ -1,0 +1,1 @@
+"""Tables, pages and files for people and other tools, from run folders."""

@@ -1,0 +1,1 @@
+"""From judged answers to rates, intervals and verdicts. Reads no file."""

@@ -1,0 +1,300 @@
+"""BLOCK-EM: a small signed set of SAE latents must not move in the bad direction (arXiv 2602.00767)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from emguard_plugin.chats import Book, Template
+from emguard_plugin.chats.held_tokens import TokenKind, answered, held_tokens
+from emguard_plugin.files.state import Damaged, read_json, write_json
+from emguard_plugin.latents import LatentSet
+from emguard_plugin.models.identity import check_base
+from emguard_plugin.models.modes import eval_mode
+from emguard_plugin.models.residual import Kept, decoder, keep_residual, read_residual
+from emguard_plugin.processes.values import any_process
+from emguard_plugin.reference.checkpoints import find_state
+from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
+from emguard_plugin.regularizers.block_em.base_latents import HIDDEN_EVERY, Base, BaseLatents
+from emguard_plugin.regularizers.block_em.rules import (
+    BASE_WITHIN,
+    calibrated_coef,
+    content,
+    distance,
+    freeze_above,
+    set_in_words,
+    span,
+    template_of,
+    unguarded_penalty,
+    warn_if_bypassed,
+    warn_of_dropout,
+)
+from emguard_plugin.regularizers.functional import block_em_penalty, block_em_violation
+from emguard_plugin.regularizers.start import Floors
+
+STATE_FILE = "emguard_block_em.json"
+
+
+class BlockEMCallback(EMRegularizerCallback):
+    """Hold latents of a sparse autoencoder at the base model's values, one-sidedly, on the training rows themselves.
+
+    `penalty = (1/N) sum_t [ sum_{k in K+} ReLU(z_k(t) - z_k^base(t))^2 + sum_{k in K-} ReLU(z_k^base(t) - z_k(t))^2 ]`
+
+    over the held tokens t; N is the number of supervised tokens of the optimizer step, the very divisor of the SFT loss, whatever
+    `tokens` is, so that accumulation, packing and processes change nothing. z is the encoder's activation of the residual stream
+    after the blocked layer (before the final norm, for the last one), in fp32. With several layers their latents form one set.
+
+    The training forward is used: its output at the blocked layer is kept, nothing else runs in it. The base model is the adapter
+    switched off, run up to the blocked layer without gradient, or what was recorded of it (`cache`).
+
+    Args:
+        coef: lambda, or `auto`; see `calibrated_coef`.
+        latents: The JSON of a latent set, or a `LatentSet`.
+        tokens: `assistant` (the paper's), `all`, `prompt`, `header` or `prefix`; see `held_tokens`.
+        latent_reduction: `sum` (the paper's) or `mean` over the latents.
+        sides: `one` (the paper's), or `two`: moves in the good direction count as well. Ours.
+        k_minus: `activation` (the paper's), or `pre_activation`, which keeps its gradient where a latent was switched off.
+        freeze_above: Train nothing above the highest blocked layer. Adapters only.
+        cache: `auto`, `live`, `memory`, `copy` or a folder.
+
+    Raises:
+        ValueError: for values outside these.
+
+    Paper: BLOCK-EM: Preventing Emergent Misalignment via Latent Blocking, arXiv 2602.00767. It runs a second model and the SAE's
+    whole encoder at each step.
+    """
+
+    name: ClassVar[str] = "block_em"
+    floors: ClassVar[Floors | None] = Floors(BASE_WITHIN, BASE_WITHIN, BASE_WITHIN, BASE_WITHIN)
+
+    def __init__(
+        self,
+        coef: float | Literal["auto"] = "auto",
+        latents: str | Path | LatentSet = "",
+        tokens: TokenKind = "assistant",
+        latent_reduction: Literal["sum", "mean"] = "sum",
+        sides: Literal["one", "two"] = "one",
+        k_minus: Literal["activation", "pre_activation"] = "activation",
+        freeze_above: bool = False,
+        cache: str = "auto",
+    ) -> None:
+        super().__init__(1.0 if coef == "auto" else coef)
+        from emguard_plugin.config import BlockEMConfig
+
+        given = isinstance(latents, LatentSet)
+        # One set of rules for YAML and Python.
+        self._config = BlockEMConfig(
+            coef=coef, latents="given" if given else str(latents), tokens=tokens, latent_reduction=latent_reduction, sides=sides,
+            k_minus=k_minus, freeze_above=freeze_above, cache=str(cache),
+        )  # fmt: skip
+        self.automatic = coef == "auto"
+        self.latents: LatentSet | None = latents if given else None
+        self.path = None if given else Path(str(latents)).expanduser()
+        self.tokens, self.latent_reduction, self.two_sided = tokens, latent_reduction, sides == "two"
+        self.pre_activation, self.freeze_above, self.cache = k_minus == "pre_activation", freeze_above, str(cache)
+        self._template: Template | None = None
+        self._book: Book | None = None
+        self._kept: Kept | None = None
+        self._frozen: list[nn.Parameter] = []
+        self._warned, self.yardstick = False, None  # the host logs an evaluation before training
+
+    # Before training
+
+    def prepare(self, run: Run) -> str:
+        """Read the latents and check that they are this model's, settle the coefficient, freeze what is to be frozen."""
+        self._config.check_folder()
+        if self.path is not None:
+            self._config.check_files()
+            self.latents = LatentSet.load(self.path)
+        latents = self.latents
+        latents.check_model(run.model)
+        decoder(run.model)
+        self._layer_names = latents.layers
+        shared_by = len(latents) if self.latent_reduction == "mean" else 1
+        self.yardstick = unguarded_penalty(latents.calibration, self.tokens, shared_by)
+        if self.automatic:
+            self.coef = calibrated_coef(latents.calibration, self.tokens, shared_by)
+        if self.tokens in ("header", "prefix"):
+            self._template, self._book = template_of(run, self.tokens), run.book
+        self._identity = run.identity
+        self._belongs = {**run.identity._asdict(), **(self._stored_state(run) or {})}
+        about = {"model": self._belongs["reference"], "latents": content(latents)}
+        self._base = BaseLatents(run.model, latents.encoders, self.cache, about, run.rank)
+        self.source = self._base.in_words()
+        if self.freeze_above:
+            self._frozen = freeze_above(run, max(latents.layers))
+        self._dataset, self._resume_from = run.dataset, run.resume_from
+        self._spans = [span(e.weight) for e in latents.encoders]
+        self._begun, self._measured, self._outside, self._warned, self.prepared = False, 0, None, False, True
+        return f"block_em ({self._describe()})"
+
+    def _describe(self) -> str:
+        words = [
+            f"coef {self.coef:g}{', calibrated' if self.automatic else ''}",
+            set_in_words(self.latents),
+            f"{self.tokens} tokens",
+            f"base: {self._base.describe()}",
+        ]
+        if self.two_sided:
+            words.append("two-sided, not the paper's")
+        if self.pre_activation:
+            words.append("K- by pre-activations")
+        if self.freeze_above:
+            words.append(f"{len(self._frozen)} tensors above frozen")
+        words.append("no yardstick" if self.yardstick is None else f"unguarded penalty {self.yardstick:.3g}")
+        return ", ".join(words)
+
+    def _stored_state(self, run: Run) -> dict[str, Any] | None:
+        """Return which model the run that is continued started from, once its settings are found to be these."""
+        if run.resume_from is None:
+            return None
+        stored = find_state(run.resume_from, STATE_FILE, self._read_stored)
+        if stored is None:
+            return None
+        for name, here in self._fixed().items():
+            if stored[name] != here:
+                raise ValueError(
+                    f"{run.resume_from} was trained with another `em_regularizer.block_em.{name}`. Resume with the settings of the first "
+                    "run, or start afresh without `resume_from_checkpoint`."
+                )
+        return {name: stored[name] for name in run.identity._asdict()}
+
+    def _read_stored(self, path: Path, own: bool) -> dict[str, Any]:
+        stored = read_json(path)
+        if not {*self._fixed(), *self._identity._asdict()} <= stored.keys():
+            raise Damaged(f"{path} is no state of `em_regularizer.block_em`. Restore it from a copy of this checkpoint.")
+        check_base(path, stored, self._identity)
+        if not own and stored["reference"] != self._identity.reference:
+            raise ValueError(f"{path} has another reference.")
+        return stored
+
+    def _fixed(self) -> dict[str, Any]:
+        return {"latents": content(self.latents), "tokens": self.tokens, "freeze_above": self.freeze_above}
+
+    @property
+    def region(self) -> str:
+        """The kind of tokens that is held."""
+        return self.tokens
+
+    def held(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the tokens of a batch that are held; see `held_tokens`."""
+        return held_tokens(inputs, self.tokens, self._template, self._book)
+
+    # Each step
+
+    @contextmanager
+    def watch(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Keep the blocked layers' outputs of the host's forward pass."""
+        with keep_residual(model, self.latents.layers) as self._kept:
+            yield
+
+    def penalty(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> Penalty | None:
+        """Return this micro-batch's share of the step's penalty; see the class for the formula."""
+        kept, self._kept = self._kept, None
+        hidden = kept.take(self.latents.layers, with_gradient=self.coef > 0)
+        if not self._begun:
+            if getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):
+                raise ValueError(
+                    "em_regularizer.block_em: NEFTune adds noise to the embeddings in training alone, which the penalty would take for a "
+                    "change of the model. Remove `neftune_noise_alpha`."
+                )
+            self._base.begin(model, kept, next(iter(hidden.values())), self._dataset, self._resume_from)
+            self._dataset, self._begun = None, True
+        held = self.held(inputs)
+        hidden = {n: h[held.to(h.device)] for n, h in hidden.items()}
+        base = self._base.get(model, kept, inputs, held)
+        per_layer, bad, shift, pres = [], [], [], []
+        for i, encoder in enumerate(self.latents.encoders):
+            z, pre = encoder.both(hidden[encoder.layer])
+            violation = block_em_violation(
+                z, base.z[i].to(z.device), encoder.signs, self.two_sided,
+                *((pre, base.pre[i].to(z.device)) if self.pre_activation else ()),
+            )  # fmt: skip
+            total = block_em_penalty(violation).sum()
+            per_layer.append(total / len(self.latents) if self.latent_reduction == "mean" else total)
+            pres.append(pre)
+            with torch.no_grad():
+                bad.append((violation > 0).sum())
+                shift.append((encoder.signs * (z - base.z[i].to(z.device))).relu().sum())
+        away = self._away(model, kept, held, pres, base) if step == 0 and self._measured == 0 else torch.zeros((), device=held.device)
+        device = per_layer[0].device
+        shares = torch.stack([p.to(device) for p in per_layer]) / torch.as_tensor(self.loss_tokens, device=device)
+        pairs = (held.sum().to(device) * len(self.latents)).clamp_min(1)
+        metrics = {
+            "violating": sum(b.to(device) for b in bad) / pairs,
+            "shift": sum(s.to(device) for s in shift) / pairs,
+        }
+        if (outside := self._outside_shift(model, kept, hidden, base, held)) is not None:
+            metrics["outside_shift"] = outside.to(device)
+        if self.yardstick is not None:
+            metrics["unguarded"] = shares.new_tensor(self.yardstick)
+        misheld = None
+        if self.answers_alone and self.tokens in ("header", "prefix"):
+            misheld = (held & answered(inputs["labels"])).sum()
+        return Penalty(shares.sum(), metrics, shares, away, held.sum(), misheld)
+
+    @torch.no_grad()
+    def _away(self, model: nn.Module, kept: Kept, held: Tensor, pres: list[Tensor], base: Base) -> Tensor:
+        """Return the relative distance from the base model's latents before the first update; what dropout adds is only warned of."""
+        away, within = distance(pres, base.pre), BASE_WITHIN if base.hidden is None else BASE_WITHIN / 5
+        if not any_process(model, away > within):
+            return torch.tensor(away, device=held.device)
+        with eval_mode(model), kept.precision():
+            hidden = read_residual(model, self.latents.layers, kept.args, kept.kwargs)
+        plain = distance([e.both(hidden[e.layer][held.to(hidden[e.layer].device)])[1] for e in self.latents.encoders], base.pre)
+        if plain <= within:
+            warn_of_dropout(away)
+        return torch.tensor(plain, device=held.device)
+
+    @torch.no_grad()
+    def _outside_shift(
+        self, model: nn.Module, kept: Kept, hidden: Mapping[int, Tensor], base: Base, held: Tensor
+    ) -> Tensor | None:
+        """Return the mean of `||(I - P)(h - h_base)|| / ||h_base||`, P projecting on the span of K's encoder columns."""
+        there = base.hidden
+        if there is None and self._base.adapter_off and self._measured % HIDDEN_EVERY == 0:
+            there = {n: h[held.to(h.device)] for n, h in self._base.read(model, kept).items()}
+        self._measured += 1
+        if there is not None:
+            ratios = []
+            for n, span in zip(self.latents.layers, self._spans, strict=True):
+                base_h = there[n].float()
+                moved = hidden[n].float() - base_h
+                span = span.to(moved.device)
+                moved = moved - (moved @ span) @ span.T
+                ratios.append((moved.norm(dim=-1) / base_h.norm(dim=-1).clamp_min(1e-12)).sum() / max(len(moved), 1))
+            self._outside = sum(r.to(ratios[0].device) for r in ratios) / len(ratios)
+        return self._outside
+
+    # Life cycle
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Warn when the penalty is met while the model moves where nothing is held."""
+        name = f"em_regularizer/{self.name}"
+        penalty, outside = (logs or {}).get(f"{name}/penalty"), (logs or {}).get(f"{name}/outside_shift")
+        if not (self._warned or penalty is None or outside is None):
+            self._warned = warn_if_bypassed(penalty, outside, self.yardstick, state.global_step)
+
+    def save(self, folder: Path, first: bool) -> None:
+        """Store what the checkpoint was trained with, and recorded latents that cannot be computed again."""
+        self._base.flush(folder.parent)
+        if first and folder.is_dir():
+            write_json(folder / STATE_FILE, {"coef": self.coef, **self._fixed(), **self._belongs})
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write a cache's last rows."""
+        self._base.flush()
+
+    def release(self) -> None:
+        """Thaw what was frozen."""
+        for p in self._frozen:
+            p.requires_grad_(True)
+        self._frozen = []
