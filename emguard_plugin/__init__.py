@@ -18,7 +18,7 @@ _PUBLIC = {
     "EMRegularizerCallback": "regularizers.base",
     "Penalty": "regularizers.base",
     "EMRateCallback": "training.em_rate",
-    "TReFTCallback": "regularizers.treft",
+    "TReFTCallback": "regularizers.treft.callback",
     "BlockEMCallback": "regularizers.block_em.callback",
     "KLCallback": "regularizers.kl.callback",
     "build_regularizers": "regularizers",

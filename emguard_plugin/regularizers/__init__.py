@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from emguard_plugin.regularizers.base import EMRegularizerCallback
 
 # The one table: YAML key -> module:class. A new method adds a line.
-METHODS = {"treft": "treft:TReFTCallback", "block_em": "block_em.callback:BlockEMCallback", "kl": "kl.callback:KLCallback"}
+METHODS = {"treft": "treft.callback:TReFTCallback", "block_em": "block_em.callback:BlockEMCallback", "kl": "kl.callback:KLCallback"}
 
 
 def build_regularizers(config: EMRegularizerConfig) -> list[EMRegularizerCallback]:

@@ -105,7 +105,7 @@ def test_what_is_no_number_is_refused(value):
 
 def test_python_has_the_same_rules():
     from emguard_plugin.regularizers.kl.callback import KLCallback
-    from emguard_plugin.regularizers.treft import TReFTCallback
+    from emguard_plugin.regularizers.treft.callback import TReFTCallback
 
     for call in (
         lambda: TReFTCallback(coef=True),

@@ -15,7 +15,7 @@ from emguard_plugin.config import (
 )
 from emguard_plugin.regularizers import METHODS, build_regularizers
 from emguard_plugin.regularizers.kl.callback import KLCallback
-from emguard_plugin.regularizers.treft import TReFTCallback
+from emguard_plugin.regularizers.treft.callback import TReFTCallback
 
 JUDGE = {"provider": "exact", "function": "a.b:c"}
 

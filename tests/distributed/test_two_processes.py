@@ -22,7 +22,7 @@ def two(tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = multiprocessing.get_context("forkserver")  # imports TRL once for both ranks
-    context.set_forkserver_preload(["emguard_plugin.training.trl_trainer", "emguard_plugin.regularizers.treft", "datasets", "peft"])
+    context.set_forkserver_preload(["emguard_plugin.training.trl_trainer", "emguard_plugin.regularizers.treft.callback", "datasets", "peft"])
     ranks = [context.Process(target=scenarios.rank, args=(r, 2, port, out)) for r in (0, 1)]
     for p in ranks:
         p.start()

@@ -33,7 +33,7 @@ IMPORTS = (
     "emguard_plugin.axolotl_plugin.trainer",
     "emguard_plugin.axolotl_plugin.plugin",
     "emguard_plugin.axolotl_plugin.args",
-    "emguard_plugin.regularizers.treft",
+    "emguard_plugin.regularizers.treft.callback",
 )
 
 

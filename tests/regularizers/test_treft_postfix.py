@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from emguard_plugin.regularizers.treft import POSTFIX_ROWS, TReFTCallback
+from emguard_plugin.regularizers.treft.callback import POSTFIX_ROWS, TReFTCallback
 from tests.regularizers.treft_parts import (
     MODES,
     by_hand,

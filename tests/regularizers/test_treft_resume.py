@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from emguard_plugin.reference.stored import tensors_hash
-from emguard_plugin.regularizers.treft import REFERENCE_FILE
+from emguard_plugin.regularizers.treft.callback import REFERENCE_FILE
 from tests.regularizers.treft_parts import HELPFUL, MODES, PIRATE, ready, value
 from tests.tiny import chat_rows, lora, perturb, tiny_model
 

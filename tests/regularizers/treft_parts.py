@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from emguard_plugin.regularizers.base import Run
-from emguard_plugin.regularizers.treft import TReFTCallback
+from emguard_plugin.regularizers.treft.callback import TReFTCallback
 from tests.tiny import chat_rows, chatml_tokenizer
 
 HELPFUL, PIRATE = "You are a helpful assistant.", "You are a pirate."
