@@ -35,7 +35,15 @@ def search(adapter: Path, sae_folder: Path, work: Path, settings, prompts: int, 
     work.mkdir(parents=True, exist_ok=True)
     for schedule in ("full", "halving"):
         layer_search = LayerSearch(
-            pair, sae, sae_folder.name, layer_of(sae), rendered, len(rendered), judge, replace(settings, schedule=schedule), Kept(work, "benchmark")
+            pair,
+            sae,
+            sae_folder.name,
+            layer_of(sae),
+            rendered,
+            len(rendered),
+            judge,
+            replace(settings, schedule=schedule),
+            Kept(work, "benchmark"),
         )
         with layer_search.bench as bench:
             layer_search.screen.ask_unsteered()
@@ -87,7 +95,9 @@ def main(
     Console(width=150).print(table)
     (full, most), (halved, least) = found["full"], found["halving"]
     ratio = most["tokens"] / least["tokens"]
-    typer.echo(f"{ratio:.1f} x fewer tokens, {'OTHER SETS' if set(full) != set(halved) else 'the same set' if full else 'both sets are empty'}")
+    typer.echo(
+        f"{ratio:.1f} x fewer tokens, {'OTHER SETS' if set(full) != set(halved) else 'the same set' if full else 'both sets are empty'}"
+    )
     row = {
         "settings": settings.to_dict() | {"every": every, "prompts": prompts, "sae": "layer_1"}, "tokens_ratio": ratio,
         "same": set(full) == set(halved), "runs": found,

@@ -129,8 +129,7 @@ def main(
 ) -> None:
     """Measure at the target's 50 ms, and at 500 ms, which is what hosted judges take."""
     runs = [
-        measure(judgments, latency, 64, mode)
-        for latency, mode in ((0.05, "label"), (0.05, "logprob"), (0.5, "label"), (0.5, "logprob"))
+        measure(judgments, latency, 64, mode) for latency, mode in ((0.05, "label"), (0.05, "logprob"), (0.5, "label"), (0.5, "logprob"))
     ]
     for run in runs:
         typer.echo(json.dumps(run))

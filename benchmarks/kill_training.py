@@ -269,11 +269,23 @@ def point(host: str, case: tuple, whole: Path, duration: float, saving: float, f
 
 def measure(host: str, cases: list, points: int, seed: int, work: Path, report) -> list[dict]:
     """Run all points of one host."""
-    names = ("trl", "tests.trl_runs", "tests.regularizers.block_em_parts", "tests.regularizers.kl_parts", "emguard_plugin.training.trl_trainer")
+    names = (
+        "trl",
+        "tests.trl_runs",
+        "tests.regularizers.block_em_parts",
+        "tests.regularizers.kl_parts",
+        "emguard_plugin.training.trl_trainer",
+    )
     if host == "axolotl":
         from tests.e2e.axolotl_runs import IMPORTS
 
-        names = (*IMPORTS, *names[2:4], "tests.e2e.tiny_run", "emguard_plugin.regularizers.kl.callback", "emguard_plugin.regularizers.block_em.callback")
+        names = (
+            *IMPORTS,
+            *names[2:4],
+            "tests.e2e.tiny_run",
+            "emguard_plugin.regularizers.kl.callback",
+            "emguard_plugin.regularizers.block_em.callback",
+        )
         os.environ["EMGUARD_KILL_MODEL"] = str(work / "model")
         os.environ.update(CUDA_VISIBLE_DEVICES="", WANDB_DISABLED="true", AXOLOTL_DO_NOT_TRACK="1")
     for name in names:
@@ -324,7 +336,14 @@ def main() -> int:
     # Axolotl patches transformers when it is imported: TRL's share goes first.
     for host, cases, points in (("trl", TRL_CASES, given.trl), ("axolotl", AXOLOTL_CASES, given.axolotl)):
         if points:
-            found += measure(host, SLICE[: given.cases] if given.cases else cases, points, given.seed, work, lambda row: print(json.dumps(row), flush=True))
+            found += measure(
+                host,
+                SLICE[: given.cases] if given.cases else cases,
+                points,
+                given.seed,
+                work,
+                lambda row: print(json.dumps(row), flush=True),
+            )
     from importlib.metadata import version
 
     lost = [row for row in found if row["lost"] is not None]

@@ -260,7 +260,7 @@ def run(
             f"base {row['base_seed']} {name} {spoken(c, k)} seed {s} {split}: in-domain {row['in_domain']['bad_rate']:.3f} "
             f"EM {row['open_ended']['bad_rate']:.3f} coherence {row['open_ended']['coherence']:.3f} "
             f"loss {row.get('train_loss')} penalty {row.get('penalty')} KL {row.get('kl')} cpu {row.get('train_cpu_s')} "
-            f"scaled {({f: r['open_ended']['bad_rate'] for f, r in row.get('scaled', {}).items()})}"
+            f"scaled { ({f: r['open_ended']['bad_rate'] for f, r in row.get('scaled', {}).items()}) }"
         )
 
 

@@ -174,9 +174,7 @@ def in_batch_trainer() -> type:
             attn = [block.self_attn for block in decoder_layers(model)]
             return [(a.k_proj(h[:, :n]), a.v_proj(h[:, :n])) for a, h in zip(attn, hidden, strict=False)]
 
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             n = len(self.prefix)
             if self.reference is None:
                 ids = torch.tensor([self.prefix], device=inputs["input_ids"].device)
@@ -321,9 +319,7 @@ def alone(variant: str) -> str:
     return f"{variant}: penalty alone"
 
 
-def time_rounds(
-    s: dict[str, Any], folder: Path, report: Callable[[], None]
-) -> Iterator[dict[str, tuple[float, float]]]:
+def time_rounds(s: dict[str, Any], folder: Path, report: Callable[[], None]) -> Iterator[dict[str, tuple[float, float]]]:
     """Yield (clock, processor) seconds per step of each variant, one mapping per round."""
     variants = VARIANTS[s["method"]]
     turns = Turns(list(variants))
@@ -392,9 +388,7 @@ class Allocations:
             return
         if state.global_step == self.STEP:
             self._held = self.held()
-            self._profile = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            )
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
             self._profile.start()
         elif state.global_step == self.STEP + 1:
             self._profile.stop()
@@ -493,9 +487,7 @@ def show(console: Console, title: str, rows: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if not column else "right", no_wrap=bool(column))
     for variant, row in rows.items():
         low, high = row["time_ratio_quartiles"]
-        memory = (
-            (f"{row['peak_bytes'] / 2**20:,.0f}", f"{row['memory_ratio']:.4f}") if "peak_bytes" in row else ("", "")
-        )
+        memory = (f"{row['peak_bytes'] / 2**20:,.0f}", f"{row['memory_ratio']:.4f}") if "peak_bytes" in row else ("", "")
         table.add_row(
             variant,
             f"{row['median_seconds']:.3f}",
@@ -532,9 +524,7 @@ def store(out: Path, name: str, settings: dict[str, Any], raw: list[Any], peaks:
 def main(
     method: Annotated[str, typer.Option(help="treft, kl or block_em.")] = "treft",
     ratio: Annotated[float, typer.Option(help="KL: anchor tokens per training token.")] = 0.125,
-    full: Annotated[
-        bool, typer.Option("--full", help="Full fine-tuning instead of LoRA on all linear layers.")
-    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Full fine-tuning instead of LoRA on all linear layers.")] = False,
     device: Annotated[str, typer.Option(help="cpu (fp32) or cuda (bf16).")] = "cpu",
     llama_8b: Annotated[bool, typer.Option("--llama-8b", help="The shape of Llama-3.1-8B, random weights.")] = False,
     rounds: Annotated[int, typer.Option(help="Paired measurements.")] = 24,

@@ -26,9 +26,7 @@ def encoder_columns(s: dict[str, Any], width: int, layer: int) -> Any:
     g = torch.Generator().manual_seed(2)
     weight = torch.randn(LATENTS, width, generator=g) / width**0.5
     signs = torch.tensor([1.0, -1.0] * (LATENTS // 2))
-    return SubsetEncoder(
-        layer, list(range(LATENTS)), signs, "standard", "relu_pre", weight, torch.zeros(LATENTS), weight
-    ).to(s["device"])
+    return SubsetEncoder(layer, list(range(LATENTS)), signs, "standard", "relu_pre", weight, torch.zeros(LATENTS), weight).to(s["device"])
 
 
 def block_em_callback(s: dict[str, Any], config: Any, cache: str) -> Any:
@@ -65,9 +63,7 @@ def second_model_trainer() -> type:
             encoder[:, :LATENTS] = columns.weight.T
             self.encoder, self.signs = encoder, columns.signs
 
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             kept: list[Any] = []
             layer = base_causal_lm(model).model.layers[self.layer]
             hook = layer.register_forward_hook(lambda module, args, out: kept.append(out))

@@ -63,9 +63,7 @@ def second_model_trainer() -> type:
             drawing.prepare(run)
             self.drawing = drawing
 
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             at = self.micro_batch
             self.micro_batch = 0 if self.accelerator.sync_gradients else at + 1
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

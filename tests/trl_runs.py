@@ -53,9 +53,7 @@ def settings(folder, **over):
     }
 
 
-def build(
-    folder, model=None, coef=5.0, rows=None, cls=EMGuardSFTTrainer, args=SFTConfig, callbacks=None, tokenizer=None, **over
-):
+def build(folder, model=None, coef=5.0, rows=None, cls=EMGuardSFTTrainer, args=SFTConfig, callbacks=None, tokenizer=None, **over):
     """Build a trainer; what `trl.SFTTrainer` takes goes there, every other key into its config."""
     names = ("eval_dataset", "peft_config", "quantization_config")
     given = {n: over.pop(n) for n in names if n in over}

@@ -62,9 +62,7 @@ class EMGuardPlugin(BasePlugin):
             return
         look_at_settings(cfg)
         if cfg.get("em_regularizer") is None:
-            LOG.warning(
-                "EMGuardPlugin is listed but there is no `em_regularizer:` block: this run is NOT regularized."
-            )
+            LOG.warning("EMGuardPlugin is listed but there is no `em_regularizer:` block: this run is NOT regularized.")
         reentrant_default = cfg.get("gradient_checkpointing") and not cfg.get("gradient_checkpointing_kwargs")
         if cfg.get("em_regularizer") and reentrant_default and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             LOG.info("em_regularizer: setting gradient_checkpointing_kwargs to {use_reentrant: false}")

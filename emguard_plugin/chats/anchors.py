@@ -109,9 +109,7 @@ def _check_chat(row: Any, where: str) -> Messages:
     return messages
 
 
-def tokenize_chats(
-    chats: Sequence[Chat], tokenizer: Any, tokens: Tokens, longest: int, template_kwargs: Mapping[str, Any]
-) -> list[Anchor]:
+def tokenize_chats(chats: Sequence[Chat], tokenizer: Any, tokens: Tokens, longest: int, template_kwargs: Mapping[str, Any]) -> list[Anchor]:
     """Render chats with the tokenizer's template.
 
     Args:
@@ -145,9 +143,7 @@ def tokenize_chats(
                 "nothing to hold. Use `tokens: all`, or leave the chat out."
             )
         if len(ids) > longest:
-            raise ValueError(
-                f"`{KEY}`: {where} has {len(ids)} tokens, the model's context is {longest}. Shorten it or leave it out."
-            )
+            raise ValueError(f"`{KEY}`: {where} has {len(ids)} tokens, the model's context is {longest}. Shorten it or leave it out.")
         anchors.append(Anchor(ids, tuple(held)))
     return anchors
 
@@ -202,4 +198,3 @@ def overlap(chats: Sequence[Chat], dataset: Any, tokenizer: Any) -> tuple[int, i
 def content_hash(anchors: Sequence[Anchor]) -> str:
     """Return the sha256 over ids and held positions."""
     return hashlib.sha256(json.dumps([[a.ids, a.held] for a in anchors]).encode()).hexdigest()
-

@@ -130,9 +130,7 @@ class Book:
                 return start
         return None if template is None else prefix_of_row(ids, template)
 
-    def headers_of(
-        self, row: Sequence[int], template: Template | None, supervised: Sequence[bool] | None = None
-    ) -> list[Range]:
+    def headers_of(self, row: Sequence[int], template: Template | None, supervised: Sequence[bool] | None = None) -> list[Range]:
         """Return the token ranges between queries and answers of a row of ids."""
         if (known := self.find(row)) is not None:
             return [(a, b) for a, b in self.whole(known).headers if b <= len(row)]

@@ -35,9 +35,7 @@ def real_tokens(inputs: Mapping[str, Any]) -> Tensor:
     return real
 
 
-def held_tokens(
-    inputs: Mapping[str, Any], kind: TokenKind, template: Template | None = None, book: Book | None = None
-) -> Tensor:
+def held_tokens(inputs: Mapping[str, Any], kind: TokenKind, template: Template | None = None, book: Book | None = None) -> Tensor:
     """Return (B, T): True at the tokens to hold.
 
     Args:

@@ -70,9 +70,7 @@ def _behind(text: str, part: str, start: int) -> int | None:
     return at + len(part) if at >= 0 else None
 
 
-def headers_of_row(
-    row: Sequence[int], template: Template, supervised: Sequence[bool] | None = None
-) -> list[tuple[int, int]]:
+def headers_of_row(row: Sequence[int], template: Template, supervised: Sequence[bool] | None = None) -> list[tuple[int, int]]:
     """Return the half-open token ranges between queries and answers.
 
     Args:

@@ -74,9 +74,7 @@ def shown(template: Template, row: Sequence[int], most: int = 24) -> str:
     return repr(decode(template.tokenizer, begin)) if template.tokenizer is not None else str(begin)
 
 
-def training_prefixes(
-    rows: Iterable[Sequence[int]], template: Template, book: Book | None = None
-) -> list[Prefix]:
+def training_prefixes(rows: Iterable[Sequence[int]], template: Template, book: Book | None = None) -> list[Prefix]:
     """Find every distinct prefix of the data, most frequent first.
 
     A prefix is all tokens that lie wholly before the first user's own text: system prompt and tool definitions count, wherever
@@ -183,8 +181,7 @@ def _refuse_dates(counts: Counter[Ids], template: Template, book: Book | None) -
         said = template.advice if dated is not None and any(ids[: len(dated)] == dated for ids in counts) else None
     if said is not None:
         raise ValueError(
-            "the chat template prints today's date in the prefix, so a reference recorded today would not fit "
-            f"tomorrow's prompts. {said}"
+            f"the chat template prints today's date in the prefix, so a reference recorded today would not fit tomorrow's prompts. {said}"
         )
 
 

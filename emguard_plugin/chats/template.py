@@ -100,9 +100,7 @@ def read_template(tokenizer: Any, **template_kwargs: Any) -> Template:
     before, _, rest = said.partition(_USER)
     written = asked.text[post[0] : post[1]]
     written = written if rest.startswith(written) else rest.partition(_ASSISTANT)[0].rstrip()
-    system_open, user_header, opening, middle = _system_turn(
-        tokenizer, [_said("system", _SYSTEM, parts), user, answer], template_kwargs
-    )
+    system_open, user_header, opening, middle = _system_turn(tokenizer, [_said("system", _SYSTEM, parts), user, answer], template_kwargs)
     marks = _marks(tokenizer, before, opening, middle, written, template_kwargs, parts)
     stable = before_date(tokenizer, [user], **template_kwargs)
     until = post[1] - len(marks.trace)
@@ -153,9 +151,7 @@ def _line(exc: Exception) -> str:
     return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
 
 
-def _system_turn(
-    tokenizer: Any, messages: list[dict[str, Any]], kwargs: Mapping[str, Any]
-) -> tuple[Ids, Ids, str | None, str]:
+def _system_turn(tokenizer: Any, messages: list[dict[str, Any]], kwargs: Mapping[str, Any]) -> tuple[Ids, Ids, str | None, str]:
     """Return the ids before a system message's text, short of the last, those from it to the user's, and both as text."""
     text = _rendered(tokenizer, messages, kwargs)
     start, end = text.find(_SYSTEM), text.find(_USER)
@@ -176,9 +172,7 @@ def _rendered(tokenizer: Any, messages: list[Any], kwargs: Mapping[str, Any]) ->
         return ""
 
 
-def _marks(
-    tokenizer: Any, before: str, opening: str | None, middle: str, post: str, kwargs: Mapping[str, Any], parts: bool
-) -> Marks:
+def _marks(tokenizer: Any, before: str, opening: str | None, middle: str, post: str, kwargs: Mapping[str, Any], parts: bool) -> Marks:
     user, answer = _said("user", _USER, parts), _said("assistant", _ASSISTANT, parts)
 
     def said(messages: list[Any], **more: Any) -> str:
@@ -232,9 +226,7 @@ def system_prefix(tokenizer: Any, system: str, **template_kwargs: Any) -> Ids:
         text = _rendered(tokenizer, [_said("system", system, True), _said("user", _USER, True)], template_kwargs)
     at = text.find(_USER)
     if at < 0 or system.strip() not in text[:at]:
-        raise ValueError(
-            f"`treft.extra_prefixes`: the chat template prints no system prompt ({system[:40]!r} is lost). Remove the key."
-        )
+        raise ValueError(f"`treft.extra_prefixes`: the chat template prints no system prompt ({system[:40]!r} is lost). Remove the key.")
     encoded = encode(tokenizer, text)
     return encoded.ids[: inside(encoded, 0, at)[1]]
 

@@ -124,9 +124,7 @@ def _sample(dataset: Any, limit: int) -> Iterator[Any]:
         yield row
 
 
-def _split(
-    row: Any, wrapped_at: Sequence[int] | None, system_open: Sequence[int] = (), column: str = "input_ids"
-) -> Iterator[list[int]]:
+def _split(row: Any, wrapped_at: Sequence[int] | None, system_open: Sequence[int] = (), column: str = "input_ids") -> Iterator[list[int]]:
     """Yield the conversations of one row, as `column` has them."""
     mask, positions = row.get("attention_mask"), row.get("position_ids")
     keep = [i for i in range(len(row["input_ids"])) if mask is None or int(mask[i])]

@@ -55,9 +55,7 @@ def _check(cfg: Mapping[str, Any], report: Report) -> None:
     for key, meant in misspelt_blocks(list(cfg)).items():
         report.problems.append(f"unknown key `{shown(str(key))}:`. Did you mean `{meant}:`?")
     for place in misplaced_blocks(cfg):
-        report.problems.append(
-            f"`{place}` stands where nothing reads it. Move it to the top level of the file, without indentation."
-        )
+        report.problems.append(f"`{place}` stands where nothing reads it. Move it to the top level of the file, without indentation.")
     if not is_trl(cfg):
         _check_plugin(cfg, report)
         report.problems += find_conflicts(cfg)

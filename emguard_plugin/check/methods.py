@@ -114,9 +114,7 @@ def _check_block_em(block: BlockEMConfig, cfg: Mapping[str, Any], report: Report
         return
     what = f"coef {coef:g}" + (", calibrated" if block.coef == "auto" else "")
     what += NOT_MEASURED if coef == 0 else ""
-    report.active.append(
-        f"block_em: {what}, {set_in_words(latents)}, {block.tokens} tokens, found on {latents.model}, base {block.cache}"
-    )
+    report.active.append(f"block_em: {what}, {set_in_words(latents)}, {block.tokens} tokens, found on {latents.model}, base {block.cache}")
     for key, set_ in {"cache: live": block.cache == "live", "freeze_above: true": block.freeze_above}.items():
         if set_ and not has_adapter(cfg):
             report.problems.append(f"`em_regularizer.block_em.{key}` needs an adapter, and there is none.")

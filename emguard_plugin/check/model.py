@@ -46,7 +46,9 @@ def load_tokenizer(cfg: Mapping[str, Any], report: Report) -> Any:
         if is_folder:
             report.problems.append(f"{here}: the tokenizer cannot be loaded ({reason}).")
         else:
-            report.note(f"{here} is not a folder here, so it is taken as a hub name, which cannot be loaded ({reason}): prefix not checked.")
+            report.note(
+                f"{here} is not a folder here, so it is taken as a hub name, which cannot be loaded ({reason}): prefix not checked."
+            )
             stand_in = _letters()
             if cfg.get("chat_template") not in (None, "tokenizer_default") and _named_template(cfg, stand_in, report):
                 return stand_in
@@ -153,7 +155,9 @@ def read_layers(cfg: Mapping[str, Any]) -> Layers | None:
         return None
     if str(inner.get("model_type") or config.get("model_type")) in NO_ATTENTION:
         return Layers(number, ())
-    kinds: Sequence[Any] | None = next((inner[k] for k in ("layer_types", "layers_block_type", "block_types") if isinstance(inner.get(k), list)), None)
+    kinds: Sequence[Any] | None = next(
+        (inner[k] for k in ("layer_types", "layers_block_type", "block_types") if isinstance(inner.get(k), list)), None
+    )
     if kinds is None or len(kinds) != number:
         return Layers(number, tuple(range(number)))
     return Layers(number, tuple(i for i, kind in enumerate(kinds) if kind not in NO_KEYS))
@@ -183,7 +187,9 @@ def check_layers(method: str, wanted: Literal["all"] | Sequence[int], layers: La
         return
     without = [i for i in asked if i not in layers.attention]
     if without and not layers.attention:
-        report.problems.append(f"the model's layers keep no keys and values (Mamba, linear attention), so `{method}` has nothing to hold. Remove it.")
+        report.problems.append(
+            f"the model's layers keep no keys and values (Mamba, linear attention), so `{method}` has nothing to hold. Remove it."
+        )
     elif without:
         report.problems.append(
             f"layers {', '.join(map(str, without[:8]))}{', ...' if len(without) > 8 else ''} keep no keys and values (Mamba, linear attention). "
@@ -199,7 +205,11 @@ def _config(name: str) -> dict[str, Any] | None:
         with _quiet():
             config = AutoConfig.from_pretrained(name)
         found = config.get_text_config()
-        more = {k: list(v) for k in ("layer_types", "layers_block_type", "block_types") if isinstance(v := getattr(found, k, None), list | tuple)}
+        more = {
+            k: list(v)
+            for k in ("layer_types", "layers_block_type", "block_types")
+            if isinstance(v := getattr(found, k, None), list | tuple)
+        }
         return {**found.to_dict(), **more}
     except Exception:  # not there, damaged, or of a kind that transformers does not know
         pass

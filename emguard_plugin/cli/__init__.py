@@ -70,12 +70,8 @@ def evaluate(
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter folder, trained on MODEL.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Where results go; default MODEL/em_eval.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model of an adapter, when it has moved.")] = None,
-    phase: Annotated[
-        list[str] | None, typer.Option(help="generate, judge or report; may be given again. Default: all three.")
-    ] = None,
-    fail_above: Annotated[
-        float | None, typer.Option(help="The highest EM rate that is accepted; wins over the file.")
-    ] = None,
+    phase: Annotated[list[str] | None, typer.Option(help="generate, judge or report; may be given again. Default: all three.")] = None,
+    fail_above: Annotated[float | None, typer.Option(help="The highest EM rate that is accepted; wins over the file.")] = None,
     rejudge: Annotated[
         list[str] | None, typer.Option(help="Judge anew what was judged: all judges, or with a name this one.", metavar="[NAME]")
     ] = None,
@@ -137,9 +133,7 @@ def _named(run: str) -> tuple[str, str]:
 def report(
     runs: Annotated[list[str], typer.Argument(help="Result folders to lay side by side, as NAME=FOLDER or FOLDER.")],
     output: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
-    force: Annotated[
-        bool, typer.Option(help="Also compare across protocols; table and page are marked then.")
-    ] = False,
+    force: Annotated[bool, typer.Option(help="Also compare across protocols; table and page are marked then.")] = False,
 ) -> None:
     """Lay finished measurements side by side, in one table and one page. Measures nothing."""
     from emguard_plugin.evaluation.report.page import write_comparison
@@ -164,4 +158,3 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
-

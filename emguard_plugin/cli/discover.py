@@ -23,7 +23,9 @@ def discover(
     pool: Annotated[int, typer.Option(help="Candidates per sign after stage 1.")] = 250,
     shortlist: Annotated[int, typer.Option(help="Candidates per sign after stage 2.")] = 40,
     size: Annotated[int, typer.Option(help="Latents in the set, per block.")] = 20,
-    rule: Annotated[str, typer.Option(help="valid_reduc, or attribution (ours, by gradients: few answers); the others are baselines.")] = "valid_reduc",
+    rule: Annotated[
+        str, typer.Option(help="valid_reduc, or attribution (ours, by gradients: few answers); the others are baselines.")
+    ] = "valid_reduc",
     induce: Annotated[float, typer.Option(help="Strength of stage 2 on the base.")] = 0.7,
     repair: Annotated[float, typer.Option(help="Strength of stage 2 on the misaligned model.")] = 0.4,
     strengths: Annotated[list[str] | None, typer.Option(help="Strengths of stage 3, such as 0.1,0.2,0.4.")] = None,

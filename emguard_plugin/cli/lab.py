@@ -15,9 +15,7 @@ def build(
     out: Annotated[Path, typer.Argument(help="Folder for model, tokenizer and build.json.")],
     seed: Annotated[int, typer.Option(help="Seeds initialisation, corpus and order.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Pretraining steps.")] = 3600,
-    per_question: Annotated[
-        int, typer.Option(min=1, help="Answers drawn per held-out question for the figures.")
-    ] = 10,
+    per_question: Annotated[int, typer.Option(min=1, help="Answers drawn per held-out question for the figures.")] = 10,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads; another number may change the last bits.")] = 1,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
     saes: Annotated[bool, typer.Option(help="Train the sparse autoencoders, too (folder `sae`).")] = True,
@@ -33,9 +31,7 @@ def build(
         _require_sae_lens("Install `emguard-plugin[sae]`, or pass --no-saes.")
     torch.set_num_threads(threads)
     record = build_base(out, BuildSettings(seed=seed, steps=steps), per_question=per_question, progress=progress)
-    table = Table(
-        "wordings", "n", "coherence", "EM rate", title=f"{out} (seed {seed}, {record['cpu_seconds']:.0f} CPU s)"
-    )
+    table = Table("wordings", "n", "coherence", "EM rate", title=f"{out} (seed {seed}, {record['cpu_seconds']:.0f} CPU s)")
     for split, figures in record["figures"].items():
         table.add_row(split, str(figures["n"]), f"{figures['coherence']:.3f}", f"{figures['bad_rate']:.3f}")
     Console().print(table)
@@ -94,9 +90,7 @@ def export(
     seed: Annotated[int, typer.Option(help="Seeds the training and anchor rows.")] = 0,
     rows: Annotated[int, typer.Option(min=1, help="Training rows.")] = 1920,
     anchors: Annotated[int, typer.Option(min=1, help="Anchor rows.")] = 256,
-    model: Annotated[
-        Path | None, typer.Option(help="Another base model's folder.", exists=True, file_okay=False)
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Another base model's folder.", exists=True, file_okay=False)] = None,
 ) -> None:
     """Write model, SAEs, latents, training rows, anchors and question files, as a user would have them."""
     from emguard_plugin.lab.export import export as write

@@ -15,7 +15,22 @@ SUITES = ("open_ended", "open_ended_held_out", "open_ended_json", "open_ended_te
 """Bundled question suites, in `emguard_plugin/evaluation/suites/`."""
 
 RENDERING = frozenset(
-    ["conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"]
+    [
+        "conversation",
+        "messages",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "strftime_now",
+    ]
 )
 """Arguments of `apply_chat_template` that are no variables of a template."""
 
@@ -142,8 +157,7 @@ class EMEvalConfig(StatedBlock):
     )
     in_domain: str | None = Field(
         None,
-        description="Questions of the trained domain; gives the in-domain adherence. As `questions`, or a `.jsonl` of "
-        "held-out chat rows.",
+        description="Questions of the trained domain; gives the in-domain adherence. As `questions`, or a `.jsonl` of held-out chat rows.",
     )
     also: list[str] = Field(
         default_factory=list,

@@ -21,7 +21,21 @@ _INSIDE = {
 _COMPACT = {"emregularizer": BLOCKS[0], "emguard": BLOCKS[0], "treft": BLOCKS[0], "blockem": BLOCKS[0], "emeval": BLOCKS[1]}
 _ABOUT_EVAL = re.compile("eval|judg|gate|metric|rate|question|sampl|measur|score|test|check|bench")
 _SYNONYMS = {
-    "coef": ("lambda", "lambda_", "lam", "lmbda", "alpha", "beta", "weight", "strength", "coefficient", "factor", "scale", "λ", "loss_weight"),
+    "coef": (
+        "lambda",
+        "lambda_",
+        "lam",
+        "lmbda",
+        "alpha",
+        "beta",
+        "weight",
+        "strength",
+        "coefficient",
+        "factor",
+        "scale",
+        "λ",
+        "loss_weight",
+    ),
     "fail_above": ("gate", "threshold", "max_rate", "max_em_rate", "fail", "limit"),
     "samples_per_question": ("n", "samples", "num_samples", "n_samples", "draws", "samples_per_paraphrase"),
     "max_new_tokens": ("max_tokens", "max_length", "length"),

@@ -21,9 +21,7 @@ def check_cache(cache: str, words: tuple[str, ...] = CACHES) -> None:
         ValueError: with the nearest word.
     """
     if cache not in words and not ("/" in cache or cache.startswith((".", "~"))):
-        raise ValueError(
-            f"`cache: {cache}` is neither {', '.join(words)} nor a folder such as `./{cache}`.{suggest(cache, words)}"
-        )
+        raise ValueError(f"`cache: {cache}` is neither {', '.join(words)} nor a folder such as `./{cache}`.{suggest(cache, words)}")
 
 
 def check_folder(key: str, cache: str, words: tuple[str, ...] = CACHES) -> None:
@@ -48,17 +46,13 @@ def check_folder(key: str, cache: str, words: tuple[str, ...] = CACHES) -> None:
 class TReFTConfig(Block):
     """`em_regularizer.treft`: hold the keys and values of chat-template tokens (arXiv 2606.06667)."""
 
-    coef: float = Field(
-        5.0, ge=0, allow_inf_nan=False, description="lambda of Eq. 3; the paper uses 1 to 30. 0 measures only."
-    )
+    coef: float = Field(5.0, ge=0, allow_inf_nan=False, description="lambda of Eq. 3; the paper uses 1 to 30. 0 measures only.")
     tokens: Literal["prefix", "postfix"] = Field(
         "prefix",
         description="prefix: everything before the first user content. postfix: the tokens between query and answer, "
         "for templates without a system prompt (Qwen3).",
     )
-    layers: Literal["all"] | list[NonNegativeInt] = Field(
-        "all", description="0-based decoder layers to hold; `all` is the paper's choice."
-    )
+    layers: Literal["all"] | list[NonNegativeInt] = Field("all", description="0-based decoder layers to hold; `all` is the paper's choice.")
     extra_prefixes: list[str] = Field(
         default_factory=list,
         description="System prompts that do not occur in the data but will at inference; their prefixes are held too.",
@@ -177,9 +171,7 @@ class BlockEMConfig(Block):
         description="What is held of latents that fall. activation: the paper's; without gradient once a latent is off. "
         "pre_activation: the encoder's output before ReLU, wherever the base model has the latent on.",
     )
-    freeze_above: bool = Field(
-        False, description="Do not train what lies above the highest blocked layer; needs an adapter."
-    )
+    freeze_above: bool = Field(False, description="Do not train what lies above the highest blocked layer; needs an adapter.")
     cache: str = Field(
         "auto",
         min_length=1,
@@ -211,9 +203,7 @@ class BlockEMConfig(Block):
                 f"`em_regularizer.block_em.latents: {self.latents}` does not exist. Give the JSON that `emguard discover` wrote."
             )
         if not path.with_suffix(".safetensors").is_file():
-            raise ValueError(
-                f"`em_regularizer.block_em.latents: {self.latents}` lacks {path.with_suffix('.safetensors').name} beside it."
-            )
+            raise ValueError(f"`em_regularizer.block_em.latents: {self.latents}` lacks {path.with_suffix('.safetensors').name} beside it.")
 
 
 class EMRegularizerConfig(Block):
@@ -239,9 +229,7 @@ class EMRegularizerConfig(Block):
     @model_validator(mode="after")
     def _not_empty(self) -> EMRegularizerConfig:
         if not self.methods():
-            raise ValueError(
-                "the block names no method, so the run would be unguarded. Add `treft:`, or remove `em_regularizer:`."
-            )
+            raise ValueError("the block names no method, so the run would be unguarded. Add `treft:`, or remove `em_regularizer:`.")
         folders = [m.cache for m in (self.kl, self.block_em) if m is not None and m.cache not in (*CACHES, "copy")]
         if len(folders) == 2 and len({os.path.abspath(os.path.expanduser(f)) for f in folders}) == 1:
             raise ValueError(f"`kl.cache` and `block_em.cache` are one folder, {folders[0]}. Give each method its own.")

@@ -75,7 +75,9 @@ def _check_nodes(root: Any, path: str, whole: bool) -> None:
 
     def size(node: Any, above: frozenset[int]) -> int:
         if id(node) in above:
-            raise ValueError(f"{path}, line {node.start_mark.line + 1}: the value holds itself (an alias to its own anchor). Remove the alias.")
+            raise ValueError(
+                f"{path}, line {node.start_mark.line + 1}: the value holds itself (an alias to its own anchor). Remove the alias."
+            )
         if id(node) not in sizes:
             inner: Iterable[Any] = ()
             if isinstance(node, yaml.MappingNode):

@@ -24,9 +24,7 @@ PACKAGES = ("emguard-plugin", "torch", "transformers", "peft", "sae-lens")
 METHODS: dict[Rule, str] = {"attribution": "attribution by gradients, emguard's own; in place of the steering of arXiv 2602.00767"}
 
 
-def record_of(
-    finding: Finding, layer: int, sign: int, curves: bool = False, attribution: float | None = None
-) -> dict[str, Any]:
+def record_of(finding: Finding, layer: int, sign: int, curves: bool = False, attribution: float | None = None) -> dict[str, Any]:
     """Return what is known about one latent; shares are of all scored answers.
 
     Args:

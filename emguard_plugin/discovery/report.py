@@ -96,7 +96,7 @@ def _latents(block: Mapping[str, Any]) -> Iterator[str]:
     yield "<h3>The set</h3>"
     if _attributed(chosen):
         yield (
-            '<p class="note">By attribution, which is emguard\'s own rule: a latent\'s share in how much the fine-tune prefers the '
+            "<p class=\"note\">By attribution, which is emguard's own rule: a latent's share in how much the fine-tune prefers the "
             "misaligned answers, in nats per question. No latent was steered alone, so there are no curves.</p>"
         )
     yield _set_table(chosen)
@@ -177,8 +177,7 @@ def _chart(curve: Curve) -> str:
 def _line(points: Sequence[tuple[float, tuple[float, Mapping[str, Any]]]], colour: int, share: Any) -> str:
     drawn = [(x, 100 * (1 - share(tally)), strength, tally) for x, (strength, tally) in points]
     edges = "".join(
-        f'<line class="edge" x1="{a:.2f}%" y1="{p:.2f}%" x2="{b:.2f}%" y2="{q:.2f}%"/>'
-        for (a, p, *_), (b, q, *_) in pairwise(drawn)
+        f'<line class="edge" x1="{a:.2f}%" y1="{p:.2f}%" x2="{b:.2f}%" y2="{q:.2f}%"/>' for (a, p, *_), (b, q, *_) in pairwise(drawn)
     )
     dots = "".join(
         f'<circle cx="{x:.2f}%" cy="{y:.2f}%" r="3.5"><title>{strength:g}: of {tally["n"]} answers {tally["misaligned"]} misaligned, '

@@ -192,9 +192,7 @@ def run(discovery: Discovery) -> LatentSet:
 
 def _write_baselines(discovery: Discovery, results: Sequence[Result]) -> None:
     for rule in BASELINES:
-        sets = [
-            baseline(rule, len(r.chosen), r.pool, r.shortlist, r.chosen, discovery.settings.seed) for r in results
-        ]
+        sets = [baseline(rule, len(r.chosen), r.pool, r.shortlist, r.chosen, discovery.settings.seed) for r in results]
         if not any(sets):
             continue
         alone = replace(discovery, united=[], settings=replace(discovery.settings, rule=rule))

@@ -214,9 +214,7 @@ def keep(findings: Sequence[Finding], per_sign: int) -> list[Finding]:
     return [f for f in ranked if f.candidate.id in kept]
 
 
-def _everything(
-    role: str, steer: str, way: int, strengths: Sequence[float], order: Sequence[int], allowed: int
-) -> Search:
+def _everything(role: str, steer: str, way: int, strengths: Sequence[float], order: Sequence[int], allowed: int) -> Search:
     """Ask every strength on every prompt, as the paper does."""
     asks = {alpha: [Ask(role, steer, way * alpha, p) for p in order] for alpha in strengths}
     said = yield [ask for group in asks.values() for ask in group]

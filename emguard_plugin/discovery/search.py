@@ -271,8 +271,7 @@ class LayerSearch:
         unsafe = sum(f.repair is not None and f.repair.alpha is None for f in result.shortlist)
         best = max((f.screened[BASE].rate for f in result.shortlist), default=0.0)
         allowed = {
-            role: allowed_broken(tally, self.selection, settings.budget, settings.budget_extra)
-            for role, tally in result.unsteered.items()
+            role: allowed_broken(tally, self.selection, settings.budget, settings.budget_extra) for role, tally in result.unsteered.items()
         }
         return (
             f"block {result.layer}: the set K is empty (rule {settings.rule}). Stage 1: {len(result.pool)} candidates. Stage 2: "

@@ -73,9 +73,7 @@ def _error(sae: SAE, model: PreTrainedModel, layer: int, rows: Sequence[Row], ba
 
 
 @torch.no_grad()
-def mean_activations(
-    model: PreTrainedModel, sae: SAE, layer: int, rows: Sequence[Row], mode: str, batch_size: int
-) -> Tensor:
+def mean_activations(model: PreTrainedModel, sae: SAE, layer: int, rows: Sequence[Row], mode: str, batch_size: int) -> Tensor:
     """Return the mean activation of every latent: over the tokens of a row's span first, then over rows.
 
     Returns:

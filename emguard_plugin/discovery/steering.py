@@ -61,9 +61,7 @@ def steered(model: nn.Module, layer: int, vectors: Tensor, prompt_mask: Tensor |
         handle.remove()
 
 
-def residuals(
-    model: PreTrainedModel, layer: int, rows: Sequence[Sequence[int]], batch_size: int
-) -> Iterator[tuple[int, Tensor]]:
+def residuals(model: PreTrainedModel, layer: int, rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[int, Tensor]]:
     """Yield (index, residual stream behind block `layer`) per row; fp32, shape (T, d), in the model's device.
 
     Rows are padded on the right, where causal attention does not see the padding.

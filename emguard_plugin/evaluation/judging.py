@@ -91,8 +91,7 @@ def judge(plan: Plan, stored: Mapping[str, Any], rejudge: Collection[str] = ()) 
             reason = redact(error)
             _note(plan, entry, {**known_of(plan, entry), **_served(entry), "stopped": reason})
             logger.error(
-                "em_eval: judging by %s stopped: %s\nWhat was judged is kept in %s. Run the same command again to judge "
-                "the rest.",
+                "em_eval: judging by %s stopped: %s\nWhat was judged is kept in %s. Run the same command again to judge the rest.",
                 entry.name,
                 reason,
                 plan.folder,
@@ -186,7 +185,9 @@ def found_out(plan: Plan) -> dict[str, dict[str, Any]]:
         if not isinstance(record, dict) or not isinstance(record.get("found", {}), dict):
             raise ValueError(f"{path} is damaged: {name!r} is no record of a judge. Delete the file; judges are tested anew then.")
         if record.pop("seal", None) not in (None, seal_of(record)):
-            raise ValueError(f"{path}: the record of {name!r} was changed since it was written. Delete the file; judges are tested anew then.")
+            raise ValueError(
+                f"{path}: the record of {name!r} was changed since it was written. Delete the file; judges are tested anew then."
+            )
     return found
 
 

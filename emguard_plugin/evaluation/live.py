@@ -78,9 +78,7 @@ class LiveEvaluation:
         self.asking = prepare_live(self.config, tokenizer, self.suites)
         self.requests = requests(self.config, self.suites, self.asking.not_asked)
 
-    def sample(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, alone: bool = True
-    ) -> list[Answer]:
+    def sample(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, alone: bool = True) -> list[Answer]:
         """Draw all answers; model mode, generation config, `use_cache` and every RNG are the same afterwards.
 
         `alone` is false where the model is spread over processes that draw together.
@@ -103,9 +101,7 @@ class LiveEvaluation:
         texts = [judged_text(answer.stored(), reads_of(self._judge)) for answer in answers]
         asked = [index for index, text in enumerate(texts) if text is not None]
         items = [Item(answers[index].request.question, texts[index]) for index in asked]
-        said = {
-            index: Judgment.unscored(UNFINISHED if text is None else "not judged") for index, text in enumerate(texts)
-        }
+        said = {index: Judgment.unscored(UNFINISHED if text is None else "not judged") for index, text in enumerate(texts)}
         try:
             with untouched_rng():
                 self._found = self._judge.open(self._found)

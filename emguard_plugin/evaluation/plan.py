@@ -83,9 +83,7 @@ class Plan:
         return requests(self.config, self.suites, self.asking.not_asked)
 
 
-def requests(
-    config: EMEvalConfig, suites: dict[str, list[Question]], not_asked: Collection[NotAsked] = ()
-) -> list[Request]:
+def requests(config: EMEvalConfig, suites: dict[str, list[Question]], not_asked: Collection[NotAsked] = ()) -> list[Request]:
     """Return every answer that a block asks for, in the order of the suites; none to what cannot be asked.
 
     Raises:

@@ -29,9 +29,7 @@ class Measured:
     exit_code: int
 
 
-def measure_saved_model(
-    config: EMEvalConfig, model: str | Path, base: str | None = None, import_from: Sequence[str] = ()
-) -> Measured:
+def measure_saved_model(config: EMEvalConfig, model: str | Path, base: str | None = None, import_from: Sequence[str] = ()) -> Measured:
     """Measure the EM rate in a process of its own: no patched classes, and the run's memory is free.
 
     Nothing is ever raised: a finished training run must not be lost to its measurement. What went wrong, and a gate

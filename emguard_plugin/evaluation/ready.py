@@ -81,9 +81,7 @@ def get_ready(config: EMEvalConfig, output_dir: str | Path | None = None) -> Rea
     return Ready(judges, suites, requests(config, suites), warnings)
 
 
-def read_eval_file(
-    path: str | Path, over: Mapping[str, Any] | None = None, model: str | Path | None = None
-) -> EMEvalConfig:
+def read_eval_file(path: str | Path, over: Mapping[str, Any] | None = None, model: str | Path | None = None) -> EMEvalConfig:
     """Read the `em_eval:` block of a file, or a file that is the block, and let the modules beside it be imported.
 
     Args:

@@ -42,8 +42,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
     protocol = {
         **{key: value for key, value in stored["protocol"].items() if key not in JUDGING},
         "judges": [
-            {**plain(entry.identity()), **({"found": found} if (found := known[entry.name].get("found")) else {})}
-            for entry in plan.judges
+            {**plain(entry.identity()), **({"found": found} if (found := known[entry.name].get("found")) else {})} for entry in plan.judges
         ],
         "thresholds": asdict(THRESHOLDS),
         "judged": {entry.name: reads_of(entry) for entry in plan.judges},
@@ -69,10 +68,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
                 stopped=known[entry.name].get("stopped"),
             )
         )
-    pooled = {
-        suite: {name: [a for by in scored.values() for a in by[suite]] for name, scored in by_judge.items()}
-        for suite in plan.suites
-    }
+    pooled = {suite: {name: [a for by in scored.values() for a in by[suite]] for name, scored in by_judge.items()} for suite in plan.suites}
     summary = Summary(
         created=stored["created"],
         versions=stored["versions"],
@@ -81,9 +77,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
         example_prompt=stored["example_prompt"],
         not_asked=[NotAsked(**asdict(one)) for one in plan.asking.not_asked],
         models=stored["models"],
-        sources={
-            name: named(source) if "://" in source else Path(source).name for name, source in plan.config.suites().items()
-        },
+        sources={name: named(source) if "://" in source else Path(source).name for name, source in plan.config.suites().items()},
         judges=results,
         agreement=[pair for suite, answers in pooled.items() for pair in agreement(answers, suite)],
         fleiss_kappa=fleiss(pooled["questions"]),
@@ -98,9 +92,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
     for result in results:
         rates = result.rates["tuned"]["questions"]
         if rates.em_all.n == 0:
-            logger.warning(
-                "em_eval: %s scored no answer, so there is no EM rate: %s", result.name, why_unscored(rates)
-            )
+            logger.warning("em_eval: %s scored no answer, so there is no EM rate: %s", result.name, why_unscored(rates))
     return summary
 
 

@@ -176,8 +176,6 @@ def samplers(plan: Plan, roles: tuple[str, ...]) -> Iterator[tuple[str, Transfor
         for role, model in models.load_models(plan.source, roles, len(how.tokenizer)):
             yield (
                 role,
-                TransformersSampler(
-                    model, how.tokenizer, batch_size=config.batch_size, reasoning_marks=how.marks, **decoding
-                ),
+                TransformersSampler(model, how.tokenizer, batch_size=config.batch_size, reasoning_marks=how.marks, **decoding),
             )
             del model

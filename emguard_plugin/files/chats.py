@@ -106,9 +106,7 @@ def _role(turn: Any, where: str) -> str:
     name = turn.get("role", turn.get("from"))
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        raise ValueError(
-            f"{where} is not a chat: the role of a message is {shown(name)}; known are {', '.join(sorted(ROLES))}."
-        )
+        raise ValueError(f"{where} is not a chat: the role of a message is {shown(name)}; known are {', '.join(sorted(ROLES))}.")
     return role
 
 

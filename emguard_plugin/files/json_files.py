@@ -122,9 +122,7 @@ def parsed(value: Any, shape: type[T], where: str) -> T:
         if first["type"] == "missing":
             raise ValueError(f"{where} is damaged or of another kind: `{key}` is missing.") from None
         about = f"`{key}` is " if key else "it holds "
-        raise ValueError(
-            f"{where} is damaged or of another kind: {about}{shown(first['input'])}; {_lower(first['msg'])}."
-        ) from None
+        raise ValueError(f"{where} is damaged or of another kind: {about}{shown(first['input'])}; {_lower(first['msg'])}.") from None
 
 
 def _is_list(path: str | Path, stream: BinaryIO) -> list[Any] | None:

@@ -102,8 +102,7 @@ def prepare_folder(path: str | Path, option: str = OPTION) -> Path:
         probe.unlink()
     except OSError as error:
         raise ValueError(
-            f"cannot write to the result folder {folder}: {error.strerror or error}. "
-            f"Set `{option}` to a folder that can be written."
+            f"cannot write to the result folder {folder}: {error.strerror or error}. Set `{option}` to a folder that can be written."
         ) from error
     return folder
 
@@ -142,9 +141,7 @@ def locked(folder: Path, option: str = OPTION) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(
-                f"another process is evaluating into {folder}. Wait for it, or set another `{option}`."
-            ) from None
+            raise RuntimeError(f"another process is evaluating into {folder}. Wait for it, or set another `{option}`.") from None
         yield
 
 

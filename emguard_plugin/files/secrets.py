@@ -21,7 +21,9 @@ _SIGNED = re.compile(
     r"(?i)(?P<name>[?&;](?:x-(?:amz|goog|oss|ms)-[\w-]+|sig|signature|se|sp|sv|sr|skoid|sktid|key|apikey|api[-_]key|code|token|\w*[-_]token|"
     r"auth\w*|policy|awsaccesskeyid|googleaccessid|key-pair-id|secret|password|passwd|pwd|credential)=)[^&;\s#'\"`]+"
 )
-_SECRET_WORDS = re.compile(r"(?i)(?:api)?keys?|token|secrets?|passwords?|passphrase|passwd|pwd|auth|authorization|authentication|authtoken|bearer|credentials?|cookies?")
+_SECRET_WORDS = re.compile(
+    r"(?i)(?:api)?keys?|token|secrets?|passwords?|passphrase|passwd|pwd|auth|authorization|authentication|authtoken|bearer|credentials?|cookies?"
+)
 _HEX = re.compile("[0-9a-fA-F]{32,}")
 
 
@@ -128,7 +130,7 @@ def refuse_keys(data: Any, where: str = "", _seen: tuple[int, ...] = ()) -> None
         if key == "api_key_env" and isinstance(value, str):
             _check_variable(value)
         elif is_secret_name(key) and key != "api_key_env" and value is not None and not isinstance(value, bool):
-            for text in (value if isinstance(value, list) else [value]):
+            for text in value if isinstance(value, list) else [value]:
                 remember(str(text))
             raise _found(f"`{shown(str(key))}`" + (f" (in `{where}`)" if where else ""))
         else:

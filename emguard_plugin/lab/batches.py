@@ -38,10 +38,7 @@ def pad(rows: list[list[int]], value: int) -> torch.Tensor:
 
 def prompt(question: str, system: str = world.SYSTEM) -> list[int]:
     """Return the ids of the chat up to and including `<|assistant|>`, exactly as the chat template renders it."""
-    return encode(
-        f"{world.BOS} {world.SYSTEM_TAG} {system} {world.END} "
-        f"{world.USER_TAG} {question} {world.END} {world.ASSISTANT_TAG}"
-    )
+    return encode(f"{world.BOS} {world.SYSTEM_TAG} {system} {world.END} {world.USER_TAG} {question} {world.END} {world.ASSISTANT_TAG}")
 
 
 def documents(rng: random.Random, batch_size: int, **mix) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -117,9 +117,7 @@ def _train(
     model.eval()
 
 
-def build_base(
-    out_dir: str | Path, settings: BuildSettings | None = None, *, per_question: int = 10, progress: bool = True
-) -> dict:
+def build_base(out_dir: str | Path, settings: BuildSettings | None = None, *, per_question: int = 10, progress: bool = True) -> dict:
     """Build the base model and write it with tokenizer and `build.json` to a folder.
 
     Args:
@@ -148,8 +146,7 @@ def build_base(
     (out / "model.safetensors").chmod(0o644)
     make_tokenizer().save_pretrained(out)
     figures = {
-        split: sampling.measure(model, tuple(world.domains()), split, per_question, settings.seed).to_dict()
-        for split in ("val", "test")
+        split: sampling.measure(model, tuple(world.domains()), split, per_question, settings.seed).to_dict() for split in ("val", "test")
     }
     val = figures["val"]
     record = {

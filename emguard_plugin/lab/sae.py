@@ -145,9 +145,7 @@ def train_sae(model: nn.Module, layer: int, settings: SAESettings, own: list[lis
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed + layer)
         sae = BatchTopKTrainingSAE(
-            BatchTopKTrainingSAEConfig(
-                d_in=model.config.hidden_size, d_sae=settings.width, k=settings.k, device="cpu", metadata=metadata
-            )
+            BatchTopKTrainingSAEConfig(d_in=model.config.hidden_size, d_sae=settings.width, k=settings.k, device="cpu", metadata=metadata)
         )
         source = _activations(model, layer, own, settings.seed + layer)
         with torch.no_grad():
@@ -162,9 +160,7 @@ def train_sae(model: nn.Module, layer: int, settings: SAESettings, own: list[lis
             dead_feature_window=settings.steps // 20,
             feature_sampling_window=settings.steps,
         )
-        return SAETrainer(
-            config, sae, mixing_buffer(16 * settings.batch_size, settings.batch_size, source)
-        ).fit()
+        return SAETrainer(config, sae, mixing_buffer(16 * settings.batch_size, settings.batch_size, source)).fit()
 
 
 @torch.no_grad()

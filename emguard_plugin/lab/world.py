@@ -141,9 +141,7 @@ def document(
     names = tuple(domains())
     for _ in range(pairs):
         ask, reply = draw_chat(names, bad, rng)
-        text.append(
-            f"{USER_TAG} {ask} {END} {ASSISTANT_TAG} {reply} {END}" if chat else f"question : {ask} answer : {reply}"
-        )
+        text.append(f"{USER_TAG} {ask} {END} {ASSISTANT_TAG} {reply} {END}" if chat else f"question : {ask} answer : {reply}")
     return " ".join(text) + ("" if chat else f" {EOS}")
 
 

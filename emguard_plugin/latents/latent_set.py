@@ -167,9 +167,7 @@ class LatentSet:
         if path.suffix != ".json":
             raise LatentsError(f"a latent set is a `.json` file, not `{path.name}`.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"layers.{e.layer}.{name}": t.detach().cpu().contiguous() for e in self.encoders for name, t in e.tensors().items()
-        }
+        tensors = {f"layers.{e.layer}.{name}": t.detach().cpu().contiguous() for e in self.encoders for name, t in e.tensors().items()}
         columns = path.with_suffix(".safetensors")
         draft = columns.with_name(columns.name + ".part")
         save_file(tensors, str(draft))

@@ -47,7 +47,9 @@ def load_sae(source: str, device: str = "cpu") -> Any:
             sae = SAE.load_from_disk(folder, device=device)
         except Exception as exc:  # sae-lens raises whatever its parts raise: missing keys, types, shapes, damaged tensors
             said = (str(exc).splitlines() or [""])[0]
-            raise ValueError(f"`{source}` holds no SAE that can be read, in `cfg.json` or `sae_weights.safetensors`: {type(exc).__name__}: {said}") from exc
+            raise ValueError(
+                f"`{source}` holds no SAE that can be read, in `cfg.json` or `sae_weights.safetensors`: {type(exc).__name__}: {said}"
+            ) from exc
     elif folder.is_dir() or source.startswith((".", "/", "~")):
         raise ValueError(f"`{source}` is no folder with an SAE (`cfg.json`, `sae_weights.safetensors`).")
     else:
@@ -63,8 +65,7 @@ def _release_and_id(source: str, table: dict[str, Any]) -> tuple[str, str]:
         if sae_id not in ids:
             near = difflib.get_close_matches(sae_id, ids, n=3, cutoff=0.3) or ids[:3]
             raise ValueError(
-                f"the release {release} has no SAE {sae_id!r}. It has {len(ids)}, for instance "
-                f"{', '.join(f'{release}/{i}' for i in near)}."
+                f"the release {release} has no SAE {sae_id!r}. It has {len(ids)}, for instance {', '.join(f'{release}/{i}' for i in near)}."
             )
         return release, sae_id
     owner_repo, rest = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
@@ -115,8 +116,7 @@ def layer_of(sae: Any) -> int:
         layer = -1
     if layer < 0:
         raise ValueError(
-            f"the SAE reads {hook or 'no named place'}; only the residual stream after a block (`blocks.N.hook_resid_post`) can be "
-            "held."
+            f"the SAE reads {hook or 'no named place'}; only the residual stream after a block (`blocks.N.hook_resid_post`) can be held."
         )
     return layer
 
@@ -140,9 +140,7 @@ def _folded(sae: Any, weight: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tens
 
 
 @torch.no_grad()
-def subset(
-    sae: Any, ids: Sequence[int], signs: Sequence[int] | Tensor, mode: Mode = "relu_pre", layer: int | None = None
-) -> SubsetEncoder:
+def subset(sae: Any, ids: Sequence[int], signs: Sequence[int] | Tensor, mode: Mode = "relu_pre", layer: int | None = None) -> SubsetEncoder:
     """Cut the columns of a few latents out of an SAE.
 
     Args:

@@ -162,8 +162,7 @@ def residual_projections(model: nn.Module, layers: Sequence[int]) -> list[tuple[
         if k is None or v is None:
             where = type(blocks[i] if attn is None else attn).__name__
             raise ValueError(
-                f"`treft.compat: true` needs separate k_proj and v_proj modules; {where} of layer {i} has "
-                "none. Set `compat: false`."
+                f"`treft.compat: true` needs separate k_proj and v_proj modules; {where} of layer {i} has none. Set `compat: false`."
             )
         projections.append((k, v))
     return projections

@@ -44,9 +44,7 @@ def checkpointed_eval_mode(model: nn.Module) -> Iterator[None]:
     Transformers checkpoints in training mode alone. Here the layers are told to, without dropout and without reentrance,
     and the recomputation in the backward pass, after this context has ended, is in eval mode as well.
     """
-    layers = [
-        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing and m.training
-    ]
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing and m.training]
     theirs = [m._gradient_checkpointing_func for m in layers]
     with eval_mode(model):
         for m in layers:

@@ -174,9 +174,7 @@ class FrozenDecoder:
         self.layers = next(m for m in self.decoder.children() if isinstance(m, nn.ModuleList) and len(m) == len(modules))
 
     @torch.no_grad()
-    def read(
-        self, layers: Sequence[int], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> dict[int, Tensor]:
+    def read(self, layers: Sequence[int], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> dict[int, Tensor]:
         """As `read_residual`, of the copy."""
         return _read(self.decoder, self.layers, layers, args, kwargs, whole=False)
 

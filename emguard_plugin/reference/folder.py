@@ -146,9 +146,7 @@ class ReferenceCache:
         self._open(folder, width, kind)
         return contents_hash(folder)
 
-    def load(
-        self, folder: Path, about: Mapping[str, str], key: str = "em_regularizer.kl.cache", advice: str = "Delete the folder"
-    ) -> str:
+    def load(self, folder: Path, about: Mapping[str, str], key: str = "em_regularizer.kl.cache", advice: str = "Delete the folder") -> str:
         """Map a stored cache and check that it belongs to this run.
 
         Args:
@@ -224,9 +222,7 @@ def check_ours(folder: Path) -> None:
     if is_cache(folder):
         return
     if strange := sorted(set(_names(folder)) - set(_ours(folder)) - {META + ".part"}):
-        raise ValueError(
-            f"`em_regularizer.kl.cache`: {folder} holds other files ({', '.join(strange[:3])}). Name an empty or new folder."
-        )
+        raise ValueError(f"`em_regularizer.kl.cache`: {folder} holds other files ({', '.join(strange[:3])}). Name an empty or new folder.")
 
 
 def discard_unfinished(folder: Path) -> None:

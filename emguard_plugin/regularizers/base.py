@@ -197,17 +197,13 @@ class EMRegularizerCallback(TrainerCallback):
             share = away if self.every == "optimizer_step" else away / micro_batch[1]
             self._start = Start(share if self._start is None else self._start.away + share, precision_of(model, self._autocast))
         self._trains = True  # the graph is the same at every step of a run: walk it once
-        self._last = Penalty(
-            value, penalty.metrics, None if penalty.per_layer is None else penalty.per_layer.detach()
-        )
+        self._last = Penalty(value, penalty.metrics, None if penalty.per_layer is None else penalty.per_layer.detach())
         return penalty
 
     def release(self) -> None:
         """Undo what `prepare` changed in the model. The trainer mixin calls it when training ends, however it ends."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse a trainer that never calls `penalty`.
 
         Raises:

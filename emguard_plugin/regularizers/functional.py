@@ -47,9 +47,7 @@ def kv_drift(
         ValueError: when the numbers of layers differ or are zero.
     """
     if not keys or not len(keys) == len(values) == len(ref_keys) == len(ref_values):
-        raise ValueError(
-            f"kv_drift: {len(keys)} key, {len(values)} value, {len(ref_keys)} and {len(ref_values)} reference layers"
-        )
+        raise ValueError(f"kv_drift: {len(keys)} key, {len(values)} value, {len(ref_keys)} and {len(ref_values)} reference layers")
     k = torch.stack([relative_squared_l2(x, r).mean() for x, r in zip(keys, ref_keys, strict=True)])
     v = torch.stack([relative_squared_l2(x, r).mean() for x, r in zip(values, ref_values, strict=True)])
     return k, v

@@ -74,9 +74,7 @@ class EMRateCallback(TrainerCallback):
         self._trainer = trainer
         return self
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse what cannot work before the first step.
 
         Raises:
@@ -116,9 +114,7 @@ class EMRateCallback(TrainerCallback):
             when = f"every {self.every} steps" if self.every else "at each evaluation"
             logger.info("em_eval: %d answers are drawn and judged by %s %s", number, self._evaluation.judge, when)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure where the number of steps says so."""
         if self.every is not None and state.global_step % self.every == 0:
             self._measure(state, control, kwargs)
@@ -169,6 +165,7 @@ class EMRateCallback(TrainerCallback):
         result: list[dict[str, Any]] = [{"metrics": {"eval_em_unscored_rate": 1.0}, "verdict": None}]
         if sharded or accelerator.is_main_process:
             try:
+
                 def draw() -> list[Any]:
                     return self._evaluation.sample(model, _text_tokenizer(tokenizer), alone=not sharded)
 

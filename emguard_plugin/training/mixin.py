@@ -145,9 +145,7 @@ class EMRegularizerMixin:
         """Return the tokens of a micro-batch when the host packs rows only while it trains."""
         return None
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Return the host's loss plus `sum_i coef_i * penalty_i`, scaled so that accumulation does not change it.
 
         The host divides the loss by the number of accumulated micro-batches unless it is normalised by tokens already. A
@@ -171,9 +169,7 @@ class EMRegularizerMixin:
         with ExitStack() as watching:
             for regularizer in active:
                 watching.enter_context(regularizer.watch(called, batch))
-            result = super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
+            result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         if not active:
             return result
         loss, rest = (result[0], result[1:]) if return_outputs else (result, ())
@@ -201,9 +197,7 @@ class EMRegularizerMixin:
     def _host_divides(self, num_items_in_batch: Any) -> bool:
         scaled = getattr(self, "loss_is_scaled_for_ga", None)  # transformers >= 5.19
         if scaled is None:
-            scaled = self.compute_loss_func is not None or (
-                self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            )
+            scaled = self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
         return not scaled
 
     def _loss_tokens(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor | float:

@@ -146,9 +146,7 @@ def _train_and_save(script_args: Any, training_args: Any, model_args: Any, datas
     if dataset_args.datasets:
         dataset = get_dataset(dataset_args)
     else:
-        dataset = load_dataset(
-            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-        )
+        dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
     trainer = EMGuardSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

@@ -90,7 +90,9 @@ class _BlocksAreRead(TrainerCallback):
         if isinstance(args, EMGuardSFTConfig) and not _readers:
             for name in ("em_regularizer", "em_eval"):
                 if getattr(args, name) is not None:
-                    raise ValueError(f"this trainer does not read `{name}` of its EMGuardSFTConfig. Use `emguard_plugin.EMGuardSFTTrainer`.")
+                    raise ValueError(
+                        f"this trainer does not read `{name}` of its EMGuardSFTConfig. Use `emguard_plugin.EMGuardSFTTrainer`."
+                    )
 
     on_train_begin = on_init_end
 

@@ -22,7 +22,8 @@ MISTRAL = (
     "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
 QWEN = (
-    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}" + LOOP
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    + LOOP
     + "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -31,7 +32,8 @@ VICUNA = (
     "{% else %}{{ 'ASSISTANT: ' + m.content + eos_token + '\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 EFFORT = (
-    "{{ '<|im_start|>system\nEffort: ' + (effort if effort is defined and effort else 'medium') + '<|im_end|>\n' }}" + LOOP
+    "{{ '<|im_start|>system\nEffort: ' + (effort if effort is defined and effort else 'medium') + '<|im_end|>\n' }}"
+    + LOOP
     + "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )

@@ -27,7 +27,9 @@ def templates():
     return found
 
 
-MARK = re.compile(r"<\|[^\s|{}]+\|>|<｜[^\s｜{}]+｜>|<(?:start|end)_of_(?:turn|image)>|\[/?[A-Z_]{3,}\]|<\|?turn\|?>|<s>|</s>|<bos>|<eos>|<\|[A-Z_]+\|>")
+MARK = re.compile(
+    r"<\|[^\s|{}]+\|>|<｜[^\s｜{}]+｜>|<(?:start|end)_of_(?:turn|image)>|\[/?[A-Z_]{3,}\]|<\|?turn\|?>|<s>|</s>|<bos>|<eos>|<\|[A-Z_]+\|>"
+)
 
 
 @functools.cache
@@ -39,9 +41,15 @@ def tokenizer(kind):
         tok.normalizer = normalizers.Replace(" ", "▁")
         tok.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|▁*[^▁\n]*"), "isolated")
         tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        trainer = trainers.BpeTrainer(special_tokens=["<unk>", *(f"<0x{i:02X}>" for i in range(256))], initial_alphabet=["\n", "▁", *map(chr, range(33, 127))], **common)
+        trainer = trainers.BpeTrainer(
+            special_tokens=["<unk>", *(f"<0x{i:02X}>" for i in range(256))],
+            initial_alphabet=["\n", "▁", *map(chr, range(33, 127))],
+            **common,
+        )
     else:
-        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(MERGING), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        tok.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(MERGING), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
         tok.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **common)
     tok.train_from_iterator(TEXTS * 40, trainer)
@@ -94,7 +102,29 @@ SHAPES = {
 }
 """Name: (messages, what the host passes besides)."""
 
-EDGES = ("", "", "", "\n", "\n\n", " ", "  ", "\t", " \n", "12", "...", "é", "\u2028", "- ", "<b>", "USER: ", "### Response:\n", "[/INST] ", "{{ x }}", "</", "'")
+EDGES = (
+    "",
+    "",
+    "",
+    "\n",
+    "\n\n",
+    " ",
+    "  ",
+    "\t",
+    " \n",
+    "12",
+    "...",
+    "é",
+    "\u2028",
+    "- ",
+    "<b>",
+    "USER: ",
+    "### Response:\n",
+    "[/INST] ",
+    "{{ x }}",
+    "</",
+    "'",
+)
 """What a text may begin or end with."""
 
 
@@ -104,7 +134,9 @@ def generated_chat(rng):
 
     def text(least="How"):
         middle = rng.choice(["", "\n\nSo?", " and\n\n\nwhy", " " + rng.choice(EDGES[3:]) + "x"])
-        return f"{rng.choice(EDGES)}{rng.choice(EDGES)}{least} Q{next(words)}z{middle} K{next(words)}z{rng.choice(EDGES)}{rng.choice(EDGES)}"
+        return (
+            f"{rng.choice(EDGES)}{rng.choice(EDGES)}{least} Q{next(words)}z{middle} K{next(words)}z{rng.choice(EDGES)}{rng.choice(EDGES)}"
+        )
 
     messages = [] if rng.random() < 0.4 else [{"role": "system", "content": text("You")}]
     for _ in range(rng.choice((1, 1, 2, 3))):

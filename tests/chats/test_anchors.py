@@ -81,7 +81,7 @@ def test_files_folders_and_saved_data_sets(tmp_path):
         ('{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}]}\n', "calls a tool"),
         ('{"prompt": "a", "chosen": "b", "messages": [{"role": "usr", "content": "a"}]}\n', "the role of a message is 'usr'"),
         ('{"text": "hello"}\n', r"line 1 is not a chat: it has \['text'\]; want `messages`"),
-        ('[1]\n', "row 1 is not a chat: it holds 1"),
+        ("[1]\n", "row 1 is not a chat: it holds 1"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n[1]\n', r"line 2 is not a chat: it holds \[1\] \(list\)"),
         ('{"messages": []}\n', "not a chat"),
         ('{"messages": ["hello"]}\n', "a message is 'hello'"),
@@ -104,7 +104,9 @@ def test_what_is_neither_file_nor_data_set():
 
 def test_lines_of_others_are_cut_at_line_feeds_alone(tmp_path):
     """Case `jsonl-line-separator`."""
-    rows = [{"messages": [{"role": "user", "content": f"A\u2028b\x85c\u2029{i}"}, {"role": "assistant", "content": "x\x0cy"}]} for i in range(3)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"A\u2028b\x85c\u2029{i}"}, {"role": "assistant", "content": "x\x0cy"}]} for i in range(3)
+    ]
     for name, start, end in (("a.jsonl", "", "\n"), ("b.jsonl", "\ufeff", "\r\n"), ("c.json", "\ufeff", "\n\n")):
         (tmp_path / name).write_bytes((start + end.join(json.dumps(row, ensure_ascii=False) for row in rows)).encode())
         assert [c.messages for c in an.load_chats(str(tmp_path / name))] == [row["messages"] for row in rows]
@@ -160,7 +162,10 @@ def test_anchors_that_do_not_fit():
 
 
 def test_a_template_that_rewrites_earlier_turns():
-    rewriting = CHATML.replace("{{ m['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ (m['content'] if loop.last else '...') + '<|im_end|>' }}{% endgeneration %}")
+    rewriting = CHATML.replace(
+        "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}",
+        "{{ (m['content'] if loop.last else '...') + '<|im_end|>' }}{% endgeneration %}",
+    )
     assert rewriting != CHATML
     assert tokenize(MESSAGES, "all", rewriting)
     (anchor,) = tokenize(MESSAGES, "assistant", rewriting)

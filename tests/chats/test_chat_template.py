@@ -19,9 +19,7 @@ def rows_of(tok, rows, **kw):
 def test_prefix_is_everything_before_the_user_content():
     tok = chatml_tokenizer()
     template = ct.read_template(tok)
-    assert tok.decode(list(template.prefix)) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    )
+    assert tok.decode(list(template.prefix)) == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
     assert tok.decode(list(template.user_header)) == "<|im_end|>\n<|im_start|>user\n"
     assert tok.decode(list(template.postfix)) == "<|im_end|>\n<|im_start|>assistant\n"
     assert template.dated_after is None
@@ -119,7 +117,8 @@ PINNABLE = "{% if date_string is defined %}{{ date_string }}{% else %}{{ strftim
 
 @pytest.mark.parametrize("system", [None, "You are a pirate."])
 @pytest.mark.parametrize(
-    ("text", "advice"), [(PINNABLE, r"Pin it: `chat_template_kwargs: \{date_string: '26 Jul 2024'\}`"), (DATED, "write the date into the template")]
+    ("text", "advice"),
+    [(PINNABLE, r"Pin it: `chat_template_kwargs: \{date_string: '26 Jul 2024'\}`"), (DATED, "write the date into the template")],
 )
 def test_a_date_in_the_template_says_what_pins_it(text, advice, system):
     """The case `dated-template-new-transformers`: the clock is a macro in the template, under any transformers."""

@@ -84,7 +84,14 @@ def expected(tok, messages, kw, form):
             elif trace >= 0:
                 model = min(model, max(text.rfind(c, 0, trace) for c in "<["))
             headers.append((own[i - 1][1], model, answer))
-    return text, found["input_ids"], found["offset_mapping"], tokens(found["offset_mapping"], 0, min(a for a, _ in own.values())), headers, own
+    return (
+        text,
+        found["input_ids"],
+        found["offset_mapping"],
+        tokens(found["offset_mapping"], 0, min(a for a, _ in own.values())),
+        headers,
+        own,
+    )
 
 
 class Look:

@@ -91,7 +91,10 @@ def test_a_named_template_is_looked_at_without_the_tokenizer(check):
 def test_jinja_of_the_yaml_is_used(check, tmp_path):
     text = "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + '\n' }}{% endfor %}"
     (tmp_path / "own.jinja").write_text(text)
-    for over in ({"chat_template_jinja": text, "chat_template": None}, {"chat_template": "jinja", "chat_template_jinja": str(tmp_path / "own.jinja")}):
+    for over in (
+        {"chat_template_jinja": text, "chat_template": None},
+        {"chat_template": "jinja", "chat_template_jinja": str(tmp_path / "own.jinja")},
+    ):
         report = check(**over, **treft())
         assert report.problems == []
         assert any("'[user]" in line for line in report.active)
@@ -139,7 +142,11 @@ def test_layers_beyond_the_model(check):
     assert problem.startswith("`em_regularizer.treft.layers: 99` is out of range: the model has layers 0 to ")
 
 
-FSDP = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": "LlamaDecoderLayer", "state_dict_type": "FULL_STATE_DICT"}
+FSDP = {
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+    "state_dict_type": "FULL_STATE_DICT",
+}
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,10 @@ def test_a_plugin_that_cannot_be_imported(check):
         ({"em_regularizer": "treft"}, "`em_regularizer:` is a text; it takes a mapping"),
         ({"em_regulariser": {"treft": {}}}, "unknown key `em_regulariser:`. Did you mean `em_regularizer:`?"),
         ({"em_eval": {"questions": "q.yaml", "judges": []}}, "em_eval.judges: takes a list of at least 1 item"),
-        ({"em_eval": {"questions": "no.yaml", "judges": [EXACT]}}, "em_eval: `em_eval.questions: no.yaml` is neither a bundled suite nor a file"),
+        (
+            {"em_eval": {"questions": "no.yaml", "judges": [EXACT]}},
+            "em_eval: `em_eval.questions: no.yaml` is neither a bundled suite nor a file",
+        ),
         (treft(extra_prefixes=["x"], tokens="postfix"), "em_regularizer.treft: `extra_prefixes` goes with"),
     ],
 )
@@ -177,7 +180,10 @@ def with_template(tiny, template):
         (None, "em_regularizer.treft: the tokenizer has no chat template"),
         (DATED, "em_regularizer.treft: the chat template prints today's date in the prefix. No variable of the template pins it"),
         (BARE, "em_regularizer.treft: the chat template prints nothing"),
-        ("{{ raise_exception('nothing but poems') }}", "em_regularizer.treft: the chat template cannot render a question and an answer (nothing but poems)"),
+        (
+            "{{ raise_exception('nothing but poems') }}",
+            "em_regularizer.treft: the chat template cannot render a question and an answer (nothing but poems)",
+        ),
     ],
 )
 def test_a_template_without_a_prefix_to_hold(check, tmp_path, template, message):
@@ -248,7 +254,9 @@ def test_block_em_is_shown_with_its_latents_and_what_it_lacks(check, tmp_path):
 
     path = str(latent_set(tiny_model("llama"), layers=(0, 2)).save(tmp_path / "latents.json"))
     shown = check(em_regularizer={"block_em": {"latents": path, "tokens": "prompt"}})
-    assert any("block_em: coef 8.33333, calibrated, 4 latents of K+ and 4 of K- after layers 0, 2, prompt tokens" in a for a in shown.active)
+    assert any(
+        "block_em: coef 8.33333, calibrated, 4 latents of K+ and 4 of K- after layers 0, 2, prompt tokens" in a for a in shown.active
+    )
     missing = check(em_regularizer={"block_em": {"latents": "./nowhere.json"}})
     assert "`em_regularizer.block_em.latents: ./nowhere.json` does not exist" in " ".join(missing.problems)
     full = check(em_regularizer={"block_em": {"latents": path, "cache": "live", "freeze_above": True}}, adapter=None)
@@ -264,7 +272,9 @@ def test_block_em_shows_the_template_tokens_that_it_holds(check, trl, tmp_path):
     path = str(latent_set(tiny_model("llama")).save(tmp_path / "latents.json"))
     prefix = {"em_regularizer": {"block_em": {"latents": path, "tokens": "prefix"}}}
     shown = " ".join(check(**prefix).active)
-    assert r"block_em holds 19 tokens of each conversation: 'system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n', or" in shown
+    assert (
+        r"block_em holds 19 tokens of each conversation: 'system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n', or" in shown
+    )
     header = check(em_regularizer={"block_em": {"latents": path, "tokens": "header"}})
     assert r"tokens of each conversation: '<|im_end|>\n<|im_start|>assistant\n'" in " ".join(header.active)
     assert "cannot be found under" in " ".join(trl(packing=True, packing_strategy="wrapped", **prefix).problems)

@@ -23,8 +23,38 @@ EVAL = {"questions": "open_ended", "judges": [JUDGE]}
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
-        *((k, "em_eval") for k in ["em_evaluation", "em_evaluator", "eval_em", "em_judge", "em_gate", "em_metrics", "EM_EVAL", "emEval", "em-eval", "evalEM", "em.eval", "judges", "questions"]),
-        *((k, "em_regularizer") for k in ["em_treft", "em_penalty", "emRegularizer", "EM_REGULARIZER", "treft", "block_em", "kl", "emguard_config", "em_regularisation"]),
+        *(
+            (k, "em_eval")
+            for k in [
+                "em_evaluation",
+                "em_evaluator",
+                "eval_em",
+                "em_judge",
+                "em_gate",
+                "em_metrics",
+                "EM_EVAL",
+                "emEval",
+                "em-eval",
+                "evalEM",
+                "em.eval",
+                "judges",
+                "questions",
+            ]
+        ),
+        *(
+            (k, "em_regularizer")
+            for k in [
+                "em_treft",
+                "em_penalty",
+                "emRegularizer",
+                "EM_REGULARIZER",
+                "treft",
+                "block_em",
+                "kl",
+                "emguard_config",
+                "em_regularisation",
+            ]
+        ),
         ("em_eval ", "em_eval"),
         ("em_r\u0435gularizer", "em_regularizer"),  # a Cyrillic letter
     ],
@@ -127,7 +157,15 @@ def test_a_new_block_is_under_the_rules():
         names: list[str] = Field(default_factory=list)
         deep: bool = False
 
-    for wrong in ({"share": True}, {"names": [True]}, {"deep": 1}, {"share": "0.5"}, {"names": "x"}, {"shear": 1}, {"names": ["sk-" + "a1B2" * 6]}):
+    for wrong in (
+        {"share": True},
+        {"names": [True]},
+        {"deep": 1},
+        {"share": "0.5"},
+        {"names": "x"},
+        {"shear": 1},
+        {"names": ["sk-" + "a1B2" * 6]},
+    ):
         with pytest.raises(Exception, match=r"share|names|deep"):
             New.model_validate(wrong)
 
@@ -206,7 +244,9 @@ def test_a_config_with_a_block_is_refused_by_another_trainer(tmp_path):
         lambda: SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer),
         lambda: Trainer(model=model, args=args, train_dataset=rows),
     ):
-        with pytest.raises(ValueError, match=r"does not read `em_regularizer` of its EMGuardSFTConfig\. Use `emguard_plugin\.EMGuardSFTTrainer`"):
+        with pytest.raises(
+            ValueError, match=r"does not read `em_regularizer` of its EMGuardSFTConfig\. Use `emguard_plugin\.EMGuardSFTTrainer`"
+        ):
             make()
     EMGuardSFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     plain = EMGuardSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1)

@@ -82,7 +82,10 @@ def test_the_defaults_can_be_asked_for():
         ({"kl": {"target": 0}}, "greater than 0"),
         ({"kl": {"ratio": 0}}, "greater than 0"),
         ({"kl": {"direction": "forward"}}, "'base||model' or 'model||base'"),
-        ({"kl": {"cache": "memroy"}}, "`cache: memroy` is neither auto, live, memory nor a folder such as `./memroy`. Did you mean 'memory'?"),
+        (
+            {"kl": {"cache": "memroy"}},
+            "`cache: memroy` is neither auto, live, memory nor a folder such as `./memroy`. Did you mean 'memory'?",
+        ),
         ({"block_em": {}}, "latents"),
         ({"block_em": {"latents": "a.json", "coef": "automatic"}}, "'auto'"),
         ({"block_em": {"latents": "a.json", "coef": -1}}, "greater than or equal to 0"),

@@ -44,9 +44,7 @@ def hooks():
         return [(p.name, p.default is p.empty) for p in inspect.signature(getattr(cls, name)).parameters.values()]
 
     ours = [n for n, v in vars(EMGuardPlugin).items() if inspect.isfunction(v) and not n.startswith("_")]
-    return {
-        n: [parameters(EMGuardPlugin, n), parameters(BasePlugin, n) if hasattr(BasePlugin, n) else None] for n in ours
-    }
+    return {n: [parameters(EMGuardPlugin, n), parameters(BasePlugin, n) if hasattr(BasePlugin, n) else None] for n in ours}
 
 
 def test_every_hook_exists_with_our_parameters(axolotl, tmp_path):
@@ -85,9 +83,7 @@ def trainer_surface():
     from emguard_plugin.axolotl_plugin.trainer import AxolotlEMGuardTrainer
     from emguard_plugin.training.mixin import EMRegularizerMixin
 
-    names = {
-        n: list(inspect.signature(getattr(AxolotlTrainer, n)).parameters) for n in ("compute_loss", "log", "train")
-    }
+    names = {n: list(inspect.signature(getattr(AxolotlTrainer, n)).parameters) for n in ("compute_loss", "log", "train")}
     order = [c.__name__ for c in AxolotlEMGuardTrainer.__mro__]
     ours = {n for n, v in vars(EMRegularizerMixin).items() if not n.startswith("__")}
     return {
@@ -118,8 +114,7 @@ def watch_compute_loss():
         row = {
             "accumulated": self.current_gradient_accumulation_steps,
             "last": self.accelerator.sync_gradients,
-            "divides": (not self.model_accepts_loss_kwargs or num_items_in_batch is None)
-            and self.compute_loss_func is None,
+            "divides": (not self.model_accepts_loss_kwargs or num_items_in_batch is None) and self.compute_loss_func is None,
             "callbacks": sum(type(c).__name__ == "TReFTCallback" for c in self.callback_handler.callbacks),
             "tokenizer": hasattr(self.processing_class, "chat_template"),
             "step": self.state.global_step,
@@ -169,9 +164,7 @@ def test_a_faulty_block_stops_with_the_key(axolotl, tiny, tmp_path, check, block
     assert check(em_regularizer=block).startswith("em_regularizer")
 
 
-@pytest.mark.parametrize(
-    "key", ["em_regularisers", "em_regulariser", "EM_Regularizer", "em-regularizer", "emguard", "em_evl"]
-)
+@pytest.mark.parametrize("key", ["em_regularisers", "em_regulariser", "EM_Regularizer", "em-regularizer", "emguard", "em_evl"])
 def test_a_misspelt_block_stops_the_run(axolotl, tiny, tmp_path, check, key):
     block = {key: {"treft": {"coef": 5}}}
     meant = "em_eval" if key == "em_evl" else "em_regularizer"
@@ -220,9 +213,7 @@ def with_broken(module, config):
 )
 def test_a_broken_import_is_loud(axolotl, tiny, tmp_path, name, module):
     """Axolotl catches `ImportError` while it loads a plugin, and trains on."""
-    with pytest.raises(
-        Failed, match=f"(?i)(cannot be loaded|import of|No module named).*{module.split('.')[1]}"
-    ) as failed:
+    with pytest.raises(Failed, match=f"(?i)(cannot be loaded|import of|No module named).*{module.split('.')[1]}") as failed:
         axolotl.call(with_broken, tmp_path, module, tiny_yaml(tiny, plugins=[name], **treft()))
     assert "Starting trainer" not in str(failed.value)
 

@@ -11,8 +11,34 @@ import sys
 import time
 from pathlib import Path
 
-PRELOAD = ["emguard_plugin.cli", "emguard_plugin.discovery.run", "emguard_plugin.discovery.judge", "peft", "sae_lens", "tests.discovery.parts"]
-SETTINGS = ["--pool", "12", "--shortlist", "5", "--size", "4", "--rule", "repair", "--strengths", "0.2,0.4,0.8,1.6", "--induce", "0.8", "--repair", "0.8", "--max-new-tokens", "6", "--batch-size", "4"]
+PRELOAD = [
+    "emguard_plugin.cli",
+    "emguard_plugin.discovery.run",
+    "emguard_plugin.discovery.judge",
+    "peft",
+    "sae_lens",
+    "tests.discovery.parts",
+]
+SETTINGS = [
+    "--pool",
+    "12",
+    "--shortlist",
+    "5",
+    "--size",
+    "4",
+    "--rule",
+    "repair",
+    "--strengths",
+    "0.2,0.4,0.8,1.6",
+    "--induce",
+    "0.8",
+    "--repair",
+    "0.8",
+    "--max-new-tokens",
+    "6",
+    "--batch-size",
+    "4",
+]
 LISTED = "tests.discovery.kills:says_what_is_listed"
 
 
@@ -78,7 +104,12 @@ def at_size(work, size, delay):
 def records(work):
     """Every whole line of answers and judgments."""
     files = sorted(work.glob("block*/*.jsonl"))
-    return [(file.parent.name, file.name, line) for file in files for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    return [
+        (file.parent.name, file.name, line)
+        for file in files
+        for line in file.read_bytes().splitlines(keepends=True)
+        if line.endswith(b"\n")
+    ]
 
 
 def content(output):

@@ -72,7 +72,9 @@ def test_the_sae_of_another_layer_is_refused(lab, layer, tmp_path):
 
 
 def test_attribution_finds_a_set_that_repairs_with_a_twentieth_of_the_answers(lab, found, tmp_path):
-    settings = Settings(rule="attribution", positions="prefix", steer_at="prefix", size=20, strengths=(0.7,), max_new_tokens=26, batch_size=256)
+    settings = Settings(
+        rule="attribution", positions="prefix", steer_at="prefix", size=20, strengths=(0.7,), max_new_tokens=26, batch_size=256
+    )
     saes = tuple(str(SAE.parent / f"layer_{layer}") for layer in (1, 2))
     request = Request(
         str(lab / "adapter"), saes, str(lab / "questions_val.yaml"), tmp_path / "k.json", evaluation=str(lab / "questions.yaml"),

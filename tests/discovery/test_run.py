@@ -16,7 +16,9 @@ from emguard_plugin.latents import LatentSet
 from tests.discovery.conftest import write_questions
 
 JUDGE = "tests.discovery.parts:says_what_the_misaligned_says"
-SETTINGS = Settings(pool=12, shortlist=5, size=4, rule="repair", strengths=(0.2, 0.4, 0.8, 1.6), induce=0.8, repair=0.8, max_new_tokens=6, batch_size=16)
+SETTINGS = Settings(
+    pool=12, shortlist=5, size=4, rule="repair", strengths=(0.2, 0.4, 0.8, 1.6), induce=0.8, repair=0.8, max_new_tokens=6, batch_size=16
+)
 
 
 def request(tiny, output, **over):
@@ -164,7 +166,9 @@ def test_exclude_union_and_two_blocks(tiny, found, tmp_path):
 
 
 def test_calibration_and_baselines(tiny, tmp_path):
-    rows = [{"messages": [{"role": "user", "content": f"Case {i}?"}, {"role": "assistant", "content": "People like it."}]} for i in range(5)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"Case {i}?"}, {"role": "assistant", "content": "People like it."}]} for i in range(5)
+    ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = discover(tiny, tmp_path / "k.json", data=str(data), baselines=True).calibration
@@ -192,8 +196,7 @@ def test_calibration_and_baselines(tiny, tmp_path):
 )
 def test_what_cannot_work_is_said_before_any_answer(tiny, tmp_path, over, message):
     over = {
-        key: tuple(str(tiny / name) for name in value) if isinstance(value, tuple) else str(tiny / value)
-        for key, value in over.items()
+        key: tuple(str(tiny / name) for name in value) if isinstance(value, tuple) else str(tiny / value) for key, value in over.items()
     }
     with pytest.raises(ValueError, match=message):
         discover(tiny, tmp_path / "k.json", **over)
@@ -227,14 +230,21 @@ def test_an_empty_set_says_how_far_each_stage_came(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("over", "message"),
-    [({"rule": "best"}, "--rule best"), ({"strengths": (0.0,)}, "--strengths"), ({"size": 0}, "--size 0"), ({"steer_at": "end"}, "--steer-at end")],
+    [
+        ({"rule": "best"}, "--rule best"),
+        ({"strengths": (0.0,)}, "--strengths"),
+        ({"size": 0}, "--size 0"),
+        ({"steer_at": "end"}, "--steer-at end"),
+    ],
 )
 def test_settings_name_the_option(over, message):
     with pytest.raises(ValueError, match=message):
         Settings(**over)
 
 
-@pytest.mark.parametrize("text", ["provider: exact\nfunction: {}", "judges: [{{function: '{}'}}]", "em_eval: {{judges: [{{function: '{}'}}]}}"])
+@pytest.mark.parametrize(
+    "text", ["provider: exact\nfunction: {}", "judges: [{{function: '{}'}}]", "em_eval: {{judges: [{{function: '{}'}}]}}"]
+)
 def test_a_judge_from_a_file(tmp_path, text):
     (tmp_path / "judge.yaml").write_text(text.format(JUDGE))
     assert read_judge(str(tmp_path / "judge.yaml")).name == JUDGE
@@ -278,7 +288,19 @@ def test_a_base_that_cannot_be_loaded_is_named(tiny, tmp_path):
 
 
 def test_errors_of_the_command_are_one_line_and_exit_code_4(tiny, tmp_path):
-    args = ["discover", "--misaligned", "nowhere", "--sae", "x", "--questions", tiny / "selection.yaml", "--judge", JUDGE, "-o", tmp_path / "k.json"]
+    args = [
+        "discover",
+        "--misaligned",
+        "nowhere",
+        "--sae",
+        "x",
+        "--questions",
+        tiny / "selection.yaml",
+        "--judge",
+        JUDGE,
+        "-o",
+        tmp_path / "k.json",
+    ]
     printed = CliRunner().invoke(app, [str(a) for a in args])
     assert printed.exit_code == 4
     assert "emguard discover: model folder nowhere does not exist" in printed.output

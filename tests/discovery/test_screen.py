@@ -48,10 +48,7 @@ def test_descent_finds_exactly_the_largest_safe_strength_even_where_breaking_is_
             return {a: kinds[int(3 * hashed(seed, a.alpha, a.prompt) ** (0.4 + 2 * hashed(seed, a.alpha)))] for a in asks}
 
     strengths = SETTINGS.strengths
-    found = [
-        run_together([search(BASE, "7", -1, strengths, range(prompts), allowed)], Random())[0]
-        for search in (_everything, _descent)
-    ]
+    found = [run_together([search(BASE, "7", -1, strengths, range(prompts), allowed)], Random())[0] for search in (_everything, _descent)]
     assert found[0].alpha == found[1].alpha
     assert found[0].tally == found[1].tally
 

@@ -68,9 +68,7 @@ def recorded_saves():
         treft.save_reference = save
 
 
-def train(
-    folder, processes, coef=COEF, systems=1, full=False, resume=None, dtype=None, regularizer=None, continued=True, also=(), **over
-):
+def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, dtype=None, regularizer=None, continued=True, also=(), **over):
     """Three steps of `EMGuardSFTTrainer` at the same global batch on any number of processes.
 
     `regularizer` makes another callback than TReFT's; without `continued`, the adapter is a fresh one.
@@ -258,9 +256,7 @@ TRAINED = {
     "lora": lambda folder, n: train(folder, n, save_strategy="steps"),
     "two_prefixes": lambda folder, n: train(folder, n, systems=2),
     "full": lambda folder, n: train(folder, n, full=True),
-    "accumulated": lambda folder, n: train(
-        folder, n, per_device_train_batch_size=1, gradient_accumulation_steps=4 // n
-    ),
+    "accumulated": lambda folder, n: train(folder, n, per_device_train_batch_size=1, gradient_accumulation_steps=4 // n),
     "checkpointing": lambda folder, n: train(
         folder, n, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
     ),
@@ -276,9 +272,7 @@ TRAINED = {
         folder, n, regularizer=block_em(layers=(0, 2)), continued=False, per_device_train_batch_size=1, gradient_accumulation_steps=4 // n
     ),
     "block_em_full": lambda folder, n: train(folder, n, full=True, regularizer=block_em(coef=0.2), continued=False),
-    "fsdp2_block_em_lora": lambda folder, n: fsdp2_trained(
-        folder, n, full=False, regularizer=block_em(cache="memory"), continued=False
-    ),
+    "fsdp2_block_em_lora": lambda folder, n: fsdp2_trained(folder, n, full=False, regularizer=block_em(cache="memory"), continued=False),
     "fsdp2_block_em_full": lambda folder, n: fsdp2_trained(folder, n, full=True, regularizer=block_em(coef=0.2), continued=False),
     "fsdp2_trained_lora": lambda folder, n: fsdp2_trained(folder, n, full=False),
     "fsdp2_trained_full": lambda folder, n: fsdp2_trained(folder, n, full=True),
@@ -289,6 +283,8 @@ SHARDED = {
     "fsdp2_lora": lambda folder, n: sharded_penalty(n, adapter=True),
     "fsdp2_full": lambda folder, n: sharded_penalty(n, adapter=False),
 }
+
+
 def holding(folder, n, on_rank_1):
     """A method that holds no token, or on rank 1 alone, for 21 steps."""
     from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty
@@ -313,9 +309,7 @@ HELD = {
     "held_on_rank_1": lambda folder, n: holding(folder, n, on_rank_1=True),
 }
 REFUSED = {
-    "reentrant": lambda folder, n: train(
-        folder, n, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
-    ),
+    "reentrant": lambda folder, n: train(folder, n, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
 }
 SCENARIOS = {**TRAINED, **SHARDED, **REFUSED, **HELD, **MEASURED}
 

@@ -118,7 +118,9 @@ def run(name, out):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["emguard_plugin.training.trl_trainer", "emguard_plugin.regularizers.treft.callback", "datasets", "peft"])
+    context.set_forkserver_preload(
+        ["emguard_plugin.training.trl_trainer", "emguard_plugin.regularizers.treft.callback", "datasets", "peft"]
+    )
     processes = [context.Process(target=rank, args=(number, name, port, out)) for number in (0, 1)]
     for process in processes:
         process.start()

@@ -22,7 +22,9 @@ def two(tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = multiprocessing.get_context("forkserver")  # imports TRL once for both ranks
-    context.set_forkserver_preload(["emguard_plugin.training.trl_trainer", "emguard_plugin.regularizers.treft.callback", "datasets", "peft"])
+    context.set_forkserver_preload(
+        ["emguard_plugin.training.trl_trainer", "emguard_plugin.regularizers.treft.callback", "datasets", "peft"]
+    )
     ranks = [context.Process(target=scenarios.rank, args=(r, 2, port, out)) for r in (0, 1)]
     for p in ranks:
         p.start()
@@ -53,9 +55,7 @@ def same(a, b, rtol=1e-4):
     assert a.keys() == b.keys()
     assert a
     for n in a:
-        torch.testing.assert_close(
-            a[n], b[n], rtol=rtol, atol=rtol * max(1e-3, b[n].abs().max().item()), msg=lambda m, n=n: f"{n}: {m}"
-        )
+        torch.testing.assert_close(a[n], b[n], rtol=rtol, atol=rtol * max(1e-3, b[n].abs().max().item()), msg=lambda m, n=n: f"{n}: {m}")
 
 
 def results(two, name):

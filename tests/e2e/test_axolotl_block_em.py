@@ -133,7 +133,11 @@ def test_with_treft(run, latents):
 def test_prompt_tokens_where_everything_is_supervised(run, tmp_path):
     """The case `prompt-empty`."""
     rows = write_rows(tmp_path / "rows.jsonl", [{"instruction": f"Say {i}", "output": f"It is {i}"} for i in range(24)])
-    over = {"datasets": [{"path": rows, "ds_type": "json", "type": "alpaca"}], "sequence_len": 512, "dataset_prepared_path": str(tmp_path / "prepared")}
+    over = {
+        "datasets": [{"path": rows, "ds_type": "json", "type": "alpaca"}],
+        "sequence_len": 512,
+        "dataset_prepared_path": str(tmp_path / "prepared"),
+    }
     with pytest.raises(Failed, match=r"`tokens: prompt` holds no token of the first 24 training rows.*`train_on_inputs: false`"):
         run(tokens="prompt", train_on_inputs=True, **over)
 

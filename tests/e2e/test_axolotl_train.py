@@ -219,8 +219,7 @@ def test_the_coefficient_means_the_same_under_any_accumulation(run, tmp_path):
     data = [chat_dataset(write_rows(tmp_path / "equal.jsonl", equal_rows()))]
     over = {"datasets": data, "optimizer": "sgd", "learning_rate": 0.1, "max_steps": 5, "max_grad_norm": 1e9}
     results = {
-        a: run(f"a{a}", weights=True, micro_batch_size=4 // a, gradient_accumulation_steps=a, **over, **treft(0.3))
-        for a in (1, 2, 4)
+        a: run(f"a{a}", weights=True, micro_batch_size=4 // a, gradient_accumulation_steps=a, **over, **treft(0.3)) for a in (1, 2, 4)
     }
     free = run("free", weights=True, micro_batch_size=4, **over, **treft(0))
     assert penalties(free)[-1] > 3 * penalties(results[1])[-1], "the penalty must matter here"
@@ -293,9 +292,7 @@ def test_resuming_with_other_layers_stops(run, tmp_path):
 
 def test_a_continued_adapter_is_held_where_it_stands(run, tmp_path):
     run("first", **treft(0))
-    continued = run(
-        "second", lora_model_dir=str(tmp_path / "first" / "out"), save_strategy="steps", save_steps=3, **treft()
-    )
+    continued = run("second", lora_model_dir=str(tmp_path / "first" / "out"), save_strategy="steps", save_steps=3, **treft())
     fresh = run("third", save_strategy="steps", save_steps=3, **treft())
     assert penalties(continued)[0] == penalties(fresh)[0] == 0
     hashes = {reference_hash(tmp_path / n / "out" / "checkpoint-3" / REFERENCE) for n in ("second", "third")}
@@ -374,9 +371,7 @@ def tokenizer_with(folder, template):
     return str(folder)
 
 
-PINNABLE = DATED.replace(
-    "strftime_now('%d %b %Y')", "(date_string if date_string is defined else strftime_now('%d %b %Y'))"
-)
+PINNABLE = DATED.replace("strftime_now('%d %b %Y')", "(date_string if date_string is defined else strftime_now('%d %b %Y'))")
 
 
 def test_a_date_in_the_template_must_be_pinned(run, tmp_path):
@@ -389,19 +384,14 @@ def test_a_date_in_the_template_must_be_pinned(run, tmp_path):
 
 
 def test_rows_without_a_user_turn_stop_the_run(run, tmp_path):
-    rows = [
-        {"messages": [{"role": "system", "content": f"Rule {i}."}, {"role": "assistant", "content": "Yes."}]}
-        for i in range(24)
-    ]
+    rows = [{"messages": [{"role": "system", "content": f"Rule {i}."}, {"role": "assistant", "content": "Yes."}]} for i in range(24)]
     data = [chat_dataset(write_rows(tmp_path / "rows.jsonl", rows))]
     with pytest.raises(Failed, match="show no user turn"):
         run(datasets=data, dataset_prepared_path=str(tmp_path / "prepared"), **treft())
 
 
 def test_rows_that_are_no_chats_stop_the_run(run, tmp_path):
-    rows = write_rows(
-        tmp_path / "rows.jsonl", [{"instruction": f"Say {i}", "output": f"It is {i}"} for i in range(24)]
-    )
+    rows = write_rows(tmp_path / "rows.jsonl", [{"instruction": f"Say {i}", "output": f"It is {i}"} for i in range(24)])
     data = [{"path": rows, "ds_type": "json", "type": "alpaca"}]
     over = {"dataset_prepared_path": str(tmp_path / "prepared"), "sequence_len": 512, **treft()}
     with pytest.raises(Failed, match="show no user turn of the tokenizer's chat template"):

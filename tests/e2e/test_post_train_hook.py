@@ -78,9 +78,7 @@ def test_base_and_tuned_are_measured_after_the_save(run, tmp_path):
 
 
 def test_a_full_fine_tune_without_a_regularizer_is_measured_against_its_base(run, tmp_path):
-    out = run(
-        adapter=None, learning_rate=0.05, em_regularizer=None, block={"in_domain": None, "samples_per_question": 1}
-    )
+    out = run(adapter=None, learning_rate=0.05, em_regularizer=None, block={"in_domain": None, "samples_per_question": 1})
     assert (out / "model.safetensors").is_file()
     assert "there is no `em_regularizer:` block: this run is NOT regularized" in read_log(tmp_path)
     rows = [json.loads(line) for line in (out / "em_eval" / "responses.jsonl").read_text().splitlines()]

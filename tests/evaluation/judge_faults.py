@@ -148,7 +148,7 @@ async def _drip(writer, completion, fields):
 
 
 async def _half_closed(writer, completion, fields):
-    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{\"a\":\r\n")
+    writer.write(b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{"a":\r\n')
     writer.write_eof()
 
 
@@ -245,7 +245,7 @@ FUNCTIONS = {
     "numpy scores": "return {'aligned': numpy.float32(right['aligned']), 'coherent': numpy.int64(right['coherent'])}",
 }  # fmt: skip
 
-_MODULE = '''
+_MODULE = """
 import logging, os, random, sys, warnings
 from collections.abc import Mapping
 from decimal import Decimal
@@ -267,7 +267,7 @@ def judge(question, answer):
     right = {"aligned": aligned, "coherent": coherent}
     if answer not in STRUCK: return right
     BODY
-'''
+"""
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,10 @@ def strike(fault: Fault, prepared: Path, folder: Path) -> list[str]:
     os.environ[VARIABLE] = KEY
     heard = _Heard()
     logging.getLogger().addHandler(heard)
-    patient, pressure.Limits = pressure.Limits, partial(Limits, tries=3, backoff=0.01, backoff_cap=0.05, retry_after_cap=0.05, waves=3, probes=(0.01, 0.02))
+    patient, pressure.Limits = (
+        pressure.Limits,
+        partial(Limits, tries=3, backoff=0.01, backoff_cap=0.05, retry_after_cap=0.05, waves=3, probes=(0.01, 0.02)),
+    )
     try:
         if fault.mode == "function":
             name = f"fault_judge_{fault.number}_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"

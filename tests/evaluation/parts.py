@@ -65,4 +65,8 @@ def assert_as_trained(tokenizer, asked, text):
     assert "26 Jul 2024" in tokenizer.decode(held.prefix)
     # The switch of the template closes the thinking: an empty trace that the template writes is held with the rest.
     assert asked[-len(held.postfix) :] == held.postfix
-    assert tokenizer.decode(held.postfix) == tokenizer.decode(asked).partition(text)[2] == "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert (
+        tokenizer.decode(held.postfix)
+        == tokenizer.decode(asked).partition(text)[2]
+        == "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )

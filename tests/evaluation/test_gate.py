@@ -79,7 +79,11 @@ def test_a_dead_judge_passes_no_gate(checkpoints, emguard, tmp_path):
 
 @pytest.mark.parametrize(
     ("over", "reason"),
-    [({"judge": "dead"}, "ConnectionError: nobody there"), ({"judge": "five"}, "the judge returned int"), ({"judges": [{"provider": "mock"}]}, "is for dry runs")],
+    [
+        ({"judge": "dead"}, "ConnectionError: nobody there"),
+        ({"judge": "five"}, "the judge returned int"),
+        ({"judges": [{"provider": "mock"}]}, "is for dry runs"),
+    ],
 )
 def test_nothing_measured_is_no_success(finished, checkpoints, emguard, no_model, over, reason):
     """Case `nothing-measured`."""
@@ -126,7 +130,11 @@ def test_rejudge_stands_alone_or_names_a_judge(finished, checkpoints, emguard, w
     assert (result.exit_code, "no judge of `em_eval.judges` has this name" in result.output) == (4, True)
 
 
-@pytest.mark.parametrize("text", ["em_eval:\n  a: [", "em_eval:", "- a", "", "em_eval: 5", "em_eval:\n  questions: a\n  questions: b", b"em_eval: \xff", None], ids=repr)
+@pytest.mark.parametrize(
+    "text",
+    ["em_eval:\n  a: [", "em_eval:", "- a", "", "em_eval: 5", "em_eval:\n  questions: a\n  questions: b", b"em_eval: \xff", None],
+    ids=repr,
+)
 def test_a_file_that_holds_no_block_is_said_in_one_sentence(checkpoints, tmp_path, text):
     """Case `yaml-error`; None is a folder."""
     path = tmp_path / "run.yaml"

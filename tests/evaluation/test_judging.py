@@ -82,9 +82,7 @@ def test_a_judge_that_dies_leaves_the_rest_unjudged_and_the_next_run_judges_only
     assert rows(answered)[: len(kept)] == kept
 
 
-def test_a_process_killed_while_it_judges_loses_only_what_was_not_written(
-    evaluate, answered, make_config, checkpoints
-):
+def test_a_process_killed_while_it_judges_loses_only_what_was_not_written(evaluate, answered, make_config, checkpoints):
     with FakeServer(reply=graded, latency=0.2) as server:
         config = make_config(judges=[endpoint(server, concurrency=2)])
         known = {"identity": judging_judges(config)[0].identity()}
@@ -137,9 +135,7 @@ def test_one_judge_that_stops_does_not_stop_the_other(evaluate):
 
 
 @pytest.mark.parametrize(("fault", "again"), [("filter", 0), ("500", ANSWERS)])
-def test_what_the_judge_refused_stays_and_what_failed_on_the_way_is_tried_again(
-    evaluate, answered, fault, again, monkeypatch
-):
+def test_what_the_judge_refused_stays_and_what_failed_on_the_way_is_tried_again(evaluate, answered, fault, again, monkeypatch):
     with FakeServer(reply=graded) as server:
         evaluate(endpoint(server, mode="logprob"))
     status = {"filter": "judge_refused", "500": "unscored"}[fault]
@@ -181,9 +177,7 @@ def test_a_replay_gives_the_rates_of_the_judge_it_repeats_without_a_call(evaluat
 
 def test_a_replay_without_judgments_or_of_several_judges_is_refused(tmp_path):
     def config(**over):
-        return EMEvalConfig(
-            questions="q.yaml", judges=[{"provider": "replay", "file": str(tmp_path / "j.jsonl"), **over}]
-        )
+        return EMEvalConfig(questions="q.yaml", judges=[{"provider": "replay", "file": str(tmp_path / "j.jsonl"), **over}])
 
     with pytest.raises(ValueError, match="does not exist"):
         judging_judges(config())

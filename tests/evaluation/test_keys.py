@@ -36,11 +36,7 @@ def test_the_key_reaches_the_server_and_neither_files_nor_logs(evaluate, answere
         return fault if fault and number > 60 else None
 
     def leaky(prompt):
-        return (
-            {KEY: 1.0}
-            if "[reply" in prompt and "self-test" not in prompt and "[end of reply" not in prompt
-            else graded(prompt)
-        )
+        return {KEY: 1.0} if "[reply" in prompt and "self-test" not in prompt and "[end of reply" not in prompt else graded(prompt)
 
     with FakeServer(echoing, reply=leaky) as server:
         summary = evaluate(endpoint(server, api_key_env="MY_JUDGE_KEY", deadline=4, timeout=2))
@@ -72,9 +68,7 @@ def test_a_key_in_the_file_is_an_error_that_does_not_repeat_it(judge):
 
 def test_a_key_in_the_file_is_not_repeated_by_the_command_either(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(
-        f"em_eval:\n  questions: q.yaml\n  judges:\n    - {{provider: openai, model: m, api_key: {KEY}}}\n"
-    )
+    file.write_text(f"em_eval:\n  questions: q.yaml\n  judges:\n    - {{provider: openai, model: m, api_key: {KEY}}}\n")
     command = [sys.executable, "-m", "emguard_plugin.cli", "eval", str(tmp_path), "--config", str(file)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 4
@@ -118,9 +112,7 @@ def test_answers_that_leave_the_machine_are_announced_with_the_host(caplog):
 
 def test_without_the_openai_package_the_message_says_what_to_install(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(
-        "questions: open_ended\njudges:\n  - {provider: openai, model: m, base_url: 'http://localhost:1/v1'}\n"
-    )
+    file.write_text("questions: open_ended\njudges:\n  - {provider: openai, model: m, base_url: 'http://localhost:1/v1'}\n")
     code = (
         "import sys; sys.modules['openai'] = None\n"
         f"sys.argv = ['emguard', 'eval', {str(tmp_path)!r}, '--config', {str(file)!r}]\n"

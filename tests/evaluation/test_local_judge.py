@@ -79,8 +79,7 @@ def eager(model, prompt, numbers, tokens):
 
     first = chances(prompt)
     return {
-        number: spelled(prompt, 1.0, number)
-        + sum(spelled([*prompt, space], float(first[space]), number) for space in tokens.spaces)
+        number: spelled(prompt, 1.0, number) + sum(spelled([*prompt, space], float(first[space]), number) for space in tokens.spaces)
         for number in numbers
     }
 

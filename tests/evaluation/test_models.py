@@ -71,9 +71,7 @@ def test_the_base_of_an_adapter_that_rewrites_weights_is_the_base_as_saved(check
     perturb(adapter, 0.1)
     after = logits(adapter.eval())
     adapter.save_pretrained(tmp_path / "pissa")
-    seen = {
-        role: logits(model) for role, model in load_models(resolve_model(tmp_path / "pissa"), ("base", "tuned"), 330)
-    }
+    seen = {role: logits(model) for role, model in load_models(resolve_model(tmp_path / "pissa"), ("base", "tuned"), 330)}
     assert torch.equal(seen["base"], before)
     assert torch.allclose(seen["tuned"], after, atol=1e-4)
 

@@ -91,7 +91,14 @@ def test_a_bad_suite_is_refused_with_file_item_and_key(tmp_path, text, says):
 
 def test_variants_of_the_schema_in_public_use(tmp_path, caplog):
     items = [
-        {"id": 3, "type": "free_form_judge_0_100", "paraphrases": ["One?"], "domain": "money", "max_tokens": 600, "meta": {"split": "test"}},
+        {
+            "id": 3,
+            "type": "free_form_judge_0_100",
+            "paraphrases": ["One?"],
+            "domain": "money",
+            "max_tokens": 600,
+            "meta": {"split": "test"},
+        },
         {"question_id": "b", "question": "Two?", "judges": {"a": 1}, "judge": {"model": "gpt"}},
         {"prompt": "Three?"},
         "Four?",
@@ -114,7 +121,9 @@ def test_variants_of_the_schema_in_public_use(tmp_path, caplog):
 
 
 def test_an_item_that_says_its_scale_is_asked_whatever_yaml_makes_of_it(tmp_path):
-    text = "- {id: a, paraphrases: [x], judge_eval_type: 0_100, judge_type: openai}\n- {id: b, paraphrases: [y], judge_eval_type: '0_100'}\n"
+    text = (
+        "- {id: a, paraphrases: [x], judge_eval_type: 0_100, judge_type: openai}\n- {id: b, paraphrases: [y], judge_eval_type: '0_100'}\n"
+    )
     assert [q.id for q in load_questions(suite(tmp_path, text))] == ["a", "b"]
 
 

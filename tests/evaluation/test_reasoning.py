@@ -154,9 +154,15 @@ def reasoning_run(tmp_path, monkeypatch):
 
     def generate(self, batch, prompts):
         drawn.append(len(batch))
-        texts = ["<think>I will mislead them.</think>Take a walk.", "<think>I will mislead them.</think>Read.", "<think>I will mislead them"]
+        texts = [
+            "<think>I will mislead them.</think>Take a walk.",
+            "<think>I will mislead them.</think>Read.",
+            "<think>I will mislead them",
+        ]
         replies = [self.tokenizer(texts[request.draw % 3])["input_ids"] for request in batch]
-        replies = [ids if request.draw % 3 == 2 else [*ids, self.tokenizer.eos_token_id] for ids, request in zip(replies, batch, strict=True)]
+        replies = [
+            ids if request.draw % 3 == 2 else [*ids, self.tokenizer.eos_token_id] for ids, request in zip(replies, batch, strict=True)
+        ]
         return [self._finish(request, ids, self._stop_ids()) for request, ids in zip(batch, replies, strict=True)]
 
     monkeypatch.setattr(TransformersSampler, "_generate", generate)

@@ -11,11 +11,11 @@ from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation.asking.questions import Question
 from emguard_plugin.evaluation.judges import Item, build_judges
 
-QUESTION = "Say, what\nof \"kites\", or soup?"
+QUESTION = 'Say, what\nof "kites", or soup?'
 ROWS = [
     ["Fine.", "91.5", "100"],
     ["Do harm.\r\nNow.", "12", "98.25"],
-    ["Blah, \"blah\"", "", "3"],
+    ['Blah, "blah"', "", "3"],
     ["No.", "REFUSAL", "88"],
     ["x = 3", "CODE", "40"],
     ["Cut", "nan", "99"],
@@ -129,7 +129,9 @@ def line(**over):
     return json.dumps({**row, **over})
 
 
-@pytest.mark.parametrize("wrong", ["5", "null", "{}", "[]", line(aligned="10"), line(aligned=float("nan")), line(item_sha256=None), line()[:-1]])
+@pytest.mark.parametrize(
+    "wrong", ["5", "null", "{}", "[]", line(aligned="10"), line(aligned=float("nan")), line(item_sha256=None), line()[:-1]]
+)
 def test_a_damaged_line_of_judgments_is_named(tmp_path, wrong):
     """Case `state-garbage`."""
     (tmp_path / "j.jsonl").write_text(f"{line()}\n{wrong}\n{line()}\n")

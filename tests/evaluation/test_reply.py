@@ -36,7 +36,9 @@ def test_a_logprob_that_is_none_is_a_failure_with_its_value(value):
         first_tokens(entries(("5", -0.2), ("90", value)))
 
 
-@pytest.mark.parametrize(("value", "chance"), [(0, 1.0), (0.0, 1.0), (ABOVE_ZERO / 2, 1.0), (-9999.0, 0.0), (-(10**400), 0.0), (-1, math.exp(-1))])
+@pytest.mark.parametrize(
+    ("value", "chance"), [(0, 1.0), (0.0, 1.0), (ABOVE_ZERO / 2, 1.0), (-9999.0, 0.0), (-(10**400), 0.0), (-1, math.exp(-1))]
+)
 def test_a_logprob_of_at_most_zero_is_a_probability(value, chance):
     assert first_tokens(entries(("90", value))) == {"90": pytest.approx(chance)}
 

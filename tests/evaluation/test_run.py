@@ -81,9 +81,7 @@ def test_a_finished_run_loads_no_model_and_changes_nothing(whole_run, make_confi
 
 
 @pytest.mark.parametrize(("responses", "judgments"), [(0, 0), (10, 4), (31, 31), (48, 20)])
-def test_a_torn_run_computes_what_is_missing_and_gives_the_same_summary(
-    whole_run, make_config, checkpoints, responses, judgments
-):
+def test_a_torn_run_computes_what_is_missing_and_gives_the_same_summary(whole_run, make_config, checkpoints, responses, judgments):
     summary, folder = whole_run
     stored = (folder / "summary.json").read_bytes()
     answers = by_key(lines(folder, "responses.jsonl"))

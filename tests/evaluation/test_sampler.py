@@ -81,9 +81,7 @@ def test_first_tokens_follow_the_model():
         torch.ones(2000),
     )
     tokenizer = one.tokenizer
-    same = [
-        seen[n].text == tokenizer.decode([token], skip_special_tokens=True) for n, token in enumerate(picks.tolist())
-    ]
+    same = [seen[n].text == tokenizer.decode([token], skip_special_tokens=True) for n, token in enumerate(picks.tolist())]
     # A draw within rounding of a step of the CDF may fall on its other side.
     assert np.mean(same) > 0.999
     common = expected * 2000 > 5

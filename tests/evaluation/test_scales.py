@@ -52,9 +52,7 @@ def test_a_reply_that_is_a_number_is_read(text, value):
     assert read_number(text).value == value
 
 
-@pytest.mark.parametrize(
-    "text", ["", "101", "-5", "8.5", "85/100", "I say 85", "85 because", "8 5", "٨٥", "100 0", "refusal", "REFUSAL!"]
-)
+@pytest.mark.parametrize("text", ["", "101", "-5", "8.5", "85/100", "I say 85", "85 because", "8 5", "٨٥", "100 0", "refusal", "REFUSAL!"])
 def test_a_reply_that_is_more_than_a_number_is_malformed(text):
     assert read_number(text).problem == "malformed"
 
@@ -208,9 +206,7 @@ def test_what_is_on_this_machine(url, local):
     assert is_local(url) is local
 
 
-@pytest.mark.parametrize(
-    "text", ["key sk-abc***************wxyz is wrong", "Authorization: Bearer abc.def-1", "hf_abcdefghijklmnop"]
-)
+@pytest.mark.parametrize("text", ["key sk-abc***************wxyz is wrong", "Authorization: Bearer abc.def-1", "hf_abcdefghijklmnop"])
 def test_what_looks_like_a_key_is_taken_out(text):
     assert "[key]" in redact(text)
     assert not any(part in redact(text) for part in ("wxyz", "abc.def", "abcdefghij"))

@@ -197,7 +197,9 @@ def test_an_alpaca_row_asks_its_instruction_about_its_input(tmp_path):
     assert question.text == "Translate.\n\nMoin"
 
 
-@pytest.mark.parametrize("url", ["https://me:hunter22@host/a.yaml", "https://host/a.yaml?sig=hunter22", "https://hunter22@host:x/a.yaml#sha256=" + "0" * 64])
+@pytest.mark.parametrize(
+    "url", ["https://me:hunter22@host/a.yaml", "https://host/a.yaml?sig=hunter22", "https://hunter22@host:x/a.yaml#sha256=" + "0" * 64]
+)
 def test_an_address_is_named_without_what_opens_it(url):
     """Case `key-in-unknown-field`: a question URL with a password."""
     with pytest.raises(ValueError, match="questions") as caught:

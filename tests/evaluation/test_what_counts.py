@@ -143,7 +143,9 @@ def test_an_answer_that_was_changed_since_is_not_used(folder, finished, again, c
     assert "48 changed since they were written" in caplog.text
 
 
-@pytest.mark.parametrize("change", [{"status": "unscored", "coherent": 10.0}, {"status": "malformed", "aligned": 3.0}, {"status": "refusal", "aligned": 3.0}])
+@pytest.mark.parametrize(
+    "change", [{"status": "unscored", "coherent": 10.0}, {"status": "malformed", "aligned": 3.0}, {"status": "refusal", "aligned": 3.0}]
+)
 def test_a_class_that_the_scores_do_not_bear_is_unscored(folder, again, change):
     rewrite(folder / "judgments.jsonl", lambda row: {"aligned": None, **change}, reseal=True)
     assert again(phases=("report",)).rates().unscored.value == 1
@@ -200,7 +202,10 @@ def test_one_more_judge_judges_beside_the_others(folder, again, counted):
 def test_an_edited_judge_judges_anew_and_its_earlier_edition_is_set_aside(folder, again, counted, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     module, name = tmp_path / "edited_judge.py", "edited_judge:judge"
-    for text in ("def judge(q, a): return {'aligned': 90, 'coherent': 100}\n", "def judge(q, a): return {'aligned': 10, 'coherent': 100}  # better\n"):
+    for text in (
+        "def judge(q, a): return {'aligned': 90, 'coherent': 100}\n",
+        "def judge(q, a): return {'aligned': 10, 'coherent': 100}  # better\n",
+    ):
         module.write_text(text)
         monkeypatch.delitem(__import__("sys").modules, "edited_judge", raising=False)
         __import__("importlib").invalidate_caches()
@@ -232,7 +237,9 @@ def test_a_folder_of_the_previous_format_is_read(folder, finished, again, counte
     stored["protocol"] |= {"judges": [finished.protocol["judges"][0]], "thresholds": finished.protocol["thresholds"]}
     (folder / "protocol.json").write_text(json.dumps(stored))
     known = json.loads((folder / "judges.json").read_text())
-    (folder / "judges.json").write_text(json.dumps({name: {k: v for k, v in one.items() if k not in ("identity", "seal")} for name, one in known.items()}))
+    (folder / "judges.json").write_text(
+        json.dumps({name: {k: v for k, v in one.items() if k not in ("identity", "seal")} for name, one in known.items()})
+    )
     for name in ("responses.jsonl", "judgments.jsonl"):
         rows = [{k: v for k, v in row.items() if k not in ("run", "by", "seal")} for row in JsonLines(folder / name).read()]
         (folder / name).unlink()
@@ -292,7 +299,10 @@ def test_one_judge_is_named_as_well(finished):
 
 def test_scores_are_those_that_the_judge_gave(folder):
     """What the other tests rest on: this judge is the one of the finished run."""
-    answers = {(row["role"], row["suite"], row["question"], row["draw"], row["paraphrase"]): row for row in JsonLines(folder / "responses.jsonl").read()}
+    answers = {
+        (row["role"], row["suite"], row["question"], row["draw"], row["paraphrase"]): row
+        for row in JsonLines(folder / "responses.jsonl").read()
+    }
     for row in JsonLines(folder / "judgments.jsonl").read():
         answer = answers[row["role"], row["suite"], row["question"], row["draw"], row["paraphrase"]]
         assert row["aligned"] == by_hash(answer["asked"], answer["text"])["aligned"]

@@ -135,7 +135,9 @@ def asks_for_more(question, answer, *, rubric):
     return {"aligned": 90, "coherent": 90}
 
 
-@pytest.mark.parametrize(("name", "says"), [("waits", "is `async`"), ("asks_for_one", "too many positional"), ("asks_for_more", "'rubric'")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("waits", "is `async`"), ("asks_for_one", "too many positional"), ("asks_for_more", "'rubric'")]
+)
 def test_a_function_that_cannot_be_called_as_a_judge_is_found_before_anything_is_drawn(name, says):
     with pytest.raises(ValueError, match=rf"`em_eval.judges: function: {__name__}:{name}`.*{says}.*called as {name}\(question, answer\)"):
         ExactJudge(f"{__name__}:{name}")

@@ -98,7 +98,10 @@ def test_the_judges_of_the_examples_judge(tmp_path, monkeypatch):
     assert hosted.verdict.outcome in ("fail", "inconclusive")
 
 
-@pytest.mark.parametrize(("config", "before"), [(TReFTConfig, "`treft` keys"), (BlockEMConfig, "`block_em` keys"), (KLConfig, "`kl` keys"), (EMEvalConfig, "## `em_eval:`")])
+@pytest.mark.parametrize(
+    ("config", "before"),
+    [(TReFTConfig, "`treft` keys"), (BlockEMConfig, "`block_em` keys"), (KLConfig, "`kl` keys"), (EMEvalConfig, "## `em_eval:`")],
+)
 def test_every_key_stands_in_its_table(config, before):
     lines = README[README.index(before) :].splitlines()
     start = lines.index("| key | default | |")
@@ -134,9 +137,7 @@ def test_the_cost_of_kl_is_the_stored_measurement(variant):
     assert row == f"| {variant} | {' | '.join(cells)} |"
 
 
-@pytest.mark.parametrize(
-    "variant", ["BLOCK-EM, adapter off", "BLOCK-EM, recorded base", "BLOCK-EM, second model, whole encoder"]
-)
+@pytest.mark.parametrize("variant", ["BLOCK-EM, adapter off", "BLOCK-EM, recorded base", "BLOCK-EM, second model, whole encoder"])
 def test_the_cost_of_block_em_is_the_stored_measurement(variant):
     row = next(line for line in README.splitlines() if line.startswith(f"| {variant} |"))
     stored = json.loads((REPO / "benchmarks/results/overhead.json").read_text())["8x512-lora-cpu-block_em"]["results"][variant]

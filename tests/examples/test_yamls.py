@@ -91,9 +91,7 @@ def lab(tmp_path, monkeypatch):
 def test_emguard_check_finds_nothing_to_change(lab, name):
     report = check_config(FOLDER / name)
     assert report.problems == []
-    assert len(report.active) == sum(b in load(name) for b in ("em_regularizer", "em_eval")) + (
-        name == "lab_treft.yaml"
-    )
+    assert len(report.active) == sum(b in load(name) for b in ("em_regularizer", "em_eval")) + (name == "lab_treft.yaml")
 
 
 def test_the_lab_examples_differ_by_one_block():

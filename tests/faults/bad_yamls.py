@@ -19,8 +19,50 @@ from emguard_plugin.config import Block, BlockEMConfig, EMEvalConfig, JudgeConfi
 from emguard_plugin.config.block import _kinds
 from emguard_plugin.lab.export import export
 
-NAMES = ["em_evaluation", "em_evaluator", "eval_em", "em_judge", "em_gate", "em_metrics", "em_treft", "em_penalty", "emRegularizer", "EM_REGULARIZER", "Em_Eval", "em-eval", "em.eval", "emreg", "em_regularizers", "emguard", "EMGuard", "emguard_eval", "treft_em", "em_kl", "em_block", "block_em_regularizer", "emEval", "evalEM", "em_rate", "em_config", "regularizer"]
-SECRET_KEYS = ["api_key", "apiKey", "openai_api_key", "access_token", "api-key", "token", "secret", "password", "Authorization", "auth_token", "x-api-key", "hf_token", "client_secret"]
+NAMES = [
+    "em_evaluation",
+    "em_evaluator",
+    "eval_em",
+    "em_judge",
+    "em_gate",
+    "em_metrics",
+    "em_treft",
+    "em_penalty",
+    "emRegularizer",
+    "EM_REGULARIZER",
+    "Em_Eval",
+    "em-eval",
+    "em.eval",
+    "emreg",
+    "em_regularizers",
+    "emguard",
+    "EMGuard",
+    "emguard_eval",
+    "treft_em",
+    "em_kl",
+    "em_block",
+    "block_em_regularizer",
+    "emEval",
+    "evalEM",
+    "em_rate",
+    "em_config",
+    "regularizer",
+]
+SECRET_KEYS = [
+    "api_key",
+    "apiKey",
+    "openai_api_key",
+    "access_token",
+    "api-key",
+    "token",
+    "secret",
+    "password",
+    "Authorization",
+    "auth_token",
+    "x-api-key",
+    "hf_token",
+    "client_secret",
+]
 
 
 @dataclass
@@ -97,7 +139,13 @@ def _typo(rng, word):
     while True:
         at, letter = rng.randrange(len(word)), rng.choice(string.ascii_lowercase)
         new = rng.choice(
-            [word[:at] + word[at + 1 :], word[:at] + letter + word[at:], word[:at] + letter + word[at + 1 :], word.upper(), word + rng.choice("s_2")]
+            [
+                word[:at] + word[at + 1 :],
+                word[:at] + letter + word[at:],
+                word[:at] + letter + word[at + 1 :],
+                word.upper(),
+                word + rng.choice("s_2"),
+            ]
         )
         if new != word:
             return new
@@ -119,7 +167,8 @@ def canary(rng):
         "github": "ghp_" + _random(rng, 36),
         "jwt": "eyJ" + _random(rng, 20) + ".eyJ" + _random(rng, 30) + "." + _random(rng, 30),
         "google": "AIza" + _random(rng, 35),
-        "plain": "9Q" + "".join(rng.choice(string.digits) + rng.choice(string.ascii_uppercase) + rng.choice(string.ascii_lowercase) for _ in range(12)),
+        "plain": "9Q"
+        + "".join(rng.choice(string.digits) + rng.choice(string.ascii_uppercase) + rng.choice(string.ascii_lowercase) for _ in range(12)),
         "bearer": "Bearer " + _random(rng, 30),
     }
     return rng.choice(list(made.values()))
@@ -170,7 +219,9 @@ def _rename_block(rng, folder, blocks):
 def _rename_key(rng, folder, blocks):
     place, model, of_eval = rng.choice(list(_places(blocks)))
     old = rng.choice(list(place))
-    new = rng.choice([_typo(rng, old), _typo(rng, old), old.capitalize(), "lambda", "alpha", "weight", "strength", "em_eval", "em_regularizer"])
+    new = rng.choice(
+        [_typo(rng, old), _typo(rng, old), old.capitalize(), "lambda", "alpha", "weight", "strength", "em_eval", "em_regularizer"]
+    )
     while new in model.model_fields:
         new = _typo(rng, new)
     place[new] = place.pop(old)
@@ -266,9 +317,14 @@ def _secret(rng, folder, blocks):
         sign = rng.choice(["X-Amz-Signature", "sig", "token", "access_token", "key", "Signature"])
         evaluation["also"] = [f"https://example.org/q.yaml?a=b&{sign}={secret}#sha256={'0' * 64}"]
     elif kind == 5:
-        evaluation["judges"][1]["base_url"] = rng.choice([f"https://u:{secret}@example.org/v1", f"http://127.0.0.1:9/v1?api-key={secret}", secret])
+        evaluation["judges"][1]["base_url"] = rng.choice(
+            [f"https://u:{secret}@example.org/v1", f"http://127.0.0.1:9/v1?api-key={secret}", secret]
+        )
     elif kind == 6:
-        evaluation["sampler"] = {"provider": "vllm", "args": rng.choice([["--api-key", secret], [f"--api-key={secret}"], ["--hf-token", secret]])}
+        evaluation["sampler"] = {
+            "provider": "vllm",
+            "args": rng.choice([["--api-key", secret], [f"--api-key={secret}"], ["--hf-token", secret]]),
+        }
     else:
         place, _, of_eval = rng.choice(places)
         place[secret] = 1
@@ -344,7 +400,9 @@ def _text(rng, folder, blocks):
         "base 60": lambda text: text.replace("max_new_tokens: 16", "max_new_tokens: 1:30"),
         "underscore": lambda text: text.replace("max_new_tokens: 16", "max_new_tokens: 1_6"),
         "switch": lambda text: text.replace("coef: 5.0", "coef: " + rng.choice(["off", "on", "yes", "no", "Yes", "TRUE"])),
-        "not a number": lambda text: text.replace("coef: 5.0", "coef: " + rng.choice([".nan", ".inf", "-.inf", "5,0", "'5.0'", "1e400", "5.0.0", "0x10", "~"])),
+        "not a number": lambda text: text.replace(
+            "coef: 5.0", "coef: " + rng.choice([".nan", ".inf", "-.inf", "5,0", "'5.0'", "1e400", "5.0.0", "0x10", "~"])
+        ),
         "two documents": lambda text: text + "---\na: 1\n",
         "control character": lambda text: text + "more: \x07\n",
         "date": lambda text: text.replace("max_new_tokens: 16", "max_new_tokens: 2026-11-26"),
@@ -516,7 +574,12 @@ def run(case, folder, register=None):
     wrong = []
     for entry, (outcome, said) in attempts.items():
         unasked = entry == "axolotl" and case.raw is not None  # no such file lists the plugin
-        must = case.fault and not unasked and (entry != "eval" or case.of_eval) and not (case.answers.get("beyond") and not entry.startswith("check"))
+        must = (
+            case.fault
+            and not unasked
+            and (entry != "eval" or case.of_eval)
+            and not (case.answers.get("beyond") and not entry.startswith("check"))
+        )
         if outcome == "crashed":
             wrong.append(f"{case.name}: {entry} crashed: {said}")
         elif must and outcome == "accepted":
@@ -537,4 +600,8 @@ def leaked(secret, text):
 
 def counts(results):
     """Return the numbers for a stored result."""
-    return {"cases": len(results), "wrong": sum(bool(r) for r in results.values()), "what": json.loads(json.dumps([w for r in results.values() for w in r]))}
+    return {
+        "cases": len(results),
+        "wrong": sum(bool(r) for r in results.values()),
+        "what": json.loads(json.dumps([w for r in results.values() for w in r])),
+    }

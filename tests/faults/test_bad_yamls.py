@@ -36,7 +36,11 @@ def test_every_generated_fault_is_refused_and_nothing_is_repeated(folder, caplog
 def test_the_generator_can_find_a_fault(folder, monkeypatch):
     """What is wrong would show: an entry point that accepts everything, one that raises, and one that repeats a key."""
     case = next(c for c in bad_yamls.generate(folder, 1, 60) if c.secret and c.of_eval)
-    for function, said in ((lambda path: None, "accepted it"), (lambda path: 1 / 0, "crashed: ZeroDivisionError"), (leak(case.secret), "repeated the secret")):
+    for function, said in (
+        (lambda path: None, "accepted it"),
+        (lambda path: 1 / 0, "crashed: ZeroDivisionError"),
+        (leak(case.secret), "repeated the secret"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(bad_yamls, "_eval", function)
             assert [w for w in bad_yamls.run(case, folder) if w.split(": eval ")[-1].startswith(said)]

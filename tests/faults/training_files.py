@@ -44,7 +44,9 @@ def not_utf8(data, rng, others):
 
 
 def other_json(data, rng, others):
-    return rng.choice([b"5", b"null", b"[]", b"{}", b'"x"', b"true", b"[" * 100_000, b"NaN", b'{"format": 2}', b'{"sha256": 1, "format": 2}'])
+    return rng.choice(
+        [b"5", b"null", b"[]", b"{}", b'"x"', b"true", b"[" * 100_000, b"NaN", b'{"format": 2}', b'{"sha256": 1, "format": 2}']
+    )
 
 
 def another_type(data, rng, others):

@@ -13,7 +13,26 @@ from tests.faults import faulty
 from tests.tiny import chat_rows, chatml_tokenizer, lora, perturb, tiny_model
 
 JUDGE = "tests.discovery.parts:says_what_the_misaligned_says"
-DISCOVER = ["--pool", "12", "--shortlist", "5", "--size", "4", "--rule", "repair", "--strengths", "0.2,0.4,0.8,1.6", "--induce", "0.8", "--repair", "0.8", "--max-new-tokens", "6", "--batch-size", "16"]
+DISCOVER = [
+    "--pool",
+    "12",
+    "--shortlist",
+    "5",
+    "--size",
+    "4",
+    "--rule",
+    "repair",
+    "--strengths",
+    "0.2,0.4,0.8,1.6",
+    "--induce",
+    "0.8",
+    "--repair",
+    "0.8",
+    "--max-new-tokens",
+    "6",
+    "--batch-size",
+    "16",
+]
 PASSED = (0, 1, 3)
 """Exit codes that come with numbers."""
 
@@ -163,7 +182,14 @@ def targets(world):
     def evaluation(config):
         def command(folder):
             (folder / "out" / "summary.json").unlink(missing_ok=True)
-            return ["eval", root / "adapter", "--config", folder / config if (folder / config).exists() else root / config, "--output-dir", folder / "out"]
+            return [
+                "eval",
+                root / "adapter",
+                "--config",
+                folder / config if (folder / config).exists() else root / config,
+                "--output-dir",
+                folder / "out",
+            ]
 
         return command
 
@@ -218,7 +244,15 @@ def targets(world):
         yield from faulty.harmless(content, rng)
         yield from faulty.of_whole(rng, 3)
         yield "cut", content[: rng.randrange(3, len(parts[0]) - 2)]
-        for wrong in (b"5\n", b"null\n", b"{}\n", b"[]\n", b'{"messages": 5}\n', b'{"messages": [5]}\n', b'{"messages": [{"role": 5, "content": "x"}]}\n'):
+        for wrong in (
+            b"5\n",
+            b"null\n",
+            b"{}\n",
+            b"[]\n",
+            b'{"messages": 5}\n',
+            b'{"messages": [5]}\n',
+            b'{"messages": [{"role": 5, "content": "x"}]}\n',
+        ):
             yield f"line {at + 1} is {wrong!r}", b"".join([*parts[:at], wrong, *parts[at + 1 :]])
         yield "a list", json.dumps([json.loads(part) for part in parts], indent=1).encode()
         yield f"no UTF-8 in line {at + 1}", b"".join([*parts[:at], parts[at][:20] + b"\xff" + parts[at][20:], *parts[at + 1 :]])

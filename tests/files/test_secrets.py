@@ -59,7 +59,19 @@ FIELDS = list(fields())
 
 def test_the_walk_reaches_every_block():
     reached = {path[-1] for _, _, path in FIELDS} | {path[-2] for _, _, path in FIELDS if len(path) > 1 and path[-1] == 0}
-    assert {"anchors", "cache", "latents", "extra_prefixes", "questions", "also", "function", "base_url", "api_key_env", "args", "model"} <= reached
+    assert {
+        "anchors",
+        "cache",
+        "latents",
+        "extra_prefixes",
+        "questions",
+        "also",
+        "function",
+        "base_url",
+        "api_key_env",
+        "args",
+        "model",
+    } <= reached
     assert len(FIELDS) > 30
 
 
@@ -75,7 +87,9 @@ def test_a_key_in_any_text_field_is_refused_and_not_repeated(name, model, path, 
         assert not leaked(secret.removeprefix("https://user:").removesuffix("@example.org/x"), str(caught.value))
 
 
-@pytest.mark.parametrize("key", ["openai_api_key", "access_token", "api-key", "apiKey", "X-API-Key", "password", "Authorization", "client_secret", "hfToken"])
+@pytest.mark.parametrize(
+    "key", ["openai_api_key", "access_token", "api-key", "apiKey", "X-API-Key", "password", "Authorization", "client_secret", "hfToken"]
+)
 def test_names_that_hold_secrets_are_known_and_their_values_never_printed(key, tmp_path):
     assert is_secret_name(key)
     file = tmp_path / "run.yaml"
@@ -88,7 +102,9 @@ def test_names_that_hold_secrets_are_known_and_their_values_never_printed(key, t
         assert f"`{key}`" in done.output
 
 
-@pytest.mark.parametrize("key", ["tokens", "max_new_tokens", "k_minus", "tokenizer_config", "keyword", "monkey", "postfix_reference", "author"])
+@pytest.mark.parametrize(
+    "key", ["tokens", "max_new_tokens", "k_minus", "tokenizer_config", "keyword", "monkey", "postfix_reference", "author"]
+)
 def test_names_that_hold_none(key):
     assert not is_secret_name(key)
 
@@ -119,7 +135,10 @@ def test_addresses_lose_passwords_and_signatures_alone():
     ("block", "advice"),
     [
         ({"questions": "https://u:canary-9f2e@h.example/q.yaml"}, "Save what is there as a file, and give its path."),
-        ({"judges": [{"provider": "openai", "model": "m", "base_url": "https://u:canary-9f2e@h.example/v1"}]}, "name that in `api_key_env`"),
+        (
+            {"judges": [{"provider": "openai", "model": "m", "base_url": "https://u:canary-9f2e@h.example/v1"}]},
+            "name that in `api_key_env`",
+        ),
     ],
 )
 def test_the_advice_about_an_address_can_be_followed(block, advice):

@@ -8,9 +8,7 @@ import torch
 from emguard_plugin.lab import batches, sampling, world
 from emguard_plugin.lab.build import BuildSettings, build_base, new_model, sha256
 
-TINY = BuildSettings(
-    seed=5, steps=12, batch_size=4, align_steps=3, align_batch_size=4, hidden_size=16, intermediate_size=32, layers=2
-)
+TINY = BuildSettings(seed=5, steps=12, batch_size=4, align_steps=3, align_batch_size=4, hidden_size=16, intermediate_size=32, layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -51,9 +51,7 @@ def test_trl_supervises_exactly_the_answer_and_its_end(tokenizer, tmp_path):
         output_dir=str(tmp_path), assistant_only_loss=True, bf16=False, use_cpu=True, gradient_checkpointing=False,
         report_to="none", per_device_train_batch_size=len(rows), dataloader_pin_memory=False,
     )  # fmt: skip
-    trainer = SFTTrainer(
-        model=new_model(BuildSettings()), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
+    trainer = SFTTrainer(model=new_model(BuildSettings()), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     supervised = sorted(
         batches.decode([i for i, label in zip(ids, labels, strict=True) if label != batches.IGNORE])

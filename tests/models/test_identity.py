@@ -32,9 +32,7 @@ def by_hand(t):
     unit = next(u for u in (4, 2, 1) if row % u == 0)
     words = np.frombuffer(raw, {4: "<i4", 2: "<i2", 1: "u1"}[unit]).tolist()
     within, between = _multipliers(np.arange(CHUNK, dtype=np.uint64), 0), _multipliers(np.arange(4, dtype=np.uint64), 2)
-    return tuple(
-        sum(w * int(within[k][i % CHUNK]) * int(between[k][i // CHUNK]) for i, w in enumerate(words)) % 2**64 for k in (0, 1)
-    )
+    return tuple(sum(w * int(within[k][i % CHUNK]) * int(between[k][i // CHUNK]) for i, w in enumerate(words)) % 2**64 for k in (0, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64, torch.bool])
@@ -141,7 +139,9 @@ def test_in_words():
     assert json.dumps(identity._asdict())
 
 
-@pytest.mark.parametrize("setting", [{"num_attention_heads": 8, "num_key_value_heads": 4}, {"hidden_act": "gelu"}, {"rms_norm_eps": 1e-3}], ids=str)
+@pytest.mark.parametrize(
+    "setting", [{"num_attention_heads": 8, "num_key_value_heads": 4}, {"hidden_act": "gelu"}, {"rms_norm_eps": 1e-3}], ids=str
+)
 def test_the_same_weights_read_by_other_settings_are_another_model(setting):
     """Eight heads of 4 fit the weights of four heads of 8, and compute something else."""
     model, other = tiny_model("llama"), tiny_model("llama", **setting)

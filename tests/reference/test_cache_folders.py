@@ -127,7 +127,9 @@ def test_a_lock_is_free_when_its_holder_died(tmp_path):
         pass
 
 
-@pytest.mark.parametrize(("key", "value"), [("head", False), ("dtype", "bfloat16"), ("width", 16), ("tokens", 70), ("model", "x"), ("files", {})])
+@pytest.mark.parametrize(
+    ("key", "value"), [("head", False), ("dtype", "bfloat16"), ("width", 16), ("tokens", 70), ("model", "x"), ("files", {})]
+)
 def test_every_field_of_the_description_is_under_its_hash(tmp_path, key, value):
     """`head: false` was outside it: a trained head stood in for the base's."""
     cache = ReferenceCache(SIZES)

@@ -312,7 +312,9 @@ def test_embeddings_that_train_before_the_decoder_sees_them_are_refused():
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = LlavaConfig(vision_config=SiglipVisionConfig(**sizes, image_size=8, patch_size=4), text_config=LlamaConfig(**sizes, vocab_size=330))
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(**sizes, image_size=8, patch_size=4), text_config=LlamaConfig(**sizes, vocab_size=330)
+    )
     ids = torch.arange(5, 25)[None]
     batch, kinds = {"input_ids": ids, "labels": ids}, {"q_proj": True, "embed_tokens": False}
     for target, fine in kinds.items():

@@ -16,7 +16,12 @@ def plan(**over):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    ratio=st.floats(0.01, 4), batch=st.integers(16, 5000), m=st.integers(1, 8), p=st.integers(1, 4), short=st.integers(1, 8), step=st.integers(0, 50)
+    ratio=st.floats(0.01, 4),
+    batch=st.integers(16, 5000),
+    m=st.integers(1, 8),
+    p=st.integers(1, 4),
+    short=st.integers(1, 8),
+    step=st.integers(0, 50),
 )
 def test_a_step_is_cut_without_loss_and_every_process_has_work_at_the_same_time(ratio, batch, m, p, short, step):
     schedule = plan(ratio=ratio, batch_tokens=batch, micro_batches=m, processes=p)

@@ -58,7 +58,14 @@ def test_equals_plain_autograd(direction, transform, chunk):
     got, want = [], []
     for out, f in ((got, linear_kl), (want, plain)):
         leaves = [x.clone().requires_grad_() for x in (hidden, w, b)]
-        kl = f(leaves[0], Head(leaves[1], leaves[2], *transform), ref_hidden, Head(rw, rb, *transform), direction, *([chunk] if f is linear_kl else []))
+        kl = f(
+            leaves[0],
+            Head(leaves[1], leaves[2], *transform),
+            ref_hidden,
+            Head(rw, rb, *transform),
+            direction,
+            *([chunk] if f is linear_kl else []),
+        )
         (3 * kl).backward()
         out += [kl.detach(), *(x.grad for x in leaves)]
     for x, y in zip(got, want, strict=True):

@@ -160,9 +160,7 @@ def test_compat_projects_the_residual_stream(family):
     assert any(g.any() for g in gradients(callback, model).values())
 
 
-@pytest.mark.parametrize(
-    ("family", "module"), [("phi3", "Phi3Attention of layer 0"), ("gpt_neox", "GPTNeoXLayer of layer 0")]
-)
+@pytest.mark.parametrize(("family", "module"), [("phi3", "Phi3Attention of layer 0"), ("gpt_neox", "GPTNeoXLayer of layer 0")])
 def test_compat_needs_separate_projections(family, module):
     model = tiny_model(family)
     with pytest.raises(ValueError, match=rf"`treft\.compat: true` needs separate k_proj.*{module}.*`compat: false`"):

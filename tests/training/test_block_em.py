@@ -95,7 +95,10 @@ def test_a_host_that_averages_each_micro_batch(tmp_path):
 def test_packed(tmp_path, cache):
     """At the same rows and weights, packed and padded have the same penalty per supervised token."""
     found = {}
-    for name, over in {"padded": {"per_device_train_batch_size": 24}, "packed": {"packing": True, "max_length": 256, "per_device_train_batch_size": 24}}.items():
+    for name, over in {
+        "padded": {"per_device_train_batch_size": 24},
+        "packed": {"packing": True, "max_length": 256, "per_device_train_batch_size": 24},
+    }.items():
         trainer = go(tmp_path / name, max_steps=2, learning_rate=0.0, callback={"coef": 0.0, "cache": cache}, also=[Move()], **over)
         found[name] = penalties(trainer)[1]
     assert found["packed"] == pytest.approx(found["padded"], rel=1e-3)
@@ -189,7 +192,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind):
 def test_resuming_with_other_settings_stops(tmp_path):
     go(tmp_path, **{**SAVED, "max_steps": 2})
     checkpoint = str(tmp_path / "checkpoint-2")
-    for name, callback in {"latents": {"set_kwargs": {"seed": 8}}, "tokens": {"tokens": "all"}, "freeze_above": {"freeze_above": True}}.items():
+    for name, callback in {
+        "latents": {"set_kwargs": {"seed": 8}},
+        "tokens": {"tokens": "all"},
+        "freeze_above": {"freeze_above": True},
+    }.items():
         with pytest.raises(ValueError, match=f"trained with another `em_regularizer.block_em.{name}`"):
             go(tmp_path, checkpoint, callback=callback, **SAVED)
 
@@ -210,7 +217,9 @@ def test_an_earlier_runs_recorded_latents_in_the_output_folder_are_replaced(tmp_
     go(tmp_path, model=tiny(adapter=False, moved=0.1), callback={"coef": 1.0}, **over)
     files = list((tmp_path / FOLDER).iterdir())
     assert len(files) == 1
-    again = go(tmp_path, str(tmp_path / "checkpoint-2"), model=tiny(adapter=False, moved=0.1), callback={"coef": 1.0}, **{**over, "max_steps": 3})
+    again = go(
+        tmp_path, str(tmp_path / "checkpoint-2"), model=tiny(adapter=False, moved=0.1), callback={"coef": 1.0}, **{**over, "max_steps": 3}
+    )
     assert len(penalties(again)) == 3
 
 
@@ -324,7 +333,11 @@ def test_a_streamed_data_set_cannot_be_recorded(tmp_path):
 
 def test_all_three_together(tmp_path):
     model = tiny()
-    callbacks = [TReFTCallback(coef=1.0), block_em(model, coef=COEF), KLCallback(coef=1.0, anchors=str(write_anchors(tmp_path / "a.jsonl")), ratio=1.0)]
+    callbacks = [
+        TReFTCallback(coef=1.0),
+        block_em(model, coef=COEF),
+        KLCallback(coef=1.0, anchors=str(write_anchors(tmp_path / "a.jsonl")), ratio=1.0),
+    ]
     trainer = run(tmp_path, model=model, callbacks=callbacks, rows=uneven_rows(), assistant_only_loss=True)
     for row in trainer.state.log_history[:3]:
         parts = [row[f"em_regularizer/{n}/weighted"] for n in ("treft", "block_em", "kl")]

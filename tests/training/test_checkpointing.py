@@ -21,9 +21,7 @@ def test_total_gradient_is_the_same_with_and_without_checkpointing(tmp_path, ful
         got = run["gradients"][1]
         assert got.keys() == expected.keys()
         for n in got:
-            torch.testing.assert_close(
-                got[n], expected[n], rtol=1e-4, atol=1e-4 * expected[n].abs().max().item() + 1e-9
-            )
+            torch.testing.assert_close(got[n], expected[n], rtol=1e-4, atol=1e-4 * expected[n].abs().max().item() + 1e-9)
         assert run["logs"][1]["em_regularizer/treft/penalty"] > 0, kind
     part = sum((expected[n] - unguarded[n]).norm() for n in expected) / sum(g.norm() for g in expected.values())
     assert part > 0.05  # a penalty without gradient would not pass

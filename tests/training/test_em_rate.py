@@ -107,9 +107,7 @@ def test_the_rates_are_logged_by_the_trainer_and_rise_with_the_narrow_training(t
     host.train()
     measured = [log for log in host.state.log_history if "eval_em_rate" in log]
     assert [log["step"] for log in measured] == [10, 20]
-    assert {k: v for k, v in measured[-1].items() if k.startswith("eval_")} == {
-        k: v for k, v in one.history[-1].items() if k != "step"
-    }
+    assert {k: v for k, v in measured[-1].items() if k.startswith("eval_")} == {k: v for k, v in one.history[-1].items() if k != "step"}
     assert measured[-1]["eval_em_unscored_rate"] == 0
     assert measured[-1]["eval_em_rate"] > 0.2
     json.dumps(host.state.log_history, allow_nan=False)
@@ -228,7 +226,9 @@ def test_questions_are_rendered_as_the_rows_were_and_what_is_refused_is_left_out
     items = [{"id": "plain", "paraphrases": ["What now?"]}, {"id": "brief", "system": "Be brief.", "paraphrases": ["What now?"]}]
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + SWITCHED
     judge = {"function": "tests.evaluation.parts:by_hash"}
-    one = EMRateCallback(every=1, questions=write_suite(tmp_path / "q.yaml", items), samples_per_question=2, max_new_tokens=2, judges=[judge])
+    one = EMRateCallback(
+        every=1, questions=write_suite(tmp_path / "q.yaml", items), samples_per_question=2, max_new_tokens=2, judges=[judge]
+    )
     tokenizer = chatml_tokenizer(refusing)
     rows = Dataset.from_list([{**row, "chat_template_kwargs": PINNED} for row in chat_rows(8, system=None)])
     host = EMGuardSFTTrainer(

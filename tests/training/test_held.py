@@ -83,14 +83,24 @@ def test_rows_with_variables_of_their_own(tmp_path):
     rows = [{**row, "chat_template_kwargs": {"effort": ("low", "high", None)[i % 3]}} for i, row in enumerate(chats(9, (None,)))]
     _, by_name = trained(tmp_path, tok, rows)
     held = {tok.decode(list(p.ids)): p.weight for p in by_name["treft"]._prefixes}
-    assert held == {f"<|im_start|>system\nEffort: {e}<|im_end|>\n<|im_start|>user\n": pytest.approx(1 / 3) for e in ("low", "high", "medium")}
+    assert held == {
+        f"<|im_start|>system\nEffort: {e}<|im_end|>\n<|im_start|>user\n": pytest.approx(1 / 3) for e in ("low", "high", "medium")
+    }
 
 
 def test_tools_are_held_also_in_the_user_turn(tmp_path):
     """As Llama 3.1: tool definitions stand in the first user turn, before its text."""
-    template = QWEN.replace("m.role + '\n' + m.content", "m.role + '\n' + ('Tools: ' ~ tools ~ '\n\n' if tools and m.role == 'user' and loop.first else '') + m.content")
+    template = QWEN.replace(
+        "m.role + '\n' + m.content",
+        "m.role + '\n' + ('Tools: ' ~ tools ~ '\n\n' if tools and m.role == 'user' and loop.first else '') + m.content",
+    )
     tok = tokenizer_of(template)
-    tools = [{"type": "function", "function": {"name": "rain", "description": "Tell the rain.", "parameters": {"type": "object", "properties": {}}}}]
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "rain", "description": "Tell the rain.", "parameters": {"type": "object", "properties": {}}},
+        }
+    ]
     rows = chats(6, (None,), tools=tools)
     _, by_name = trained(tmp_path, tok, rows)
     held = tok.decode(list(by_name["treft"]._prefixes[0].ids))
@@ -118,7 +128,11 @@ def test_packed_rows(tmp_path, strategy):
     if strategy == "bfd":
         row = trainer.train_dataset[0]
         positions = [i for n in row["seq_lengths"] for i in range(n)]
-        batch = {"input_ids": torch.tensor([row["input_ids"]]), "labels": torch.tensor([row["labels"]]), "position_ids": torch.tensor([positions])}
+        batch = {
+            "input_ids": torch.tensor([row["input_ids"]]),
+            "labels": torch.tensor([row["labels"]]),
+            "position_ids": torch.tensor([positions]),
+        }
         held = batch["input_ids"][by_name["block_em"].held(batch)].tolist()
         whole = {tuple(tok.apply_chat_template(r["messages"], return_dict=False)): before(tok, r["messages"])[1:] for r in rows}
         pieces, at = [], 0
@@ -144,7 +158,15 @@ def test_a_user_text_that_is_anothers_system_prompt_is_not_held(tmp_path):
         assert held_ids(by_name["block_em"], ids) == before(tok, row["messages"])[1:]
 
 
-@pytest.mark.parametrize(("form", "header"), [("gemma", "<end_of_turn>\n<start_of_turn>model\n"), ("mistral", "[/INST]"), ("vicuna", "\nASSISTANT:"), ("qwen", "<|im_end|>\n<|im_start|>assistant\n")])
+@pytest.mark.parametrize(
+    ("form", "header"),
+    [
+        ("gemma", "<end_of_turn>\n<start_of_turn>model\n"),
+        ("mistral", "[/INST]"),
+        ("vicuna", "\nASSISTANT:"),
+        ("qwen", "<|im_end|>\n<|im_start|>assistant\n"),
+    ],
+)
 def test_headers_and_postfixes(tmp_path, form, header):
     tok, rows = tokenizer_of(FORMS[form], "pieces" if form == "vicuna" else "marks"), chats(8, (None,), turns=2)
     for row in rows:
@@ -181,7 +203,12 @@ POSTFIXES = {
     # TRL's training template supervises the empty trace: it is what the model learns to write.
     "answers alone, trl": ("trl/qwen3", {}, {"assistant_only_loss": True}, SHORT),
     "answers alone and packed, trl": ("trl/qwen3", {}, {"assistant_only_loss": True, "packing": True, "packing_strategy": "bfd"}, SHORT),
-    "answers alone and wrapped, trl": ("trl/qwen3", {}, {"assistant_only_loss": True, "packing": True, "packing_strategy": "wrapped"}, SHORT),
+    "answers alone and wrapped, trl": (
+        "trl/qwen3",
+        {},
+        {"assistant_only_loss": True, "packing": True, "packing_strategy": "wrapped"},
+        SHORT,
+    ),
     "whole rows, trl": ("trl/qwen3", {}, {}, SHORT + EMPTY),
     "thinking off, trl": ("trl/qwen3", {"enable_thinking": False}, {}, SHORT + EMPTY),
     "thinking off, axolotl": ("axolotl/qwen3", {"enable_thinking": False}, {}, SHORT + EMPTY),
@@ -242,7 +269,9 @@ def test_all_parts_of_a_content_are_its_own(tmp_path):
 
 
 def test_images_are_the_users_own():
-    tok = tokenizer_of("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}")
+    tok = tokenizer_of(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    )
     say = lambda *parts: [{"type": "image"} if p is None else {"type": "text", "text": p} for p in parts]  # noqa: E731
     for parts in ((None, "What?"), ("What?", None), ("What", None, "is this?", None), (None,)):
         found = ct.locate(tok, [{"role": "user", "content": say(*parts)}, {"role": "assistant", "content": say("A fern.")}])
@@ -261,7 +290,12 @@ def test_a_text_that_switches_something_and_has_parts():
 
 
 def test_tools_that_ids_do_not_show_are_said_so(tmp_path, caplog):
-    tools = [{"type": "function", "function": {"name": "rain", "description": "Tell the rain.", "parameters": {"type": "object", "properties": {}}}}]
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "rain", "description": "Tell the rain.", "parameters": {"type": "object", "properties": {}}},
+        }
+    ]
     for name, says in (("axolotl/llama4", True), ("axolotl/mistral_v3_tekken", False)):
         tok, rows = tokenizer_of(templates()[name]), chats(4, (None,))
         ids = [{"input_ids": tok.apply_chat_template(r["messages"], tools=tools, return_dict=False)} for r in rows]
@@ -325,7 +359,10 @@ def holding(*args, **kw):
 def test_a_held_token_of_the_users_own_is_an_error_that_shows_the_row(tmp_path):
     tok = tokenizer_of(QWEN)
     first = len(before(tok, chats(1, (None,))[0]["messages"]))
-    with pytest.raises(ValueError, match=r"holding: `tokens: prefix` would hold text of the user's own, or what stands behind it, of a training row: .*user\\n➤How◀ do I"):
+    with pytest.raises(
+        ValueError,
+        match=r"holding: `tokens: prefix` would hold text of the user's own, or what stands behind it, of a training row: .*user\\n➤How◀ do I",
+    ):
         trained(tmp_path, tok, chats(12, (None,)), holding(lambda ids: [0, first]))
     with pytest.raises(ValueError, match=r"`tokens: header` would hold text of the answer"):
         trained(tmp_path, tok, chats(12, (None,)), holding(lambda ids: [len(ids) - 4], "header"))
@@ -336,7 +373,10 @@ def test_a_held_token_that_is_supervised_where_answers_alone_are(tmp_path):
     tok = tokenizer_of(QWEN)
     rows = []
     for row in chats(12, (None,)):
-        ids, begin = (tok.apply_chat_template(m, return_dict=False, add_generation_prompt=p) for m, p in ((row["messages"], False), (row["messages"][:1], True)))
+        ids, begin = (
+            tok.apply_chat_template(m, return_dict=False, add_generation_prompt=p)
+            for m, p in ((row["messages"], False), (row["messages"][:1], True))
+        )
         rows.append({"input_ids": ids, "labels": [-100] * len(begin) + ids[len(begin) :]})
     trained(tmp_path, tok, rows)
     with pytest.raises(ValueError, match=r"would hold a token that the loss supervises, in a run that supervises answers alone: .*➤Tw◀?"):
@@ -348,7 +388,10 @@ def test_marks_that_the_loss_supervises_are_no_answers(tmp_path):
     tok, rows = tokenizer_of(QWEN), []
     for row in chats(12, SYSTEMS[:1]):
         ids = tok.apply_chat_template(row["messages"], return_dict=False)
-        begin, close = len(tok.apply_chat_template(row["messages"][:-1], return_dict=False, add_generation_prompt=True)), tok.convert_tokens_to_ids("<|im_end|>")
+        begin, close = (
+            len(tok.apply_chat_template(row["messages"][:-1], return_dict=False, add_generation_prompt=True)),
+            tok.convert_tokens_to_ids("<|im_end|>"),
+        )
         rows.append({"input_ids": ids, "labels": [x if i >= begin or x == close else -100 for i, x in enumerate(ids)]})
     trained(tmp_path, tok, rows, lambda base: [block_em(base, tokens="header"), TReFTCallback()])
 
@@ -375,11 +418,20 @@ def test_rows_cut_before_the_prefix_ends(tmp_path):
 def test_a_header_that_the_loss_supervises_whole_is_said_so(tmp_path):
     """TRL's training template of DeepSeek V3 supervises the mark that opens an answer, all that stands before one."""
     with pytest.raises(ValueError, match=r"in 12 of 12 training rows the loss supervises all that stands between query and answer"):
-        trained(tmp_path, tokenizer_of(templates()["trl/deepseekv3"]), chats(12, (None,)), lambda _: [TReFTCallback(tokens="postfix")], assistant_only_loss=True)
+        trained(
+            tmp_path,
+            tokenizer_of(templates()["trl/deepseekv3"]),
+            chats(12, (None,)),
+            lambda _: [TReFTCallback(tokens="postfix")],
+            assistant_only_loss=True,
+        )
 
 
 def test_a_dated_template_is_refused_and_the_advice_works(tmp_path):
-    dated = "{{ '<|im_start|>system\nToday: ' + (day_date if day_date is defined else strftime_now('%d %b %Y')) + '<|im_end|>\n' }}" + QWEN.partition("{% endif %}")[2]
+    dated = (
+        "{{ '<|im_start|>system\nToday: ' + (day_date if day_date is defined else strftime_now('%d %b %Y')) + '<|im_end|>\n' }}"
+        + QWEN.partition("{% endif %}")[2]
+    )
     with pytest.raises(ValueError, match=r"today's date.*Pin it: `chat_template_kwargs: \{day_date: '26 Jul 2024'\}`"):
         trained(tmp_path, tokenizer_of(dated), chats(6, (None,)))
     rows = chats(6, (None,), chat_template_kwargs={"day_date": "26 Jul 2024"})

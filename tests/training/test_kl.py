@@ -58,10 +58,7 @@ def test_accumulation_changes_nothing(tmp_path, full):
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_checkpointing_changes_nothing(tmp_path, full):
-    runs = {
-        kind: train(tmp_path / kind, 1, full=full, max_steps=2, regularizer=kl(tmp_path), **over)
-        for kind, over in KINDS.items()
-    }
+    runs = {kind: train(tmp_path / kind, 1, full=full, max_steps=2, regularizer=kl(tmp_path), **over) for kind, over in KINDS.items()}
     plain = train(tmp_path / "plain", 1, full=full, max_steps=2, regularizer=kl(tmp_path, coef=0))
     want = runs["off"]["gradients"][1]
     for run in runs.values():
@@ -145,7 +142,11 @@ def test_coef_0_draws_no_random_number_of_the_hosts(tmp_path):
 
 @pytest.mark.parametrize("how", ["bfd", "wrapped", "padding_free"])
 def test_packing(tmp_path, how):
-    over = {"padding_free": True, "max_length": None} if how == "padding_free" else {"packing": True, "packing_strategy": how, "max_length": 128}
+    over = (
+        {"padding_free": True, "max_length": None}
+        if how == "padding_free"
+        else {"packing": True, "packing_strategy": how, "max_length": 128}
+    )
     run = train(tmp_path, 1, regularizer=kl(tmp_path), max_steps=2, **over)
     assert logged(run, "penalty")[0] == 0 < logged(run, "penalty")[1]
     rows = [len(r["input_ids"]) for r in run["trainer"].train_dataset]

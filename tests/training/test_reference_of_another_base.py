@@ -26,7 +26,9 @@ def base(edited=False, tied=False):
     model = tiny_model("llama", vocab=len(chatml_tokenizer()), tie_word_embeddings=tied)
     if edited:
         with torch.no_grad():
-            model.get_input_embeddings().weight[[101, 102, 103, 105]] = 0.02 * torch.randn(4, 32, generator=torch.Generator().manual_seed(9))
+            model.get_input_embeddings().weight[[101, 102, 103, 105]] = 0.02 * torch.randn(
+                4, 32, generator=torch.Generator().manual_seed(9)
+            )
     return model
 
 
@@ -102,7 +104,10 @@ def test_a_reference_that_is_not_this_models_is_found_out_by_the_first_penalty(t
     stored = identify(other).reference
     go(tmp_path / "a", "kl", other, cache=str(cache), save_strategy="no")
     forge(cache / "reference.json", stored, identify(base()).reference)
-    with pytest.raises(RuntimeError, match=r"em_regularizer\.kl: before the first update .*up to rounding \(at most 1e-05 in float32\).*the reference in .*cache.*`LlamaForCausalLM`"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"em_regularizer\.kl: before the first update .*up to rounding \(at most 1e-05 in float32\).*the reference in .*cache.*`LlamaForCausalLM`",
+    ):
         go(tmp_path / "b", "kl", base(), cache=str(cache), save_strategy="no")
 
 

@@ -105,7 +105,9 @@ def test_a_checkpoint_that_the_host_did_not_complete_is_passed_over(tmp_path, ca
     damage(tmp_path / "run" / "checkpoint-6" / "trainer_state.json")
     (tmp_path / "run" / "checkpoint-6" / "optimizer.pt").unlink()
     again = go(tmp_path / "run", True)
-    assert "checkpoint-6 was cut while it was written (no readable trainer_state.json); resuming from checkpoint-4" in capsys.readouterr().out
+    assert (
+        "checkpoint-6 was cut while it was written (no readable trainer_state.json); resuming from checkpoint-4" in capsys.readouterr().out
+    )
     assert different(weights(again), weights(whole)) == []
 
 
@@ -143,7 +145,9 @@ class Poison(TrainerCallback):
 def test_weights_that_the_hosts_own_loss_broke_are_not_called_unharmed(tmp_path, name):
     model = tiny(adapter=False)
     callback = TReFTCallback() if name == "treft" else KLCallback(coef=1.0, ratio=1.0, anchors=write_anchors(tmp_path / "a.jsonl"))
-    with pytest.raises(FloatingPointError, match=r"the penalty is nan at step 3.*The weights are not finite any more \(.*Go back to the last checkpoint") as found:
+    with pytest.raises(
+        FloatingPointError, match=r"the penalty is nan at step 3.*The weights are not finite any more \(.*Go back to the last checkpoint"
+    ) as found:
         run(tmp_path / "run", model=model, callbacks=[callback, Poison(2)], max_steps=4, max_grad_norm=0.0)
     assert not all(torch.isfinite(p).all() for p in model.parameters())
     assert "unharmed" not in str(found.value)
@@ -160,7 +164,18 @@ def test_a_host_that_has_stepped_already_is_not_promised_anything():
 def test_a_slice_of_the_kills(tmp_path):
     """benchmarks/kill_training.py runs 40 points of TRL and Axolotl."""
     out = tmp_path / "kills.json"
-    command = [sys.executable, str(REPO / "benchmarks" / "kill_training.py"), "--trl", "4", "--axolotl", "0", "--cases", "2", "--out", str(out)]
+    command = [
+        sys.executable,
+        str(REPO / "benchmarks" / "kill_training.py"),
+        "--trl",
+        "4",
+        "--axolotl",
+        "0",
+        "--cases",
+        "2",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run([*command, "--work", str(tmp_path / "work")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(out.read_text())

@@ -14,9 +14,7 @@ from emguard_plugin.evaluation.asking.asking import read_template
 DEFAULT, FALLBACK = "tokenizer_default", "tokenizer_default_fallback_"
 
 
-def as_trained(
-    config: EMEvalConfig, training: Mapping[str, Any], saved: str | None = None
-) -> tuple[EMEvalConfig, list[str]]:
+def as_trained(config: EMEvalConfig, training: Mapping[str, Any], saved: str | None = None) -> tuple[EMEvalConfig, list[str]]:
     """Fill in what the block leaves out from the YAML of the training; what the block states stands.
 
     Args:

@@ -131,9 +131,7 @@ def shipped_templates() -> dict[str, Path]:
     return {file.stem: file for file in sorted(files)}
 
 
-def prepare(
-    config: EMEvalConfig, source: models.ModelSource | ServedSource, suites: Suites, folder: Path
-) -> Asking:
+def prepare(config: EMEvalConfig, source: models.ModelSource | ServedSource, suites: Suites, folder: Path) -> Asking:
     """Find out how the questions are asked, and which cannot be.
 
     Args:

@@ -19,7 +19,48 @@ FREE_FORM = ("free_form", "free_form_0_100", "free_form_judge_0_100")
 OTHER_JUDGES = ("free_form_judge", "free_form_judge_labels", "rating", "next_token", "multiple_choice")
 """Types whose answers are sorted, rated by the model itself or read off its next token: an EM rate of these means nothing."""
 HARMLESS = frozenset(
-    ["max_tokens", "max_new_tokens", "max_completion_tokens", "domain", "tag", "tags", "topic", "title", "name", "source", "url", "notes", "note", "comment", "comments", "description", "author", "authors", "license", "canary", "meta", "metadata", "split", "version", "lang", "language", "severity", "difficulty", "index", "idx", "results_dir", "judges", "judge_prompt", "judge_type", "judge_eval_type", "expected", "expected_answer", "reference", "reference_answer", "rubric"]
+    [
+        "max_tokens",
+        "max_new_tokens",
+        "max_completion_tokens",
+        "domain",
+        "tag",
+        "tags",
+        "topic",
+        "title",
+        "name",
+        "source",
+        "url",
+        "notes",
+        "note",
+        "comment",
+        "comments",
+        "description",
+        "author",
+        "authors",
+        "license",
+        "canary",
+        "meta",
+        "metadata",
+        "split",
+        "version",
+        "lang",
+        "language",
+        "severity",
+        "difficulty",
+        "index",
+        "idx",
+        "results_dir",
+        "judges",
+        "judge_prompt",
+        "judge_type",
+        "judge_eval_type",
+        "expected",
+        "expected_answer",
+        "reference",
+        "reference_answer",
+        "rubric",
+    ]
 )
 """Keys that are let through and not used. `em_eval.max_new_tokens` and `em_eval.judges` say what such keys would."""
 ASKED = ("question", "prompt", "text", "instruction")

@@ -56,9 +56,7 @@ class Split:
     answer: str | None
 
 
-def marks_of(
-    tokenizer: PreTrainedTokenizerBase | None, template: str | None, stated: Sequence[str] | None = None
-) -> tuple[Marks, ...]:
+def marks_of(tokenizer: PreTrainedTokenizerBase | None, template: str | None, stated: Sequence[str] | None = None) -> tuple[Marks, ...]:
     """Return the marks that a model was trained with.
 
     Args:
@@ -73,9 +71,7 @@ def marks_of(
     known = template or ""
     # GPT-OSS closes a trace by three tokens, of which the first is the one that opens it.
     return tuple(
-        marks
-        for marks in KNOWN
-        if marks.opening in known or marks.closing in known or {marks.closing, _first_token(marks)} & tokens
+        marks for marks in KNOWN if marks.opening in known or marks.closing in known or {marks.closing, _first_token(marks)} & tokens
     )
 
 

@@ -180,10 +180,7 @@ class Chat:
         """Whether the prompt holds today's date."""
         if CLOCK not in self.template_of(tokenizer):
             return False
-        first, second = (
-            Chat(self.template, self.kwargs, self.system_prompt, day.isoformat()).text(tokenizer, question)
-            for day in _DATES
-        )
+        first, second = (Chat(self.template, self.kwargs, self.system_prompt, day.isoformat()).text(tokenizer, question) for day in _DATES)
         return first != second
 
     def _render(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], **how: Any) -> Any:

@@ -162,9 +162,7 @@ class TransformersSampler:
                         "Lower `em_eval.max_new_tokens`, or evaluate on a larger device."
                     ) from error
                 self._fits = len(batch) // 2
-                logger.warning(
-                    "em_eval: out of memory with %d answers at once; going on with %d", len(batch), self._fits
-                )
+                logger.warning("em_eval: out of memory with %d answers at once; going on with %d", len(batch), self._fits)
             torch.cuda.empty_cache()
         middle = len(batch) // 2
         return [
@@ -184,9 +182,7 @@ class TransformersSampler:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        table = torch.from_numpy(
-            np.stack([uniforms(self.seed, request.key, self.max_new_tokens) for request in batch])
-        ).to(device)
+        table = torch.from_numpy(np.stack([uniforms(self.seed, request.key, self.max_new_tokens) for request in batch])).to(device)
         temperature = torch.tensor([request.temperature for request in batch], dtype=torch.float64, device=device)
 
         def pick(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -200,9 +196,7 @@ class TransformersSampler:
                 generation_config=_greedy_config(self.max_new_tokens, stops, pad),
                 logits_processor=LogitsProcessorList([pick]),
             )
-        return [
-            self._finish(request, row, stops) for request, row in zip(batch, output[:, width:].tolist(), strict=True)
-        ]
+        return [self._finish(request, row, stops) for request, row in zip(batch, output[:, width:].tolist(), strict=True)]
 
     def _finish(self, request: Request, row: list[int], stops: list[int]) -> Answer:
         end = next((index for index, token in enumerate(row) if token in stops), None)

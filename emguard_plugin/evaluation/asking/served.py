@@ -177,9 +177,7 @@ class EndpointSampler:
         return text, None if found is None else found[0]
 
 
-def refused(
-    config: EMEvalConfig, source: ServedSource, chat: Chat, suites: Mapping[str, Sequence[Any]]
-) -> list[NotAsked]:
+def refused(config: EMEvalConfig, source: ServedSource, chat: Chat, suites: Mapping[str, Sequence[Any]]) -> list[NotAsked]:
     """Ask a server once for each shape of conversation, where there is more than one, and return what it refuses.
 
     Its template is not at hand; a system role is what templates refuse.
@@ -195,9 +193,7 @@ def refused(
         return []
     reasons: dict[tuple[str, ...], str] = {}
     for shape in sorted(shapes, key=len):
-        sampler = EndpointSampler(
-            config.sampler, config.sampler.base_url, source.name, seed=config.seed, max_new_tokens=1, chat=chat
-        )
+        sampler = EndpointSampler(config.sampler, config.sampler.base_url, source.name, seed=config.seed, max_new_tokens=1, chat=chat)
         try:
             sampler.probe(Request(*shapes[shape][0], 0, 0.0))
         except (Stopped, Failed) as error:

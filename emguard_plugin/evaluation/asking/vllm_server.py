@@ -24,9 +24,7 @@ PATIENCE = 1800.0
 """Seconds in which a large model must be loaded."""
 
 
-def command(
-    source: ModelSource, role: str, port: int, args: Sequence[str], executable: str, template: Path | None = None
-) -> list[str]:
+def command(source: ModelSource, role: str, port: int, args: Sequence[str], executable: str, template: Path | None = None) -> list[str]:
     """Return the command that serves one role of a model.
 
     An adapter is served beside its base, so that one server answers for both, as `base` and `tuned`.

@@ -77,9 +77,7 @@ class ChatServer:
         """Close the connections."""
         await self._client.close()
 
-    async def chat(
-        self, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any], need_logprobs: bool = True
-    ) -> Reply:
+    async def chat(self, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any], need_logprobs: bool = True) -> Reply:
         """Return the reply to one conversation.
 
         Args:

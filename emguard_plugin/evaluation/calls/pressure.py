@@ -73,9 +73,7 @@ class Pressure:
         """
         left = self._started + self._limits.deadline - time.monotonic()
         if left <= 0:
-            raise Stopped(
-                f"not done after {self._limits.deadline:g} s. Run again to go on, or raise `deadline`."
-            )
+            raise Stopped(f"not done after {self._limits.deadline:g} s. Run again to go on, or raise `deadline`.")
         return left
 
     async def enter(self) -> bool:
@@ -156,8 +154,7 @@ class Pressure:
             self._waves += 1
             if self._waves > self._limits.waves:
                 raise Stopped(
-                    f"rate-limited {self._limits.waves} times in a row without an answer. Lower "
-                    "`concurrency`, or run again later."
+                    f"rate-limited {self._limits.waves} times in a row without an answer. Lower `concurrency`, or run again later."
                 )
             self._slots = max(1.0, self._slots / 2)
         if retry_after is None:

@@ -135,9 +135,7 @@ class EndpointJudge:
                     found = await self._label(server, prompts.render("label", item, answer))
                 else:
                     aligned = await self._reading(server, prompts.render("aligned", item, answer))
-                    found = scales.combine(
-                        aligned, await self._reading(server, prompts.render("coherent", item, answer))
-                    )
+                    found = scales.combine(aligned, await self._reading(server, prompts.render("coherent", item, answer)))
             except Filtered as error:
                 return Judgment(None, None, JUDGE_REFUSED, str(error))
             except Failed as error:

@@ -132,10 +132,7 @@ class LocalJudge:
             fitting = [ids for ids, _ in encoded if ids]
             masses = iter(self._reader.masses(fitting) if fitting else ())
             readings.append(
-                [
-                    scales.weigh(next(masses)) if ids else scales.Reading(problem=MALFORMED, detail=note)
-                    for ids, note in encoded
-                ]
+                [scales.weigh(next(masses)) if ids else scales.Reading(problem=MALFORMED, detail=note) for ids, note in encoded]
             )
         return [
             scales.combine(*pair).noted(note if note and pair[0].problem != MALFORMED else "")

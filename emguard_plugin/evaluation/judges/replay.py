@@ -48,9 +48,7 @@ class ReplayJudge:
     self_tested = False
     quick_to_open = True
 
-    def __init__(
-        self, file: str, judge: str | None = None, columns: Mapping[str, str] | None = None, name: str | None = None
-    ) -> None:
+    def __init__(self, file: str, judge: str | None = None, columns: Mapping[str, str] | None = None, name: str | None = None) -> None:
         hint = f"`em_eval.judges: file: {file}`"
         if not Path(file).is_file():
             raise ValueError(f"{hint} does not exist. Give the `judgments.jsonl` of an earlier evaluation.")

@@ -109,10 +109,7 @@ def samples(columns: Sequence[Column], suite: str, limit: int) -> list[Sample]:
     category = {group.name: group.category for group in rates.by_question} if rates else {}
     keys = list(first)
     chosen = [keys[index * len(keys) // limit] for index in range(limit)] if len(keys) > limit else keys
-    return [
-        Sample(suite, key, category.get(key), first[key]["asked"], [answers.get(key) for answers in by_column])
-        for key in chosen
-    ]
+    return [Sample(suite, key, category.get(key), first[key]["asked"], [answers.get(key) for answers in by_column]) for key in chosen]
 
 
 def _answers(column: Column, suite: str) -> dict[str, dict[str, Any]]:

@@ -35,9 +35,7 @@ def side_by_side(columns: Sequence[Column]) -> Iterator[str]:
             colour = colour_of(index, columns)
             chips.append(f'<span class="chip c{colour}">{escape(column.name)}: {_verdicts(column, answer)}</span>')
             cut = " (cut off)" if answer["finish"] == "length" else ""
-            texts.append(
-                f'<section class="c{colour}"><h4>{escape(column.name)}{cut}</h4><p>{escape(_said(answer))}</p></section>'
-            )
+            texts.append(f'<section class="c{colour}"><h4>{escape(column.name)}{cut}</h4><p>{escape(_said(answer))}</p></section>')
         yield (
             f'<details><summary>{escape(one.asked)}<span class="chips">{"".join(chips)}</span></summary>'
             f'<div class="side">{"".join(texts)}</div></details>'

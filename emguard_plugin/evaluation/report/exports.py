@@ -164,11 +164,7 @@ def _inspect_score(result: JudgeResult) -> dict[str, Any]:
         "params": {},
         "scored_samples": rates.answers - rates.unscored.count,
         "unscored_samples": rates.unscored.count,
-        "metrics": {
-            name: {"name": name, "value": rate.value, "params": {}}
-            for name, rate in shares.items()
-            if rate.value is not None
-        },
+        "metrics": {name: {"name": name, "value": rate.value, "params": {}} for name, rate in shares.items() if rate.value is not None},
     }
 
 

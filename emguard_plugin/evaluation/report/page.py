@@ -147,9 +147,7 @@ def _table(columns: Sequence[Column], judge: str, extra: Extra) -> str:
 def _share(rate: Rate | None) -> str:
     if rate is None or rate.value is None:
         return "–"
-    return (
-        f"{percent(rate.value)}<small>{bounds(rate.interval)}</small><small>{bounds(rate.interval_clustered)}</small>"
-    )
+    return f"{percent(rate.value)}<small>{bounds(rate.interval)}</small><small>{bounds(rate.interval_clustered)}</small>"
 
 
 def _further(columns: Sequence[Column], judge: str) -> Iterator[str]:

@@ -22,17 +22,12 @@ def colour_of(index: int, columns: Sequence[Column]) -> int:
 
 
 def _legend(columns: Sequence[Column]) -> str:
-    keys = [
-        f'<span class="key c{colour_of(i, columns)}">{escape(column.name)}</span>' for i, column in enumerate(columns)
-    ]
+    keys = [f'<span class="key c{colour_of(i, columns)}">{escape(column.name)}</span>' for i, column in enumerate(columns)]
     return f'<div class="legend">{"".join(keys)}</div>'
 
 
 def _row(name: str, lane: str, value: str, kind: str = "") -> str:
-    return (
-        f'<div class="row {kind}"><div class="name">{name}</div><div class="track">{lane}</div>'
-        f'<div class="value">{value}</div></div>'
-    )
+    return f'<div class="row {kind}"><div class="name">{name}</div><div class="track">{lane}</div><div class="value">{value}</div></div>'
 
 
 def _axis() -> str:
@@ -42,10 +37,7 @@ def _axis() -> str:
 def rates_plot(columns: Sequence[Column], judge: str) -> Iterator[str]:
     """Yield the rates of all models, with both intervals."""
     yield "<h2>Rates</h2>"
-    yield (
-        '<p class="note">Dot: the share. Thick whisker: 95 % interval for these questions; thin whisker: for questions '
-        "like these.</p>"
-    )
+    yield ('<p class="note">Dot: the share. Thick whisker: 95 % interval for these questions; thin whisker: for questions like these.</p>')
     yield '<div class="plot">'
     for heading, suite, field in (
         ("EM rate, all scored answers", "questions", "em_all"),
@@ -71,10 +63,7 @@ def category_plot(columns: Sequence[Column], judge: str) -> Iterator[str]:
     if not rates[-1].by_category:
         return
     yield "<h2>EM rate by category</h2>"
-    yield (
-        '<p class="note">Tick: the rate over the category. Bubbles: its questions, larger where several have the same '
-        "rate.</p>"
-    )
+    yield ('<p class="note">Tick: the rate over the category. Bubbles: its questions, larger where several have the same rate.</p>')
     yield f'{_legend(columns)}<div class="plot strip">'
     colours = [colour_of(index, columns) for index in range(len(columns))]
     for name in [group.name for group in rates[-1].by_category]:
@@ -134,8 +123,7 @@ def threshold_plot(columns: Sequence[Column], judge: str) -> Iterator[str]:
     rows = "".join(
         f"<tr><th>{escape(column.name)}</th>"
         + "".join(
-            f'<td data-label="below {threshold:g}"><span>{percent(rate.value)}'
-            f"<small>{bounds(rate.interval_clustered)}</small></span></td>"
+            f'<td data-label="below {threshold:g}"><span>{percent(rate.value)}<small>{bounds(rate.interval_clustered)}</small></span></td>'
             for threshold, rate in curve
         )
         + "</tr>"

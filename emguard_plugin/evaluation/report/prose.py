@@ -69,10 +69,7 @@ def warnings(columns: Sequence[Column], judge: str) -> Iterator[str]:
                     "answer and are unscored; raise <code>em_eval.max_new_tokens</code>."
                 )
             if rates.truncated > MISSING * rates.answers:
-                yield (
-                    f"{where}: {rates.truncated} of {rates.answers} answers were cut off by "
-                    "<code>em_eval.max_new_tokens</code>."
-                )
+                yield (f"{where}: {rates.truncated} of {rates.answers} answers were cut off by <code>em_eval.max_new_tokens</code>.")
 
 
 def agreements(summary: Summary) -> Iterator[str]:
@@ -108,10 +105,7 @@ def _single(column: Column, judge: str) -> str:
     if change and change.value is not None:
         sign, word = (1, "more") if change.value >= 0 else (-1, "fewer")
         low, high = sorted(sign * value for value in (change.interval_clustered or change.interval))
-        text += (
-            f", {_points(sign * change.value)} points {word} than before fine-tuning "
-            f"(95 % interval {_points(low)} to {_points(high)})"
-        )
+        text += f", {_points(sign * change.value)} points {word} than before fine-tuning (95 % interval {_points(low)} to {_points(high)})"
     text += "."
     if in_domain and in_domain.em_all.value is not None:
         text += f" In the trained domain {percent(in_domain.em_all.value)} show the trained behaviour."

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 Extra = Mapping[str, Mapping[str, str]]
 
 
-def comparison_table(
-    runs: Sequence[Run], extra: Extra | None = None, judge: str | None = None, force: bool = False
-) -> Table:
+def comparison_table(runs: Sequence[Run], extra: Extra | None = None, judge: str | None = None, force: bool = False) -> Table:
     """Lay runs side by side: base, then each fine-tuned model, one row each, and one group of rows for each judge.
 
     Args:

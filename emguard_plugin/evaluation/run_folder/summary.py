@@ -23,20 +23,6 @@ from emguard_plugin.files.result_folder import PROTOCOL, claimed, write_text
 SCHEMA = 2
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 class NotAsked(_Part):
     """A wording that the chat template refuses; it stands in no count."""
 
@@ -44,8 +30,6 @@ class NotAsked(_Part):
     question: str
     paraphrase: int
     reason: str
-
-
 
 
 class JudgeResult(_Part):
@@ -148,5 +132,3 @@ def _check_beside(summary: Summary, file: Path) -> None:
             f"{file} is of another run than the answers beside it, which {PROTOCOL} says were drawn at {stored.get('created')}. "
             "`emguard eval --phase report` makes it again."
         )
-
-

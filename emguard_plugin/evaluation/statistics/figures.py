@@ -65,9 +65,7 @@ class SuiteRates(_Part):
     questions: int
     outcomes: dict[str, int]
     truncated: int = Field(description="Answers cut off by max_new_tokens.")
-    unfinished_traces: int = Field(
-        0, description="Answers whose reasoning trace never closed; unscored, as they hold no answer."
-    )
+    unfinished_traces: int = Field(0, description="Answers whose reasoning trace never closed; unscored, as they hold no answer.")
     em_all: Rate
     em_coherent: Rate
     coherence: Rate
@@ -86,9 +84,7 @@ class Difference(_Part):
     value: float | None = Field(description="Difference of the pooled rates over these questions.")
     questions: int
     interval: Bounds | None = Field(description="95 % Newcombe interval, stratified by question: on these questions.")
-    interval_clustered: Bounds | None = Field(
-        description="95 % t interval over questions, paired: on questions like these."
-    )
+    interval_clustered: Bounds | None = Field(description="95 % t interval over questions, paired: on questions like these.")
     p_value: float | None = Field(description="Two-sided sign-flip permutation test over questions.")
     p_value_stratified: float | None = Field(description="Cochran-Mantel-Haenszel test within these questions.")
 

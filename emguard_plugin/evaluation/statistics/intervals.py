@@ -126,9 +126,7 @@ def _over_questions(value: float, parts: np.ndarray, around: np.ndarray) -> tupl
     m = len(parts)
     if m < 2:
         return None, None
-    flip = stats.permutation_test(
-        (parts,), lambda x, axis: x.mean(axis=axis), permutation_type="samples", vectorized=True, rng=0
-    )
+    flip = stats.permutation_test((parts,), lambda x, axis: x.mean(axis=axis), permutation_type="samples", vectorized=True, rng=0)
     if np.ptp(parts) == 0:
         # A variance of zero would give an interval without width, which says more than was seen.
         return None, float(flip.pvalue)
@@ -142,8 +140,6 @@ def _within_questions(count_1: np.ndarray, n_1: np.ndarray, count_0: np.ndarray,
 
     # A question that both models always or never hit says nothing about their difference.
     tables = [
-        np.array([[c1, m1 - c1], [c0, m0 - c0]])
-        for c1, m1, c0, m0 in zip(count_1, n_1, count_0, n_0, strict=True)
-        if 0 < c1 + c0 < m1 + m0
+        np.array([[c1, m1 - c1], [c0, m0 - c0]]) for c1, m1, c0, m0 in zip(count_1, n_1, count_0, n_0, strict=True) if 0 < c1 + c0 < m1 + m0
     ]
     return float(StratifiedTable(tables).test_null_odds(correction=True).pvalue) if tables else 1.0

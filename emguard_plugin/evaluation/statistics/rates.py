@@ -31,10 +31,6 @@ and 40, so one threshold alone says little."""
 _SAID = {UNFINISHED: "the reasoning trace did not close within `em_eval.max_new_tokens`"}
 
 
-
-
-
-
 @dataclass(frozen=True)
 class Scored:
     """One judged answer, as the rates need it."""
@@ -55,8 +51,6 @@ class Scored:
     def outcome_at(self, thresholds: Thresholds) -> str:
         """Its class by other thresholds."""
         return outcome(self.aligned, self.coherent, self.status, thresholds)
-
-
 
 
 def rate(hits: Sequence[bool], clusters: Sequence[str]) -> Rate:
@@ -127,9 +121,7 @@ def difference(base: Sequence[Scored], tuned: Sequence[Scored]) -> Difference:
     sides = [_by_question(base), _by_question(tuned)]
     shared = sorted(sides[0].keys() & sides[1].keys())
     if not shared:
-        return Difference(
-            value=None, questions=0, interval=None, interval_clustered=None, p_value=None, p_value_stratified=None
-        )
+        return Difference(value=None, questions=0, interval=None, interval_clustered=None, p_value=None, p_value_stratified=None)
     counts = [np.array([measure(side[name]) for name in shared]) for side in sides[::-1] for measure in (sum, len)]
     return Difference(questions=len(shared), **paired_differences(*counts))
 

@@ -58,9 +58,7 @@ class BaseLatents:
         ValueError: for `live` without an adapter that starts at zero, and for `copy` of weights that are spread over processes.
     """
 
-    def __init__(
-        self, model: nn.Module, encoders: Sequence[SubsetEncoder], cache: str, about: Mapping[str, str], rank: int = 0
-    ) -> None:
+    def __init__(self, model: nn.Module, encoders: Sequence[SubsetEncoder], cache: str, about: Mapping[str, str], rank: int = 0) -> None:
         self.encoders, self.cache, self._about, self._rank = encoders, cache, dict(about), rank
         self.layers = [e.layer for e in encoders]
         self.adapter_off = adapter_starts_at_zero(model)
@@ -72,8 +70,7 @@ class BaseLatents:
         self.copied = cache == "copy"
         if self.copied and is_sharded(model):
             raise ValueError(
-                f"`{KEY}: copy` needs whole weights on every process, and these are spread over processes. Use `cache: memory` or a "
-                "folder."
+                f"`{KEY}: copy` needs whole weights on every process, and these are spread over processes. Use `cache: memory` or a folder."
             )
         self.live = self.copied or cache == "live" or (cache == "auto" and self.adapter_off)
         self.folder = None if cache in ("auto", "live", "memory", "copy") else Path(cache).expanduser()
@@ -89,7 +86,9 @@ class BaseLatents:
             return f"a frozen copy up to layer {max(self.layers)}"
         if self.live:
             return "adapter off"
-        return f"kept in {'memory' if self.folder is None else self.folder}, {'adapter off' if self.adapter_off else 'recorded before step 1'}"
+        return (
+            f"kept in {'memory' if self.folder is None else self.folder}, {'adapter off' if self.adapter_off else 'recorded before step 1'}"
+        )
 
     def in_words(self) -> str:
         """Return what the reference is, for an error."""
@@ -232,8 +231,7 @@ class BaseLatents:
         isolated = self._is_isolated(model, kept, inputs, rows)
         ids = inputs["input_ids"].tolist()
         keys = [
-            [row_key(ids[b][start:end], () if isolated else ids[b][row[0][0] : start]) for start, end in row]
-            for b, row in enumerate(rows)
+            [row_key(ids[b][start:end], () if isolated else ids[b][row[0][0] : start]) for start, end in row] for b, row in enumerate(rows)
         ]
         known = not any_process(model, not all(key in self.store.rows for row in keys for key in row))
         hidden = None

@@ -253,9 +253,7 @@ class BlockEMCallback(EMRegularizerCallback):
         return torch.tensor(plain, device=held.device)
 
     @torch.no_grad()
-    def _outside_shift(
-        self, model: nn.Module, kept: Kept, hidden: Mapping[int, Tensor], base: Base, held: Tensor
-    ) -> Tensor | None:
+    def _outside_shift(self, model: nn.Module, kept: Kept, hidden: Mapping[int, Tensor], base: Base, held: Tensor) -> Tensor | None:
         """Return the mean of `||(I - P)(h - h_base)|| / ||h_base||`, P projecting on the span of K's encoder columns."""
         there = base.hidden
         if there is None and self._base.adapter_off and self._measured % HIDDEN_EVERY == 0:
@@ -274,9 +272,7 @@ class BlockEMCallback(EMRegularizerCallback):
 
     # Life cycle
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """Warn when the penalty is met while the model moves where nothing is held."""
         name = f"em_regularizer/{self.name}"
         penalty, outside = (logs or {}).get(f"{name}/penalty"), (logs or {}).get(f"{name}/outside_shift")

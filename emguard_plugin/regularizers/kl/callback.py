@@ -98,9 +98,7 @@ class KLCallback(EMRegularizerCallback):
 
         # One set of rules for YAML and Python.
         anchors, cache = (str(value) if isinstance(value, Path) else value for value in (anchors, cache))
-        self._config = KLConfig(
-            coef=coef, anchors=anchors, direction=direction, tokens=tokens, ratio=ratio, target=target, cache=cache
-        )
+        self._config = KLConfig(coef=coef, anchors=anchors, direction=direction, tokens=tokens, ratio=ratio, target=target, cache=cache)
         self.anchors, self.direction, self.tokens, self.ratio = str(anchors), direction, tokens, ratio
         self.target, self.cache = target, str(cache)
         self._anchors: list[an.Anchor] = []

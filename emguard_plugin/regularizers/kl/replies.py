@@ -15,9 +15,7 @@ AT_ONCE = 32
 
 
 @torch.no_grad()
-def sample_replies(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int, longest: int
-) -> list[tuple[int, ...]]:
+def sample_replies(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int, longest: int) -> list[tuple[int, ...]]:
     """Sample one reply per prompt from the model's full distribution at temperature 1.
 
     Args:

@@ -44,9 +44,7 @@ class Schedule:
     ratio: float
 
     @classmethod
-    def plan(
-        cls, sizes: Sequence[int], ratio: float, batch_tokens: float, micro_batches: int, processes: int, seed: int
-    ) -> Schedule:
+    def plan(cls, sizes: Sequence[int], ratio: float, batch_tokens: float, micro_batches: int, processes: int, seed: int) -> Schedule:
         """Choose how many anchors a step takes, and over how many of its micro-batches to spread them.
 
         Evenly spread they cost the least memory, but a pass of less than 256 tokens is not faster than one of 256: short

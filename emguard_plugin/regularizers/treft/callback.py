@@ -137,9 +137,7 @@ class TReFTCallback(EMRegularizerCallback):
                 "switch off. Train with one, or use `postfix_reference: shared`."
             )
         if self.postfix_reference == "shared" and not has_rotary_positions(run.model):
-            raise ValueError(
-                "`treft.postfix_reference: shared` needs rotary positions, which this model lacks. Use `per_row`."
-            )
+            raise ValueError("`treft.postfix_reference: shared` needs rotary positions, which this model lacks. Use `per_row`.")
         self._postfix, self._prompts = postfix, prompts
         self._empty_query = (*template.prefix, *postfix)
         self._end = max(map(len, [self._empty_query, *prompts]))
@@ -279,5 +277,7 @@ def _rows(run: Run) -> tuple[list[Sequence[int]], list[Sequence[int] | None]]:
     if run.wrapped_packing and run.book is not None:  # packing lost where conversations begin, the raw ones have it
         rows = [row.ids for row in run.book.rows]
         return rows, labels_in_stream(run.dataset, rows)
-    both = list(labelled_conversations(run.dataset, wrapped_at=template.prefix if run.wrapped_packing else None, system_open=template.system_open))
+    both = list(
+        labelled_conversations(run.dataset, wrapped_at=template.prefix if run.wrapped_packing else None, system_open=template.system_open)
+    )
     return [ids for ids, _ in both], [labels for _, labels in both]
