@@ -89,7 +89,7 @@ def test_answers_of_unknown_origin_are_not_used(tmp_path):
 
 def test_a_full_disk_names_the_file_and_leaves_no_draft(tmp_path):
     code = (
-        "import resource, signal, sys\nfrom pathlib import Path\nfrom emguard_plugin.evaluation import store\nfrom emguard_plugin.cli.frame import in_words\n"
+        "import resource, signal, sys\nfrom pathlib import Path\nfrom emguard_plugin.files import result_folder as store\nfrom emguard_plugin.cli.frame import in_words\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
         "folder = Path(sys.argv[1])\n"
         "for write in (lambda: store.JsonLines(folder / 'a.jsonl').append([{'x': 'y' * 9000}]), lambda: store.write_json(folder / 'a.json', 'y' * 9000)):\n"
