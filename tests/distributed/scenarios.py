@@ -53,7 +53,7 @@ class Recorder(TrainerCallback):
 @contextmanager
 def recorded_saves():
     """List the paths that this rank writes a reference to."""
-    from emguard_plugin.regularizers import treft
+    from emguard_plugin.regularizers.treft import callback as treft
 
     paths, save = [], treft.save_reference
 
