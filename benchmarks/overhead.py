@@ -288,7 +288,7 @@ def penalty_alone(trainer: Any, s: dict[str, Any], times: int = 9) -> tuple[floa
     """Return the median (clock, processor) seconds of a penalty's forward and backward passes in one step."""
     import torch
 
-    from emguard_plugin import EMRegularizerCallback
+    from emguard_plugin import EMRegularizerCallback, Moment
 
     guard = next((c for c in trainer.callback_handler.callbacks if isinstance(c, EMRegularizerCallback)), None)
     inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=s["device"])}
@@ -296,7 +296,7 @@ def penalty_alone(trainer: Any, s: dict[str, Any], times: int = 9) -> tuple[floa
     def penalty(i: int) -> Any:
         if guard is None:  # the second model's
             return trainer.anchor_kl(trainer.model, inputs["input_ids"].device, i, s["accumulation"])
-        measured = guard.measure(trainer.model, inputs, trainer.state.global_step, (i, s["accumulation"]))
+        measured = guard.measure(Moment(trainer.model, inputs, trainer.state.global_step, i, s["accumulation"]))
         return None if measured is None else measured.value
 
     took = []

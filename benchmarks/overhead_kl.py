@@ -39,8 +39,8 @@ def second_model_trainer() -> type:
 
     from emguard_plugin.models.kv import base_causal_lm
     from emguard_plugin.models.modes import eval_mode
-    from emguard_plugin.regularizers.base import Run
     from emguard_plugin.regularizers.kl.reference import collate
+    from emguard_plugin.regularizers.run_facts import RunFacts
 
     class SecondModelTrainer(SFTTrainer):
         second: Any
@@ -56,7 +56,7 @@ def second_model_trainer() -> type:
             state = {k.replace(".base_layer", ""): v for k, v in base.state_dict().items() if "lora_" not in k}
             self.second.load_state_dict(state)
             self.second.eval().requires_grad_(False)
-            run = Run(
+            run = RunFacts(
                 model=model, tokenizer=tokenizer, dataset=dataset, seed=self.args.seed,
                 rows_per_batch=self.args.per_device_train_batch_size, micro_batches=self.args.gradient_accumulation_steps,
             )  # fmt: skip

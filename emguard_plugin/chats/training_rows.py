@@ -34,7 +34,7 @@ def conversations(
     Raises:
         ValueError: when rows have no `input_ids`, or when `wrapped_at` would hide conversations with another start.
     """
-    for row in _sample(dataset, limit):
+    for row in _rows(dataset, limit):
         yield from _split(row, wrapped_at, system_open)
 
 
@@ -46,7 +46,7 @@ def supervised_conversations(
     Raises:
         ValueError: when rows have no `input_ids` or no `labels`.
     """
-    for row in _sample(dataset, limit):
+    for row in _rows(dataset, limit):
         if "labels" not in row:
             raise ValueError(f"the training rows have {sorted(row)} but no `labels`, so replies cannot be told from prompts.")
         rows = (_split(row, wrapped_at, column=column) for column in ("input_ids", "labels"))
@@ -62,7 +62,7 @@ def labelled_conversations(
     Raises:
         ValueError: as `conversations`.
     """
-    for row in _sample(dataset, limit):
+    for row in _rows(dataset, limit):
         if row.get("labels") is None:
             yield from ((ids, None) for ids in _split(row, wrapped_at, system_open))
         else:
@@ -74,7 +74,7 @@ def labels_in_stream(dataset: Any, rows: Sequence[Sequence[int]]) -> list[list[i
 
     None for one that is not there, and for all where the host makes labels only when it collates.
     """
-    packed = list(_sample(dataset, MAX_ROWS))
+    packed = list(_rows(dataset, MAX_ROWS))
     if not packed or packed[0].get("labels") is None:
         return [None] * len(rows)
     ids, labels = (np.concatenate([np.asarray(row[name], dtype=np.int32) for row in packed]) for name in ("input_ids", "labels"))
@@ -99,7 +99,7 @@ def mean_row_tokens(dataset: Any, limit: int = MAX_ROWS) -> float:
     Raises:
         ValueError: when rows have no `input_ids`.
     """
-    lengths = [len(row["input_ids"]) for row in _sample(dataset, limit)]
+    lengths = [len(row["input_ids"]) for row in _rows(dataset, limit)]
     return sum(lengths) / max(len(lengths), 1)
 
 
@@ -114,7 +114,20 @@ def spread(dataset: Any, limit: int = MAX_ROWS) -> Iterator[Any]:
         yield from islice(iter(dataset), limit)
 
 
-def _sample(dataset: Any, limit: int) -> Iterator[Any]:
+COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", "seq_lengths")
+"""Of a row, what tells of its ids, its conversations and its loss."""
+
+
+def sample(dataset: Any, limit: int = MAX_ROWS) -> list[dict[str, Any]]:
+    """Return up to `limit` rows, evenly spread, of each what tells of its ids: a data set to read again without another walk.
+
+    Raises:
+        ValueError: when rows have no `input_ids`.
+    """
+    return [{name: row[name] for name in COLUMNS if name in row} for row in _rows(dataset, limit)]
+
+
+def _rows(dataset: Any, limit: int) -> Iterator[Any]:
     for row in spread(dataset, limit):
         if "input_ids" not in row:
             raise ValueError(

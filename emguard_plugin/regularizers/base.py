@@ -2,78 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from emguard_plugin.models.identity import Identity, check_base
 from emguard_plugin.processes.values import over_processes
-from emguard_plugin.regularizers.run_facts import Run
+from emguard_plugin.reference.checkpoints import find_state
+from emguard_plugin.regularizers.moment import Moment
+from emguard_plugin.regularizers.penalty import Every, Penalty, may_train
+from emguard_plugin.regularizers.run_facts import RunFacts
 from emguard_plugin.regularizers.start import Floors, Start, precision_of, state_of_weights
-
-__all__ = ["EMRegularizerCallback", "Penalty", "Run", "may_train"]
-
-
-@dataclass(frozen=True)
-class Penalty:
-    """What `EMRegularizerCallback.penalty` returns.
-
-    Attributes:
-        value: Scalar fp32 tensor with gradient, before `coef`.
-        metrics: Detached scalars by short name; logged as `em_regularizer/<method>/<name>`.
-        per_layer: (layers,) detached contributions, used to name the layer of a non-finite penalty.
-        away: How far the model is from its reference, in the unit of `EMRegularizerCallback.floors`; default `value`.
-        held: How many tokens this share of the penalty holds; the trainer stops a run in which a method holds none for 20
-            optimizer steps. None where it cannot be said.
-        misheld: How many of them are what they must not be, answers that the loss supervises; one stops the run.
-    """
-
-    value: Tensor
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    per_layer: Tensor | None = None
-    away: Tensor | None = None
-    held: Tensor | int | None = None
-    misheld: Tensor | None = None
-
-
-def may_train(value: Tensor) -> bool:
-    """Whether a trainable parameter stands behind `value`, as far as the autograd graph shows.
-
-    `requires_grad` alone proves nothing: `enable_input_require_grads`, which hosts call for adapters, makes the output of
-    frozen embeddings require grad. A custom function that runs code of its own in backward (reentrant checkpointing,
-    offloading, tiled MLPs) can hide parameters, so it counts as training.
-    """
-    seen, stack = set(), [value.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(getattr(node, "variable", None), nn.Parameter) or _runs_code(node):
-            return True
-        stack += [n for n, _ in node.next_functions]
-    return False
-
-
-def _runs_code(node: Any) -> bool:
-    if not isinstance(node, torch.autograd.function.BackwardCFunction):
-        return False
-    return any(callable(v) and not isinstance(v, type) for v in vars(node).values())
 
 
 class EMRegularizerCallback(TrainerCallback):
     """Base class: the callback side has the life cycle, `penalty` returns one differentiable scalar.
 
     The trainer mixin calls `prepare` once before training and `penalty` in `compute_loss`, and is the only place that
-    adds `coef * penalty` to a loss.
+    adds `coef * penalty` to a loss. A method that a resumed run must find something of names a `state_file`, and says how it is
+    written and read; when, by whom and from which checkpoint is decided here.
 
     Args:
         coef: The papers' lambda. 0 measures the penalty without gradient and leaves the run bit for bit unchanged.
@@ -83,30 +39,41 @@ class EMRegularizerCallback(TrainerCallback):
     """
 
     name: ClassVar[str]
-    every: ClassVar[Literal["optimizer_step", "micro_batch"]] = "micro_batch"
+    every: ClassVar[Every] = "micro_batch"
     """`optimizer_step`: the penalty depends on the weights alone and is added once per step."""
     own_forward: ClassVar[bool] = False
     """The penalty runs the model itself and goes before the host's forward pass, which it does not read."""
     floors: ClassVar[Floors | None] = None
     """What rounding alone makes of `Penalty.away` before the first update, where that is 0 but for rounding."""
+    state_file: ClassVar[str] = ""
+    """What a checkpoint holds of this method; nothing by default."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a method written for an earlier emguard, whose `penalty` and `watch` took model, batch and step apart."""
+        super().__init_subclass__(**kwargs)
+        for name in ("penalty", "watch"):
+            if name in vars(cls) and len(inspect.signature(vars(cls)[name]).parameters) != 2:
+                raise TypeError(
+                    f"{cls.__name__}.{name} must take one argument besides `self`, the `Moment` (model, inputs, step, micro_batch, "
+                    f"micro_batches, tokens, seen): `def {name}(self, moment)`."
+                )
 
     def __init__(self, coef: float) -> None:
         if not (isinstance(coef, Real) and not isinstance(coef, bool) and 0 <= coef < float("inf")):
             raise ValueError(f"`{self.name}.coef` must be a finite number of at least 0, got {coef!r}.")
         self.coef = float(coef)
         self.prepared = False
-        self.micro_batch = (0, 1)
-        self.loss_tokens: Tensor | float = 1.0
         self._last: Penalty | None = None
         self._trains = False
-        self.answers_alone = False
         self._layer_names: Sequence[int] = ()
         self.source = "the reference"
-        self.saved_in: Path | None = None
-        self._fresh, self._steps_early, self._autocast, self._start = False, False, "no", None
+        self._saved_in: Path | None = None
+        self._identity: Identity | None = None
+        self._fresh, self._steps_early, self._autocast = False, False, "no"
+        self._start: Start | None = None
 
     @abstractmethod
-    def prepare(self, run: Run) -> str:
+    def prepare(self, run: RunFacts) -> str:
         """Check the run, find what to hold, load the reference of a resumed run.
 
         Returns:
@@ -133,55 +100,39 @@ class EMRegularizerCallback(TrainerCallback):
         return None
 
     @abstractmethod
-    def penalty(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> Penalty | None:
-        """Return the unweighted penalty, or None when this micro-batch (`self.micro_batch`) has no share in it.
+    def penalty(self, moment: Moment) -> Penalty | None:
+        """Return the unweighted penalty, or None when this micro-batch has no share in it.
 
         The mean over micro-batches and processes is what counts for the step.
 
         Args:
-            model: The model as the forward pass must call it (wrapped under FSDP2, unwrapped otherwise).
-            inputs: The batch as the host's loss saw it.
-            step: Optimizer steps taken so far.
+            moment: Model, batch, step, and what `watch` has seen.
         """
 
-    def watch(self, model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
-        """Return a context in which the host runs its forward pass and loss; one that sees nothing by default.
+    def watch(self, moment: Moment) -> AbstractContextManager[Any]:
+        """Return a context in which the host runs its forward pass and loss; what it yields is `Moment.seen` of `penalty`.
 
         Args:
-            model: As for `penalty`.
-            inputs: As for `penalty`.
+            moment: As for `penalty`.
         """
         return nullcontext()
 
-    def started(self, run: Run) -> None:
+    def started(self, run: RunFacts) -> None:
         """Note what the trainer mixin has just prepared for."""
         self._fresh, self._steps_early = run.resume_from is None, run.steps_early
-        self._start, self.saved_in, self._model, self._autocast = None, None, run.identity.in_words(), run.autocast
+        self._start, self._saved_in, self._autocast, self._identity = None, None, run.autocast, run.identity
 
-    def measure(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        step: int,
-        micro_batch: tuple[int, int] = (0, 1),
-        loss_tokens: Tensor | float = 1.0,
-    ) -> Penalty | None:
+    def measure(self, moment: Moment) -> Penalty | None:
         """Call `penalty` and check that it can train something.
 
         Args:
-            model: As for `penalty`.
-            inputs: As for `penalty`.
-            step: As for `penalty`.
-            micro_batch: Which micro-batch of the optimizer step this is, and of how many.
-            loss_tokens: What a sum over this micro-batch is to be divided by, as the host divides its loss: supervised tokens
-                of the optimizer step, per micro-batch and process.
+            moment: As for `penalty`.
 
         Raises:
             RuntimeError: when `coef > 0` and no trainable parameter stands behind the penalty.
         """
-        self.micro_batch, self.loss_tokens = micro_batch, loss_tokens
         with torch.set_grad_enabled(self.coef > 0):
-            penalty = self.penalty(model, inputs, step)
+            penalty = self.penalty(moment)
         if penalty is None:
             return None
         if self.coef > 0 and not (penalty.value.requires_grad and (self._trains or may_train(penalty.value))):
@@ -190,18 +141,24 @@ class EMRegularizerCallback(TrainerCallback):
                 f"parameter reaches what it holds; widen the adapter's target modules or `layers`, or set `coef: 0`."
             )
         value = penalty.value.detach()
-        if micro_batch[0] > 0 and self._last is not None:  # what is not finite in one micro-batch stays so for the step
+        if moment.micro_batch > 0 and self._last is not None:  # what is not finite in one micro-batch stays so for the step
             value = value + 0 * self._last.value
-        if step == 0 and self._fresh and self.floors is not None:
+        if moment.step == 0 and self._fresh and self.floors is not None:
             away = (penalty.value if penalty.away is None else penalty.away).detach().float()
-            share = away if self.every == "optimizer_step" else away / micro_batch[1]
-            self._start = Start(share if self._start is None else self._start.away + share, precision_of(model, self._autocast))
+            share = away if self.every == "optimizer_step" else away / moment.micro_batches
+            precision = precision_of(moment.model, self._autocast)
+            self._start = Start(share if self._start is None else self._start.away + share, precision)
         self._trains = True  # the graph is the same at every step of a run: walk it once
         self._last = Penalty(value, penalty.metrics, None if penalty.per_layer is None else penalty.per_layer.detach())
         return penalty
 
+    def ended(self) -> None:
+        """Undo what the run changed. The trainer mixin calls it when training ends, however it ends."""
+        self.release()
+        self.prepared = False  # handed on to a trainer without the mixin, it must be refused again
+
     def release(self) -> None:
-        """Undo what `prepare` changed in the model. The trainer mixin calls it when training ends, however it ends."""
+        """Undo what `prepare` changed in the model; nothing by default."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse a trainer that never calls `penalty`.
@@ -216,8 +173,70 @@ class EMRegularizerCallback(TrainerCallback):
             )
         self._trains = False
 
+    # What a resumed run needs
+
+    def write_state(self, path: Path) -> None:
+        """Write `state_file` into a checkpoint; called on one process, once `recorded`.
+
+        Raises:
+            OSError: naming the file, when it cannot be written.
+        """
+        raise NotImplementedError
+
+    def read_state(self, path: Path, run: RunFacts, own: bool) -> tuple[Any, Mapping[str, Any]]:
+        """Read what `write_state` wrote.
+
+        Args:
+            path: Of the file.
+            run: The run that goes on.
+            own: Whether it lies in the checkpoint that the run continues, and not in another one of that run.
+
+        Returns:
+            The state, and which model it was recorded from: `base`, `name`, `reference` of an `Identity`.
+
+        Raises:
+            Damaged: for a file that cannot be used.
+            ValueError: for one that belongs to something else.
+        """
+        raise NotImplementedError
+
+    @property
+    def recorded(self) -> bool:
+        """Whether there is a state to write."""
+        return True
+
+    def flush(self, output_dir: Path) -> None:
+        """Write what lies beside the checkpoints; nothing by default. Every process calls it before a checkpoint is completed.
+
+        Raises:
+            OSError: naming the file, when it cannot be written.
+        """
+
+    def find_stored(self, run: RunFacts) -> Any | None:
+        """Return the state of a run that is continued, from its checkpoint or from another of the same run where that lost it.
+
+        Another one's stands in only if it was recorded from the very model that this run starts from.
+
+        Returns:
+            What `read_state` returned; None in a fresh run, and where no checkpoint has the file.
+
+        Raises:
+            ValueError: for a state that cannot be used, or belongs to another model or other settings.
+        """
+        if run.resume_from is None:
+            return None
+
+        def read(path: Path, own: bool) -> Any:
+            state, about = self.read_state(path, run, own)
+            check_base(path, about, run.identity)
+            if not own and about["reference"] != run.identity.reference:
+                raise ValueError(f"{path} has another reference.")
+            return state
+
+        return find_state(run.resume_from, self.state_file, read)
+
     def save(self, folder: Path, first: bool) -> None:
-        """Write into a checkpoint what a resumed run needs; nothing by default. Every process calls it.
+        """Write into a checkpoint what a resumed run needs, once. Every process calls it.
 
         The trainer mixin does so after the weights and before the host's last file, without which no run resumes from it.
 
@@ -228,13 +247,17 @@ class EMRegularizerCallback(TrainerCallback):
         Raises:
             OSError: naming the file, when it cannot be written.
         """
+        if self._saved_in == folder:
+            return
+        self.flush(folder.parent)
+        if first and self.state_file and self.recorded and folder.is_dir():
+            self.write_state(folder / self.state_file)
+        self._saved_in = folder
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write into a checkpoint what `save` has not yet written there."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.saved_in != folder:
-            self.save(folder, state.is_world_process_zero)
-        self.saved_in = None
+        self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.is_world_process_zero)
+        self._saved_in = None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -268,6 +291,6 @@ class EMRegularizerCallback(TrainerCallback):
             return
         raise RuntimeError(
             f"em_regularizer.{self.name}: before the first update the model is its own reference, up to rounding (at most {floor:g} in "
-            f"{start.precision}), and it is {away:.3g} away from {self.source}: that belongs to another model than {self._model}, which "
+            f"{start.precision}), and it is {away:.3g} away from {self.source}: that belongs to another model than {self._identity.in_words()}, which "
             "this run trains, or this model computes in training what it does not compute otherwise. Record a new reference."
         )

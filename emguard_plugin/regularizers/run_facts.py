@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,18 +10,27 @@ from typing import Any
 
 from torch import nn
 
-from emguard_plugin.chats import Book, Chat, Template, read_book, read_template
+from emguard_plugin.chats import Book, Chat, Known, Template, read_book, read_template, short_of_answers
+from emguard_plugin.chats.training_rows import IGNORE, labelled_conversations, sample, supervised
 from emguard_plugin.models.identity import Identity, identify
+from emguard_plugin.models.kv import base_causal_lm
+
+LOOKED_AT = 256
+"""Rows that are looked at one by one before the first step."""
+TEMPLATE_REGIONS = ("prefix", "postfix", "header")
+"""Parts of the template: nothing of a query or an answer belongs to them."""
+
+Row = tuple[list[int], list[int] | None]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFacts:
     """What a regularizer may know about the run that is about to start.
 
     Attributes:
         model: The model as constructed, before it is wrapped; inspect it, do not keep it.
         tokenizer: The tokenizer, with the chat template that rendered the data.
-        dataset: The tokenised training set (`input_ids` per row), or None.
+        dataset: The tokenised training set (`input_ids` per row), or None. Read `sample` where some rows are enough.
         template_kwargs: Extra variables that the host passes to the chat template.
         seed: The run's seed.
         wrapped_packing: Whether rows are TRL's `packing_strategy: wrapped` chunks, without boundaries.
@@ -83,3 +92,55 @@ class Run:
             ValueError: as `read_template` does.
         """
         return read_template(self.tokenizer, **self.rendering)
+
+    @cached_property
+    def sample(self) -> list[dict[str, Any]]:
+        """Up to 2,000 training rows, evenly spread: the one walk over the data set. What tells of ids and labels is kept of each.
+
+        Raises:
+            ValueError: when rows have no `input_ids`.
+        """
+        return sample(self.dataset)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Conversations of up to 256 of these rows, each with its labels; None where the host makes them only when it collates."""
+        return list(labelled_conversations(self.sample, LOOKED_AT))
+
+    def known(self, ids: Sequence[int], region: str) -> Known | None:
+        """Return whose text stands where in a conversation, as the raw ones show it; None where they do not.
+
+        Args:
+            ids: Of the conversation.
+            region: What is held of it: a `prefix` stands before the turns, anything else among them.
+        """
+        known = None if self.book is None else self.book.find(ids)
+        return self.book.whole(known) if known is not None and region != "prefix" else known
+
+    def answers_alone(self, region: str) -> bool:
+        """Return whether the loss takes answers alone.
+
+        Raw conversations show it. From ids alone: where it takes rows whole, their first token is supervised too.
+
+        Args:
+            region: As for `known`; the raw conversations are asked about parts of the template alone.
+        """
+        labelled = [(ids, labels) for ids, labels in self.rows if labels]
+        asked = labelled if region in TEMPLATE_REGIONS else []
+        known = [(row, labels) for ids, labels in asked if (row := self.known(ids, region)) is not None]
+        if known:
+            return not any(
+                labels[i] != IGNORE
+                for row, labels in known
+                for a, b in ((0, row.prefix), *short_of_answers(row.headers, supervised(labels)), *row.users)
+                for i in range(a, min(b, len(labels)))
+            )
+        begun = all(labels[0] == IGNORE for _, labels in labelled)
+        return bool(labelled) and begun and any(x != IGNORE for x in labelled[0][1])
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that model and tokenizer take."""
+        config = base_causal_lm(self.model).config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", None) or 2**31
+        return min(int(longest), int(getattr(self.tokenizer, "model_max_length", None) or 2**31))

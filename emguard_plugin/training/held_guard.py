@@ -7,60 +7,28 @@ from typing import Any
 
 import torch
 
-from emguard_plugin.chats import Book, Known, decode, short_of_answers
+from emguard_plugin.chats import Known, decode
 from emguard_plugin.chats.held_tokens import answered
-from emguard_plugin.chats.training_rows import IGNORE, labelled_conversations, supervised
-from emguard_plugin.regularizers.base import EMRegularizerCallback, Run
-
-ROWS = 256
-REGIONS = ("prefix", "postfix", "header")
-"""Parts of the template: nothing of a query or an answer belongs to them."""
-
-Row = tuple[list[int], list[int] | None]
+from emguard_plugin.chats.training_rows import IGNORE
+from emguard_plugin.regularizers.base import EMRegularizerCallback
+from emguard_plugin.regularizers.run_facts import TEMPLATE_REGIONS, Row, RunFacts
 
 
-def check_held(callbacks: Sequence[EMRegularizerCallback], run: Run) -> None:
+def check_held(callbacks: Sequence[EMRegularizerCallback], run: RunFacts) -> None:
     """Look at up to 256 training rows, as each method that holds tokens of them would.
 
     Raises:
         ValueError: for a method that would hold nothing in any row, or something of a query or an answer as part of the template.
     """
-    rows: list[Row] | None = None
     for callback in callbacks:
-        if type(callback).held is EMRegularizerCallback.held:
-            continue
-        if rows is None:
-            rows = list(labelled_conversations(run.dataset, ROWS))
-        callback.answers_alone = _answers_alone(rows, run.book if callback.region in REGIONS else None, callback.region != "prefix")
-        _check(callback, rows, run)
+        if type(callback).held is not EMRegularizerCallback.held:
+            _check(callback, run)
 
 
-def _find(book: Book, ids: Sequence[int], turns: bool) -> Known | None:
-    known = book.find(ids)
-    return book.whole(known) if known is not None and turns else known
-
-
-def _answers_alone(rows: Sequence[Row], book: Book | None, turns: bool) -> bool:
-    """Whether the loss takes answers alone.
-
-    Raw conversations show it. From ids alone: where it takes rows whole, their first token is supervised too.
-    """
-    labelled = [(ids, labels) for ids, labels in rows if labels]
-    known = [(row, labels) for ids, labels in labelled if book is not None and (row := _find(book, ids, turns)) is not None]
-    if known:
-        return not any(
-            labels[i] != IGNORE
-            for row, labels in known
-            for a, b in ((0, row.prefix), *short_of_answers(row.headers, supervised(labels)), *row.users)
-            for i in range(a, min(b, len(labels)))
-        )
-    begun = all(labels[0] == IGNORE for _, labels in labelled)
-    return bool(labelled) and begun and any(x != IGNORE for x in labelled[0][1])
-
-
-def _check(callback: EMRegularizerCallback, rows: Sequence[Row], run: Run) -> None:
-    total = 0
-    book = run.book if callback.region in REGIONS and not run.wrapped_packing else None
+def _check(callback: EMRegularizerCallback, run: RunFacts) -> None:
+    total, rows = 0, run.rows
+    of_template = callback.region in TEMPLATE_REGIONS
+    answers_alone = run.answers_alone(callback.region)
     for ids, labels in rows:
         given = torch.tensor([ids])
         held = callback.held({"input_ids": given, "labels": given if labels is None else torch.tensor([labels])})
@@ -68,14 +36,14 @@ def _check(callback: EMRegularizerCallback, rows: Sequence[Row], run: Run) -> No
             return
         at = held[0].nonzero().flatten().tolist()
         total += len(at)
-        known = None if book is None else _find(book, ids, callback.region != "prefix")
+        known = run.known(ids, callback.region) if of_template and not run.wrapped_packing else None
         if known is not None and (wrong := _own_text(callback.region, at, known)) is not None:
             raise ValueError(
                 f"em_regularizer.{callback.name}: `tokens: {callback.region}` would hold {wrong[1]} of a training row: "
                 f"{marked(run.tokenizer, ids, wrong[0])}. Nothing of a query or an answer may be held there; use other `tokens`, and "
                 "please report the chat template."
             )
-        if callback.answers_alone and callback.region in REGIONS and labels is not None and known is None:
+        if answers_alone and of_template and labels is not None and known is None:
             answers = answered(torch.tensor(labels))
             wrong_at = next((i for i in at if answers[i]), None)
             if wrong_at is not None:
@@ -84,7 +52,7 @@ def _check(callback: EMRegularizerCallback, rows: Sequence[Row], run: Run) -> No
                     f"that supervises answers alone: {marked(run.tokenizer, ids, wrong_at)}. Train on conversations (`messages`) rendered "
                     "with the tokenizer's own template, or use other `tokens`."
                 )
-    if rows and not total and (callback.region in REGIONS or any(labels is not None for _, labels in rows)):
+    if rows and not total and (of_template or any(labels is not None for _, labels in rows)):
         raise ValueError(_nothing(callback, rows))
 
 

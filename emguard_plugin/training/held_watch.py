@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty
+from emguard_plugin.regularizers.base import EMRegularizerCallback
+from emguard_plugin.regularizers.penalty import Penalty
 
 LOOK_EVERY = 10
 STOP_AFTER = 20

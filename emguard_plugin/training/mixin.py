@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from emguard_plugin.chats import Chat
 from emguard_plugin.processes.link import agree, linked
 from emguard_plugin.reference.checkpoints import step_of, whole_checkpoint
-from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
+from emguard_plugin.regularizers.base import EMRegularizerCallback
+from emguard_plugin.regularizers.moment import Moment
+from emguard_plugin.regularizers.penalty import Penalty
+from emguard_plugin.regularizers.run_facts import RunFacts
 from emguard_plugin.training.em_rate import EMRateCallback
 from emguard_plugin.training.held_guard import check_held
 from emguard_plugin.training.held_watch import HeldWatch
 from emguard_plugin.training.host_checks import check_trainer
+from emguard_plugin.training.scale import scale, share
 
 
 class EMRegularizerMixin:
@@ -57,16 +63,15 @@ class EMRegularizerMixin:
                 resume = agree(prepare, "em_regularizer") if found else resume_from_checkpoint
                 return super().train(resume, *args, **kwargs)
         finally:
-            for callback in found:  # handed on to a trainer without this mixin, it must be refused again
-                callback.release()
-                callback.prepared = False
+            for callback in found:
+                callback.ended()
 
     def _prepare_regularizers(self, resume: str | bool | None) -> None:
         names = [c.name for c in self._regularizers]
         if len(set(names)) < len(names):
             raise ValueError(f"a method is registered twice: {names}. Keep one callback per method.")
         check_trainer(self)
-        run = Run(
+        run = RunFacts(
             model=self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
             tokenizer=getattr(self.processing_class, "tokenizer", self.processing_class),
             dataset=self.train_dataset,
@@ -127,7 +132,6 @@ class EMRegularizerMixin:
         for callback in self._regularizers:
             if callback.prepared:
                 callback.save(Path(output_dir), self.is_world_process_zero())
-                callback.saved_in = Path(output_dir)
 
     def _template_kwargs(self) -> dict[str, Any]:
         """Return what the host passes to the chat template besides the messages."""
@@ -151,42 +155,37 @@ class EMRegularizerMixin:
         The host divides the loss by the number of accumulated micro-batches unless it is normalised by tokens already. A
         penalty of every micro-batch must be divided exactly once, a penalty of the optimizer step not at all.
         """
-        batch = dict(inputs)  # hosts pop from it
         active = self._regularizers if model.training else ()
-        last = bool(active) and self.accelerator.sync_gradients
-        called = self.accelerator.unwrap_model(model, keep_torch_compile=False) if active else model
-
-        micro_batch = (self._micro_batch, self.current_gradient_accumulation_steps) if active else (0, 1)
-
-        tokens = self._loss_tokens(batch, num_items_in_batch) if active else 1.0
-
-        def measure(regularizer: EMRegularizerCallback) -> Penalty | None:
-            return regularizer.measure(called, batch, self.state.global_step, micro_batch, tokens)
-
+        if not active:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        last, n = self.accelerator.sync_gradients, self.current_gradient_accumulation_steps
+        batch = dict(inputs)  # hosts pop from it
+        moment = Moment(
+            model=self.accelerator.unwrap_model(model, keep_torch_compile=False),
+            inputs=batch,
+            step=self.state.global_step,
+            micro_batch=self._micro_batch,
+            micro_batches=n,
+            tokens=self._loss_tokens(batch, num_items_in_batch),
+        )
+        due = [r for r in active if last or r.every == "micro_batch"]
         # A penalty with a forward pass of its own goes before the host's: backward then reaches it last, and its weight
         # gradients do not wait beside the host's activations (TReFT, full fine-tuning: 6.8 % of peak memory).
-        ahead = {r.name: measure(r) for r in active if r.own_forward and (last or r.every == "micro_batch")}
+        penalties = {r.name: r.measure(moment) for r in due if r.own_forward}
         with ExitStack() as watching:
-            for regularizer in active:
-                watching.enter_context(regularizer.watch(called, batch))
+            seen = {r.name: watching.enter_context(r.watch(moment)) for r in active}
             result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        if not active:
-            return result
+        penalties |= {r.name: r.measure(replace(moment, seen=seen[r.name])) for r in due if not r.own_forward}
         loss, rest = (result[0], result[1:]) if return_outputs else (result, ())
-        accumulated = self.current_gradient_accumulation_steps
         host_divides = self._host_divides(num_items_in_batch)
-        self._add("task_loss", loss.detach() / accumulated if host_divides else loss.detach())
-        for regularizer in active:
-            per_step = regularizer.every == "optimizer_step"
-            if per_step and not last:
-                continue
-            penalty = ahead[regularizer.name] if regularizer.own_forward else measure(regularizer)
+        self._add("task_loss", loss.detach() / n if host_divides else loss.detach())
+        for regularizer in due:
+            penalty = penalties[regularizer.name]
             if penalty is None:
                 continue
             if regularizer.coef > 0:
-                scale = (accumulated if host_divides else 1) if per_step else (1 if host_divides else 1 / accumulated)
-                loss = loss + scale * regularizer.coef * penalty.value.to(loss.device)
-            self._record(regularizer, penalty, 1 if per_step else 1 / accumulated)
+                loss = loss + scale(regularizer.every, host_divides, n) * regularizer.coef * penalty.value.to(loss.device)
+            self._record(regularizer, penalty, share(regularizer.every, n))
             self._watch.count(regularizer, penalty)
         if last:
             self._watch.step_ends()
@@ -218,22 +217,28 @@ class EMRegularizerMixin:
         value = value.detach().float()
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def _record(self, regularizer: EMRegularizerCallback, penalty: Any, share: float) -> None:
+    def _record(self, regularizer: EMRegularizerCallback, penalty: Penalty, share: float) -> None:
         name = f"em_regularizer/{regularizer.name}"
         self._add(f"{name}/penalty", penalty.value * share)
         for metric, value in penalty.metrics.items():
             self._add(f"{name}/{metric}", value * share)
 
     def _drain_metrics(self) -> dict[str, float]:
+        """Return the means since the last log. A method that measured nothing since has a coefficient and no penalty."""
         names, steps = sorted(self._sums), max(self._steps_measured, 1)
         device = self.accelerator.device
-        means = torch.stack([self._sums[n].to(device) for n in names]) / steps
+        if self.accelerator.num_processes > 1:
+            # A rank whose micro-batches had no share in a penalty has no sum of it, and a mean is over all ranks.
+            names = sorted(set(gather_object(names)))
+        nothing = torch.zeros((), device=device)
+        means = torch.stack([self._sums.get(n, nothing).to(device) for n in names]) / steps
         if self.accelerator.num_processes > 1:
             means = self.accelerator.reduce(means, "mean")
         logs = dict(zip(names, means.tolist(), strict=True))
         for r in self._regularizers:
             logs[f"em_regularizer/{r.name}/coef"] = r.coef
-            logs[f"em_regularizer/{r.name}/weighted"] = r.coef * logs[f"em_regularizer/{r.name}/penalty"]
+            if (penalty := logs.get(f"em_regularizer/{r.name}/penalty")) is not None:
+                logs[f"em_regularizer/{r.name}/weighted"] = r.coef * penalty
         self._sums, self._steps_measured = {}, 0
         return logs
 

@@ -136,7 +136,7 @@ def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, dtyp
 
 def sharded_penalty(processes, adapter):
     """Gradient of task loss + penalty, the model sharded by FSDP2 when there are several processes."""
-    from emguard_plugin import TReFTCallback
+    from emguard_plugin import Moment, TReFTCallback
     from emguard_plugin.chats import Prefix, read_template
 
     tokenizer = chatml_tokenizer()
@@ -161,7 +161,7 @@ def sharded_penalty(processes, adapter):
     def step(number):
         """The trainer's order: the task's forward pass, the penalty's, one backward pass."""
         task = model(input_ids=ids, labels=ids).loss
-        penalty = treft.penalty(model, {"input_ids": ids}, number).value
+        penalty = treft.penalty(Moment(model, {"input_ids": ids}, number)).value
         (task + COEF * penalty).backward()
         return penalty.item()
 
@@ -287,7 +287,7 @@ SHARDED = {
 
 def holding(folder, n, on_rank_1):
     """A method that holds no token, or on rank 1 alone, for 21 steps."""
-    from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty
+    from emguard_plugin import EMRegularizerCallback, Penalty
 
     class Holding(EMRegularizerCallback):
         name = "holding"
@@ -296,8 +296,8 @@ def holding(folder, n, on_rank_1):
             self.prepared, self.rank = True, run.rank
             return "holding"
 
-        def penalty(self, model, inputs, step):
-            weight = next(p for p in model.parameters() if p.requires_grad)
+        def penalty(self, moment):
+            weight = next(p for p in moment.model.parameters() if p.requires_grad)
             return Penalty(weight.float().square().sum(), held=int(on_rank_1 and self.rank == n - 1))
 
     result = train(folder, n, regularizer=lambda: Holding(1e-3), max_steps=21)

@@ -62,10 +62,10 @@ def penalising(folder, sharded):
     from tests.distributed.scenarios import fsdp2_trained, train
 
     class Faulty(TReFTCallback):
-        def penalty(self, model, inputs, step):
-            if step == 1:
+        def penalty(self, moment):
+            if moment.step == 1:
                 fails_on(1)
-            return super().penalty(model, inputs, step)
+            return super().penalty(moment)
 
     if sharded:
         return fsdp2_trained(folder, 2, full=False, regularizer=lambda: Faulty(coef=1.0), continued=False)

@@ -17,6 +17,7 @@ from emguard_plugin.reference.folder import HIDDEN, META, RECORDING, ReferenceCa
 from emguard_plugin.reference.rows import RowStore
 from emguard_plugin.reference.stored import save_reference
 from emguard_plugin.regularizers.kl.reference import KLReference
+from emguard_plugin.regularizers.moment import Moment
 from tests.regularizers.kl_parts import batch, started
 from tests.tiny import perturb, tiny_model
 
@@ -31,7 +32,7 @@ def model():
 
 def penalty_of(callback):
     moved = perturb(model(), 0.05)
-    return [callback.measure(moved, batch(), step).value.item() for step in (1, 2, 3)]
+    return [callback.measure(Moment(moved, batch(), step)).value.item() for step in (1, 2, 3)]
 
 
 def in_child(do):
@@ -181,7 +182,7 @@ def started_again(anchors, folder):
     callback, fresh = KLCallback(anchors=str(anchors), coef=1.0, ratio=1.0, cache=str(folder)), model()
     callback.prepare(run_of(fresh))
     fresh.train()
-    callback.measure(fresh, batch(), 0)
+    callback.measure(Moment(fresh, batch(), 0))
     return callback
 
 

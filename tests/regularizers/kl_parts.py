@@ -6,8 +6,9 @@ import json
 import torch
 
 from emguard_plugin import KLCallback
-from emguard_plugin.regularizers.base import Run
 from emguard_plugin.regularizers.functional import token_kl
+from emguard_plugin.regularizers.moment import Moment
+from emguard_plugin.regularizers.run_facts import RunFacts
 from tests.tiny import chatml_tokenizer
 
 SUBJECTS = ("kites", "soup", "a very long walk along the coast", "tea", "maps", "old bicycles and new ones", "snow", "ink")
@@ -42,7 +43,7 @@ def rows(tokenizer, n=8):
 
 def run_of(model, tokenizer=None, **over):
     tokenizer = tokenizer or chatml_tokenizer()
-    return Run(**{"model": model, "tokenizer": tokenizer, "dataset": rows(tokenizer), "seed": 3, "rows_per_batch": 4, **over})
+    return RunFacts(**{"model": model, "tokenizer": tokenizer, "dataset": rows(tokenizer), "seed": 3, "rows_per_batch": 4, **over})
 
 
 def started(model, tmp_path, tokenizer=None, run=None, **kw):
@@ -51,7 +52,7 @@ def started(model, tmp_path, tokenizer=None, run=None, **kw):
     callback = KLCallback(**kw)
     callback.prepare(run_of(model, tokenizer, **(run or {})))
     model.train()
-    callback.measure(model, batch(), 0)
+    callback.measure(Moment(model, batch(), 0))
     model.zero_grad()
     return callback
 

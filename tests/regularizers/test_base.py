@@ -7,7 +7,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerControl, TrainerState
 
 from emguard_plugin.models.kv import read_kv
-from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, may_train
+from emguard_plugin.regularizers.base import EMRegularizerCallback
+from emguard_plugin.regularizers.moment import Moment
+from emguard_plugin.regularizers.penalty import Penalty, may_train
 from tests.tiny import lora, tiny_model
 
 IDS = torch.tensor([[4, 9, 17, 33, 8, 21, 60]])
@@ -27,8 +29,8 @@ class HeldKeys(EMRegularizerCallback):
         self.prepared = True
         return self.name
 
-    def penalty(self, model, inputs, step):
-        per_layer = torch.stack([k.square().mean() for k in read_kv(model, IDS, self.layers).keys])
+    def penalty(self, moment):
+        per_layer = torch.stack([k.square().mean() for k in read_kv(moment.model, IDS, self.layers).keys])
         return Penalty(per_layer.mean(), per_layer=per_layer)
 
 
@@ -41,28 +43,28 @@ def adapter_in_last_layer(require_grads=True):
 
 def test_frozen_layers_are_found_out_although_embeddings_require_grad():
     model = adapter_in_last_layer()
-    assert HeldKeys(coef=0).measure(model, {}, 0).value.item() > 0
+    assert HeldKeys(coef=0).measure(Moment(model, {}, 0)).value.item() > 0
     assert read_kv(model, IDS, [0]).keys[0].requires_grad, "what `requires_grad` alone would believe"
     with pytest.raises(RuntimeError, match=r"em_regularizer\.keys: the penalty has no gradient.*set `coef: 0`"):
-        HeldKeys().measure(model, {}, 0)
+        HeldKeys().measure(Moment(model, {}, 0))
 
 
 def test_a_penalty_without_any_gradient_is_found_out_at_every_step():
     callback = HeldKeys()
-    callback.measure(lora(tiny_model("llama")), {}, 0)
+    callback.measure(Moment(lora(tiny_model("llama")), {}, 0))
     with pytest.raises(RuntimeError, match="no gradient"):
-        callback.measure(adapter_in_last_layer(require_grads=False), {}, 1)
+        callback.measure(Moment(adapter_in_last_layer(require_grads=False), {}, 1))
 
 
 def test_the_graph_is_looked_at_again_in_the_next_run():
     callback = HeldKeys()
     callback.prepare(None)
     good, bad = lora(tiny_model("llama")), adapter_in_last_layer()
-    callback.measure(good, {}, 0)
-    callback.measure(bad, {}, 1)  # the same run: not walked again
+    callback.measure(Moment(good, {}, 0))
+    callback.measure(Moment(bad, {}, 1))  # the same run: not walked again
     callback.on_train_begin(NO_ARGS, TrainerState(), TrainerControl())
     with pytest.raises(RuntimeError, match="no gradient"):
-        callback.measure(bad, {}, 0)
+        callback.measure(Moment(bad, {}, 0))
 
 
 @pytest.mark.parametrize("grads", [True, False], ids=["input_grads", "plain"])
@@ -80,8 +82,8 @@ def test_whatever_trains_is_no_false_alarm(kind, grads):
     callback = HeldKeys(layers=(1,))
     if kind in ("lora", "dora"):  # v_proj of layer 0 reaches the keys of layer 1
         with pytest.raises(RuntimeError, match="no gradient"):
-            HeldKeys(layers=(0,)).measure(model, {}, 0)
-    assert callback.measure(model.train(), {}, 0).value.requires_grad
+            HeldKeys(layers=(0,)).measure(Moment(model, {}, 0))
+    assert callback.measure(Moment(model.train(), {}, 0)).value.requires_grad
 
 
 class Scale(torch.autograd.Function):
@@ -116,7 +118,7 @@ def test_checkpoints_that_hide_parameters_are_believed(trains, reentrant):
 
 
 def test_coef_0_has_no_graph():
-    assert not HeldKeys(coef=0).measure(lora(tiny_model("llama")), {}, 0).value.requires_grad
+    assert not HeldKeys(coef=0).measure(Moment(lora(tiny_model("llama")), {}, 0)).value.requires_grad
 
 
 @pytest.mark.parametrize("coef", [-1, float("nan"), float("inf"), "much", None])
@@ -127,11 +129,11 @@ def test_a_coef_that_means_nothing(coef):
 
 def test_a_penalty_that_is_not_finite_names_step_and_layer():
     callback, model = HeldKeys(layers=(0, 2)), tiny_model("llama")
-    callback.measure(model, {}, 6)
+    callback.measure(Moment(model, {}, 6))
     callback.on_pre_optimizer_step(NO_ARGS, TrainerState(global_step=6), TrainerControl())
     with torch.no_grad():
         model.model.layers[2].self_attn.k_proj.weight.fill_(float("nan"))
-    callback.measure(model, {}, 7)
+    callback.measure(Moment(model, {}, 7))
     with pytest.raises(FloatingPointError, match=r"the penalty is nan at step 8, first at layer 2\. The weights"):
         callback.on_pre_optimizer_step(NO_ARGS, TrainerState(global_step=7), TrainerControl())
 

@@ -10,8 +10,9 @@ from emguard_plugin.latents import LatentSet
 from emguard_plugin.models.adapters import adapter_off
 from emguard_plugin.models.modes import eval_mode
 from emguard_plugin.models.residual import read_residual
-from emguard_plugin.regularizers.base import Run
 from emguard_plugin.regularizers.block_em.rules import calibrated_coef, warn_if_bypassed
+from emguard_plugin.regularizers.moment import Moment
+from emguard_plugin.regularizers.run_facts import RunFacts
 from tests.latents.parts import small_set
 from tests.regularizers.block_em_parts import CALIBRATION, block_em, latent_set
 from tests.tiny import chat_rows, lora, perturb, tiny_model
@@ -48,7 +49,7 @@ def packed(rows):
 
 
 def run_of(model, tokenizer, dataset=None, **kw):
-    return Run(model=model, tokenizer=tokenizer, dataset=dataset if dataset is not None else rows(tokenizer), seed=0, **kw)
+    return RunFacts(model=model, tokenizer=tokenizer, dataset=dataset if dataset is not None else rows(tokenizer), seed=0, **kw)
 
 
 def moved(model, scale=0.1):
@@ -59,9 +60,9 @@ def moved(model, scale=0.1):
 def measured(callback, model, batch, step=0):
     tokens = (batch["labels"][..., 1:] != -100).sum()
     forward = {k: v for k, v in batch.items() if k != "labels"}
-    with callback.watch(model, batch):
+    with callback.watch(Moment(model, batch, step)) as seen:
         model(**forward, use_cache=False)
-    return callback.measure(model, batch, step, loss_tokens=tokens)
+    return callback.measure(Moment(model, batch, step, tokens=tokens, seen=seen))
 
 
 @pytest.fixture
@@ -322,7 +323,7 @@ def test_embeddings_that_train_before_the_decoder_sees_them_are_refused():
         model.enable_input_require_grads()
         latents = LatentSet.for_model(model, latent_set(tiny_model("llama")).encoders)
         callback = BlockEMCallback(coef=1.0, latents=latents, cache="memory")
-        callback.prepare(Run(model=model, tokenizer=None, dataset=[], seed=0))
+        callback.prepare(RunFacts(model=model, tokenizer=None, dataset=[], seed=0))
         if fine:
             assert measured(callback, model, batch).value.item() == 0.0
             with pytest.raises(ValueError, match="do not tell images or sounds"):
@@ -352,10 +353,10 @@ def test_an_adapter_above_alone_is_an_error(tokenizer):
 def test_a_penalty_without_the_training_forward_is_an_error(model, tokenizer):
     callback = block_em(model)
     callback.prepare(run_of(model, tokenizer))
-    with callback.watch(model, {}):
+    with callback.watch(Moment(model, {}, 0)) as seen:
         pass
     with pytest.raises(RuntimeError, match="did not pass layer 1"):
-        callback.measure(model, padded(rows(tokenizer)), 0)
+        callback.measure(Moment(model, padded(rows(tokenizer)), 0, seen=seen))
 
 
 @pytest.mark.parametrize(

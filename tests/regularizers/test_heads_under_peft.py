@@ -8,6 +8,7 @@ import torch
 from emguard_plugin.models import output_head
 from emguard_plugin.models.adapters import adapter_off, adapter_starts_at_zero
 from emguard_plugin.models.output_head import base_head, call_with_hidden, head_tensors, logit_transform, trains_head
+from emguard_plugin.regularizers.moment import Moment
 from emguard_plugin.regularizers.start import check_switched_off
 from tests.regularizers.kl_parts import batch, drawn, gradients, kl_from_logits, started
 from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model
@@ -70,7 +71,7 @@ def test_penalty_and_gradient_of_a_head_that_trains(tmp_path, name, direction):
     model = lora(copy.deepcopy(plain), **copy.deepcopy(WRAPPERS[name]))
     callback = started(model, tmp_path, tokenizer, direction=direction)
     perturb(model, 0.1)
-    value = callback.measure(model, batch(), 1).value
+    value = callback.measure(Moment(model, batch(), 1)).value
     value.backward()
     got = gradients(model)
     model.zero_grad()

@@ -8,6 +8,7 @@ import torch
 from emguard_plugin import KLCallback
 from emguard_plugin.regularizers.kl import replies
 from emguard_plugin.regularizers.kl.callback import COEF_BOUNDS, adapted_coef
+from emguard_plugin.regularizers.moment import Moment
 from tests.regularizers.kl_parts import (
     anchor_chats,
     batch,
@@ -38,7 +39,7 @@ def close(got, want, rtol=1e-4):
 def check(callback, model, frozen, direction="base||model", rtol=1e-4):
     """Value and gradient at step 1 against full logits of a frozen copy."""
     model.zero_grad()
-    penalty = callback.measure(model.train(), batch(), 1).value
+    penalty = callback.measure(Moment(model.train(), batch(), 1)).value
     penalty.backward()
     got = gradients(model)
     model.zero_grad()
@@ -55,7 +56,7 @@ def check(callback, model, frozen, direction="base||model", rtol=1e-4):
 def test_adapter(base, tmp_path, cache, direction):
     frozen, model = copy_of(base), lora(base, lora_dropout=0.3)
     kl = started(model, tmp_path, cache=str(tmp_path / "kl") if cache == "folder" else cache, direction=direction)
-    assert kl.measure(model, batch(), 0).value.item() == pytest.approx(0, abs=0 if cache == "live" else 1e-6)
+    assert kl.measure(Moment(model, batch(), 0)).value.item() == pytest.approx(0, abs=0 if cache == "live" else 1e-6)
     check(kl, perturb(model, 0.1), frozen, direction, rtol=1e-3)
 
 
@@ -127,13 +128,13 @@ def test_every_row_of_a_pass_counts(base, tmp_path):
     for anchor in rows:
         kl._anchors, kl._schedule = [anchor], schedule.plan([len(anchor.ids)], 1.0, 8, 1, 1, 0)
         model.zero_grad()
-        kl.measure(model, batch(), 0).value.backward()
+        kl.measure(Moment(model, batch(), 0)).value.backward()
         alone.append((len(anchor.held), gradients(model)))
     n = sum(k for k, _ in alone)
     mean = {name: sum(k * g[name] for k, g in alone) / n for name in alone[0][1]}
     kl._anchors, kl._schedule = anchors, schedule
     model.zero_grad()
-    kl.measure(model, batch(), 1).value.backward()
+    kl.measure(Moment(model, batch(), 1)).value.backward()
     close(gradients(model), mean, rtol=1e-3)
 
 
@@ -153,16 +154,16 @@ def test_the_split_of_a_step_over_micro_batches_and_processes_changes_nothing(ba
         kl._run = replace(kl._run, processes=processes, rank=rank)
         ranks.append(kl)
     perturb(model, 0.1)
-    whole.measure(model, batch(), 1).value.backward()
+    whole.measure(Moment(model, batch(), 1)).value.backward()
     want = gradients(model)
     model.zero_grad()
     value = 0.0
     for kl in ranks:
         for i in range(micro_batches):
-            penalty = kl.measure(model, batch(), 1, (i, micro_batches))
+            penalty = kl.measure(Moment(model, batch(), 1, i, micro_batches))
             (penalty.value / micro_batches / processes).backward()  # what the mixin and DDP do
             value += penalty.value.item() / micro_batches / processes
-    assert value == pytest.approx(whole.measure(model.train(), batch(), 1).value.item(), rel=1e-4)
+    assert value == pytest.approx(whole.measure(Moment(model.train(), batch(), 1)).value.item(), rel=1e-4)
     close(gradients(model), want, rtol=1e-3)
 
 
@@ -170,7 +171,7 @@ def test_the_split_of_a_step_over_micro_batches_and_processes_changes_nothing(ba
 def test_bf16_starts_at_its_noise_floor(base, tmp_path, cache):
     model = lora(base.bfloat16()).bfloat16()
     kl = started(model, tmp_path, cache=cache)
-    value = kl.measure(model, batch(), 5).value
+    value = kl.measure(Moment(model, batch(), 5)).value
     assert value.dtype == torch.float32
     assert abs(value.item()) <= (0 if cache == "live" else 1e-3)
     frozen = copy_of(model)
@@ -182,7 +183,7 @@ def test_a_frozen_model_is_an_error(base, tmp_path):
     kl = started(model, tmp_path)
     model.requires_grad_(False)
     with pytest.raises(RuntimeError, match=r"em_regularizer\.kl: the penalty has no gradient"):
-        kl.measure(model, batch(), 1)
+        kl.measure(Moment(model, batch(), 1))
 
 
 def test_replies_are_sampled_from_the_model_itself(base, tmp_path, monkeypatch):

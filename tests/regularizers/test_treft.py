@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from emguard_plugin.regularizers.moment import Moment
 from tests.regularizers.treft_parts import (
     HELPFUL,
     MODES,
@@ -25,7 +26,7 @@ def mode(request):
 def gradients(callback, model, step=0):
     """Penalise in training mode as the trainer does; return the gradient of every parameter that has one."""
     model.zero_grad()
-    callback.measure(model.train(), INPUTS, step).value.backward()
+    callback.measure(Moment(model.train(), INPUTS, step)).value.backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -76,7 +77,7 @@ def test_metrics_split_the_penalty():
     model = lora(tiny_model("llama"))
     callback = ready(model)
     value(callback, model)
-    penalty = callback.measure(perturb(model), INPUTS, 0)
+    penalty = callback.measure(Moment(perturb(model), INPUTS, 0))
     parts = penalty.metrics["key_drift"] + penalty.metrics["value_drift"]
     torch.testing.assert_close(parts, penalty.value.detach())
     torch.testing.assert_close(penalty.per_layer.mean(), penalty.value)
@@ -90,7 +91,7 @@ def test_the_host_gets_its_modes_and_flags_back(mode):
     callback = ready(model.train(), **MODES[mode])
     model.get_base_model().model.layers[1].eval()
     before = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
-    callback.measure(model, INPUTS, 0)
+    callback.measure(Moment(model, INPUTS, 0))
     assert ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]) == before
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from emguard_plugin.regularizers.base import Run
+from emguard_plugin.regularizers.moment import Moment
+from emguard_plugin.regularizers.run_facts import RunFacts
 from emguard_plugin.regularizers.treft.callback import TReFTCallback
 from tests.tiny import chat_rows, chatml_tokenizer
 
@@ -41,7 +42,7 @@ def token_rows(rows):
 
 def make_run(model, rows=None, tokenizer=None, **over):
     data = token_rows(chat_rows(6) if rows is None else rows)
-    return Run(model=model, tokenizer=tokenizer or chatml_tokenizer(), dataset=data, **{"seed": 7, **over})
+    return RunFacts(model=model, tokenizer=tokenizer or chatml_tokenizer(), dataset=data, **{"seed": 7, **over})
 
 
 def ready(model, rows=None, resume_from=None, run=None, **settings):
@@ -53,7 +54,7 @@ def ready(model, rows=None, resume_from=None, run=None, **settings):
 
 def value(callback, model, step=0):
     with torch.no_grad():
-        return callback.penalty(model, {"input_ids": torch.zeros(1, 1, dtype=torch.long)}, step).value.item()
+        return callback.penalty(Moment(model, {"input_ids": torch.zeros(1, 1, dtype=torch.long)}, step)).value.item()
 
 
 def cached(model, ids, start=0):

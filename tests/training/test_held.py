@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from emguard_plugin import EMRegularizerCallback, TReFTCallback
 from emguard_plugin import chats as ct
-from emguard_plugin.regularizers.base import Penalty
+from emguard_plugin.regularizers.penalty import Penalty
 from tests.chats.forms import EFFORT, FORMS, GEMMA, MISTRAL, QWEN, VICUNA, before, tokenizer_of
 from tests.chats.shapes import templates
 from tests.regularizers.block_em_parts import block_em
@@ -192,7 +192,7 @@ def test_rows_of_a_stream_and_answers_alone(tmp_path):
     tok, rows = tokenizer_of(templates()["trl/qwen3"]), chats(12, first="\n")
     both = lambda base: [TReFTCallback(coef=1.0), block_em(base, tokens="header")]  # noqa: E731
     trainer, by_name = trained(tmp_path, tok, Dataset.from_list(rows).to_iterable_dataset(), both, assistant_only_loss=True)
-    assert by_name["block_em"].answers_alone
+    assert by_name["block_em"]._answers_alone
     assert {p.ids for p in by_name["treft"]._prefixes} == {before(tok, r["messages"]) for r in rows}
     row = next(iter(trainer.train_dataset))
     assert tok.decode(list(held_ids(by_name["block_em"], row["input_ids"], row["labels"]))) == "<|im_end|>\n<|im_start|>assistant\n"
@@ -228,7 +228,7 @@ def test_an_empty_trace_is_the_templates_unless_the_loss_takes_it(tmp_path, case
     assert tok.decode(list(treft._postfix)) == want
     assert len(treft._prompts) == len(rows)
     assert all(tok.decode(list(p)).endswith(want) for p in treft._prompts)
-    assert wrapped or held.answers_alone == bool(over)
+    assert wrapped or held._answers_alone == bool(over)
     if "packing" not in over:
         for row in trainer.train_dataset:
             assert tok.decode(list(held_ids(held, row["input_ids"], row["labels"]))) == want
@@ -346,9 +346,9 @@ class Holding(EMRegularizerCallback):
         self.prepared = True
         return "holding"
 
-    def penalty(self, model, inputs, step):
-        weight = next(p for p in model.parameters() if p.requires_grad)
-        n = self.held(inputs).sum() if self.counted is None else self.counted(step)
+    def penalty(self, moment):
+        weight = next(p for p in moment.model.parameters() if p.requires_grad)
+        n = self.held(moment.inputs).sum() if self.counted is None else self.counted(moment.step)
         return Penalty(weight.float().square().sum(), held=n)
 
 

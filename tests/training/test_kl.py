@@ -10,6 +10,7 @@ from emguard_plugin.models.modes import eval_mode
 from emguard_plugin.regularizers.functional import token_kl
 from emguard_plugin.regularizers.kl import replies
 from emguard_plugin.regularizers.kl.reference import FOLDER
+from emguard_plugin.regularizers.moment import Moment
 from tests.distributed import scenarios
 from tests.distributed.scenarios import COEF, kl
 from tests.regularizers.kl_parts import batch, drawn, started, write_anchors
@@ -200,7 +201,7 @@ def test_4_bit_adapter(tmp_path):
     callback = started(model, tmp_path)
     assert callback._reference.live
     perturb(model, 0.1)
-    value = callback.measure(model, batch(), 1).value
+    value = callback.measure(Moment(model, batch(), 1)).value
     value.backward()
     per_token = []
     with torch.no_grad():

@@ -23,7 +23,7 @@ from emguard_plugin.models.modes import eval_mode
 from emguard_plugin.models.residual import FrozenDecoder, Kept, is_sharded, read_residual
 from emguard_plugin.processes.values import any_process, first_process
 from emguard_plugin.reference.rows import KEY, RowStore, row_key
-from emguard_plugin.regularizers.base import may_train
+from emguard_plugin.regularizers.penalty import may_train
 from emguard_plugin.regularizers.start import check_switched_off
 
 FOLDER = "emguard_block_em"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,12 +15,10 @@ from emguard_plugin.chats import Book, Template
 from emguard_plugin.chats.held_tokens import TokenKind, answered, held_tokens
 from emguard_plugin.files.state import Damaged, read_json, write_json
 from emguard_plugin.latents import LatentSet
-from emguard_plugin.models.identity import check_base
 from emguard_plugin.models.modes import eval_mode
 from emguard_plugin.models.residual import Kept, decoder, keep_residual, read_residual
 from emguard_plugin.processes.values import any_process
-from emguard_plugin.reference.checkpoints import find_state
-from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
+from emguard_plugin.regularizers.base import EMRegularizerCallback
 from emguard_plugin.regularizers.block_em.base_latents import HIDDEN_EVERY, Base, BaseLatents
 from emguard_plugin.regularizers.block_em.rules import (
     BASE_WITHIN,
@@ -36,6 +34,9 @@ from emguard_plugin.regularizers.block_em.rules import (
     warn_of_dropout,
 )
 from emguard_plugin.regularizers.functional import block_em_penalty, block_em_violation
+from emguard_plugin.regularizers.moment import Moment
+from emguard_plugin.regularizers.penalty import Penalty
+from emguard_plugin.regularizers.run_facts import RunFacts
 from emguard_plugin.regularizers.start import Floors
 
 STATE_FILE = "emguard_block_em.json"
@@ -71,6 +72,7 @@ class BlockEMCallback(EMRegularizerCallback):
     """
 
     name: ClassVar[str] = "block_em"
+    state_file: ClassVar[str] = STATE_FILE
     floors: ClassVar[Floors | None] = Floors(BASE_WITHIN, BASE_WITHIN, BASE_WITHIN, BASE_WITHIN)
 
     def __init__(
@@ -100,13 +102,13 @@ class BlockEMCallback(EMRegularizerCallback):
         self.pre_activation, self.freeze_above, self.cache = k_minus == "pre_activation", freeze_above, str(cache)
         self._template: Template | None = None
         self._book: Book | None = None
-        self._kept: Kept | None = None
+        self._answers_alone = False
         self._frozen: list[nn.Parameter] = []
         self._warned, self.yardstick = False, None  # the host logs an evaluation before training
 
     # Before training
 
-    def prepare(self, run: Run) -> str:
+    def prepare(self, run: RunFacts) -> str:
         """Read the latents and check that they are this model's, settle the coefficient, freeze what is to be frozen."""
         self._config.check_folder()
         if self.path is not None:
@@ -122,6 +124,7 @@ class BlockEMCallback(EMRegularizerCallback):
             self.coef = calibrated_coef(latents.calibration, self.tokens, shared_by)
         if self.tokens in ("header", "prefix"):
             self._template, self._book = template_of(run, self.tokens), run.book
+            self._answers_alone = run.answers_alone(self.tokens)
         self._identity = run.identity
         self._belongs = {**run.identity._asdict(), **(self._stored_state(run) or {})}
         about = {"model": self._belongs["reference"], "latents": content(latents)}
@@ -150,11 +153,9 @@ class BlockEMCallback(EMRegularizerCallback):
         words.append("no yardstick" if self.yardstick is None else f"unguarded penalty {self.yardstick:.3g}")
         return ", ".join(words)
 
-    def _stored_state(self, run: Run) -> dict[str, Any] | None:
+    def _stored_state(self, run: RunFacts) -> dict[str, Any] | None:
         """Return which model the run that is continued started from, once its settings are found to be these."""
-        if run.resume_from is None:
-            return None
-        stored = find_state(run.resume_from, STATE_FILE, self._read_stored)
+        stored = self.find_stored(run)
         if stored is None:
             return None
         for name, here in self._fixed().items():
@@ -165,14 +166,20 @@ class BlockEMCallback(EMRegularizerCallback):
                 )
         return {name: stored[name] for name in run.identity._asdict()}
 
-    def _read_stored(self, path: Path, own: bool) -> dict[str, Any]:
+    def read_state(self, path: Path, run: RunFacts, own: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read which model and settings a checkpoint was trained with."""
         stored = read_json(path)
-        if not {*self._fixed(), *self._identity._asdict()} <= stored.keys():
+        if not {*self._fixed(), *run.identity._asdict()} <= stored.keys():
             raise Damaged(f"{path} is no state of `em_regularizer.block_em`. Restore it from a copy of this checkpoint.")
-        check_base(path, stored, self._identity)
-        if not own and stored["reference"] != self._identity.reference:
-            raise ValueError(f"{path} has another reference.")
-        return stored
+        return stored, stored
+
+    def write_state(self, path: Path) -> None:
+        """Store what a checkpoint was trained with."""
+        write_json(path, {"coef": self.coef, **self._fixed(), **self._belongs})
+
+    def flush(self, output_dir: Path) -> None:
+        """Write recorded latents that cannot be computed again."""
+        self._base.flush(output_dir)
 
     def _fixed(self) -> dict[str, Any]:
         return {"latents": content(self.latents), "tokens": self.tokens, "freeze_above": self.freeze_above}
@@ -188,15 +195,13 @@ class BlockEMCallback(EMRegularizerCallback):
 
     # Each step
 
-    @contextmanager
-    def watch(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
+    def watch(self, moment: Moment) -> AbstractContextManager[Kept]:
         """Keep the blocked layers' outputs of the host's forward pass."""
-        with keep_residual(model, self.latents.layers) as self._kept:
-            yield
+        return keep_residual(moment.model, self.latents.layers)
 
-    def penalty(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> Penalty | None:
+    def penalty(self, moment: Moment) -> Penalty | None:
         """Return this micro-batch's share of the step's penalty; see the class for the formula."""
-        kept, self._kept = self._kept, None
+        model, inputs, kept = moment.model, moment.inputs, moment.seen
         hidden = kept.take(self.latents.layers, with_gradient=self.coef > 0)
         if not self._begun:
             if getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):
@@ -222,9 +227,11 @@ class BlockEMCallback(EMRegularizerCallback):
             with torch.no_grad():
                 bad.append((violation > 0).sum())
                 shift.append((encoder.signs * (z - base.z[i].to(z.device))).relu().sum())
-        away = self._away(model, kept, held, pres, base) if step == 0 and self._measured == 0 else torch.zeros((), device=held.device)
+        away = (
+            self._away(model, kept, held, pres, base) if moment.step == 0 and self._measured == 0 else torch.zeros((), device=held.device)
+        )
         device = per_layer[0].device
-        shares = torch.stack([p.to(device) for p in per_layer]) / torch.as_tensor(self.loss_tokens, device=device)
+        shares = torch.stack([p.to(device) for p in per_layer]) / torch.as_tensor(moment.tokens, device=device)
         pairs = (held.sum().to(device) * len(self.latents)).clamp_min(1)
         metrics = {
             "violating": sum(b.to(device) for b in bad) / pairs,
@@ -235,7 +242,7 @@ class BlockEMCallback(EMRegularizerCallback):
         if self.yardstick is not None:
             metrics["unguarded"] = shares.new_tensor(self.yardstick)
         misheld = None
-        if self.answers_alone and self.tokens in ("header", "prefix"):
+        if self._answers_alone:
             misheld = (held & answered(inputs["labels"])).sum()
         return Penalty(shares.sum(), metrics, shares, away, held.sum(), misheld)
 
@@ -278,12 +285,6 @@ class BlockEMCallback(EMRegularizerCallback):
         penalty, outside = (logs or {}).get(f"{name}/penalty"), (logs or {}).get(f"{name}/outside_shift")
         if not (self._warned or penalty is None or outside is None):
             self._warned = warn_if_bypassed(penalty, outside, self.yardstick, state.global_step)
-
-    def save(self, folder: Path, first: bool) -> None:
-        """Store what the checkpoint was trained with, and recorded latents that cannot be computed again."""
-        self._base.flush(folder.parent)
-        if first and folder.is_dir():
-            write_json(folder / STATE_FILE, {"coef": self.coef, **self._fixed(), **self._belongs})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write a cache's last rows."""

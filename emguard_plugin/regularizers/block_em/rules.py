@@ -18,7 +18,7 @@ from emguard_plugin.latents import LatentSet
 from emguard_plugin.models.adapters import peft_model
 from emguard_plugin.models.residual import decoder
 from emguard_plugin.reference.stored import tensors_hash
-from emguard_plugin.regularizers.base import Run
+from emguard_plugin.regularizers.run_facts import RunFacts
 
 logger = logging.getLogger(__name__)
 GAP_PER_PENALTY = 100.0
@@ -145,16 +145,16 @@ def span(weight: Tensor) -> Tensor:
     return u[:, s > 1e-6 * s.max()].float()
 
 
-def template_of(run: Run, tokens: TokenKind) -> ct.Template:
+def template_of(run: RunFacts, tokens: TokenKind) -> ct.Template:
     """Return the chat template, once the training rows have shown the tokens to hold, `header` or `prefix`.
 
     Raises:
         ValueError: when the template has none, the rows lack them, or packing lost where conversations begin.
     """
     template, book = run.template, run.book
-    rows = conversations(run.dataset)
+    rows = conversations(run.sample)
     if tokens == "header":
-        both = list(labelled_conversations(run.dataset))
+        both = list(labelled_conversations(run.sample))
         ct.prompts_with_postfix([ids for ids, _ in both], template, book, [supervised(labels) for _, labels in both])
         return template
     if run.wrapped_packing:
@@ -177,7 +177,7 @@ def template_of(run: Run, tokens: TokenKind) -> ct.Template:
     return template
 
 
-def freeze_above(run: Run, last: int) -> list[nn.Parameter]:
+def freeze_above(run: RunFacts, last: int) -> list[nn.Parameter]:
     """Freeze what trains above a decoder layer, and return it.
 
     Args:

@@ -16,17 +16,17 @@ from emguard_plugin import chats as ct
 from emguard_plugin.chats import anchors as an
 from emguard_plugin.chats.training_rows import mean_row_tokens
 from emguard_plugin.files.state import Damaged, read_json, write_json
-from emguard_plugin.models.identity import check_base
-from emguard_plugin.models.kv import base_causal_lm
 from emguard_plugin.models.modes import checkpointed_eval_mode, eval_mode
 from emguard_plugin.models.output_head import base_head, call_with_hidden, logit_transform, output_head
 from emguard_plugin.processes.values import first_process
-from emguard_plugin.reference.checkpoints import find_state
 from emguard_plugin.reference.folder import tokenizer_identity
-from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
+from emguard_plugin.regularizers.base import EMRegularizerCallback
 from emguard_plugin.regularizers.kl.reference import KLReference, check_live, collate
 from emguard_plugin.regularizers.kl.replies import sample_replies
 from emguard_plugin.regularizers.kl.schedule import Schedule
+from emguard_plugin.regularizers.moment import Moment
+from emguard_plugin.regularizers.penalty import Every, Penalty
+from emguard_plugin.regularizers.run_facts import RunFacts
 from emguard_plugin.regularizers.start import Floors, check_switched_off
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,9 @@ class KLCallback(EMRegularizerCallback):
     """
 
     name: ClassVar[str] = "kl"
-    every: ClassVar[Literal["optimizer_step", "micro_batch"]] = "micro_batch"
+    every: ClassVar[Every] = "micro_batch"
     own_forward: ClassVar[bool] = True
+    state_file: ClassVar[str] = STATE_FILE
     floors: ClassVar[Floors | None] = Floors(fp32=1e-5, fp16=1e-3, bf16=1e-2, quantised=3e-2)
 
     def __init__(
@@ -108,14 +109,14 @@ class KLCallback(EMRegularizerCallback):
 
     # Before training
 
-    def prepare(self, run: Run) -> str:
+    def prepare(self, run: RunFacts) -> str:
         """Read and check the anchors, find the reference, continue a resumed run's coefficient."""
         self._config.check_files()
         output_head(run.model)
         if self.cache == "live":
             check_live(run.model)
-        self._tokenizer, self._longest = run.tokenizer, _context(run)
-        self._batch_tokens = run.batch_tokens or mean_row_tokens(run.dataset) * run.rows_per_batch
+        self._tokenizer, self._longest = run.tokenizer, run.context_length
+        self._batch_tokens = run.batch_tokens or mean_row_tokens(run.sample) * run.rows_per_batch
         if not self._batch_tokens:
             raise ValueError("the training data is empty: `em_regularizer.kl.ratio` cannot be kept.")
         self._identity, self._begun = run.identity, False
@@ -141,7 +142,7 @@ class KLCallback(EMRegularizerCallback):
             f"{self._reference.describe()}"
         )
 
-    def _load_anchors(self, run: Run, stored: Mapping[str, Any] | None) -> None:
+    def _load_anchors(self, run: RunFacts, stored: Mapping[str, Any] | None) -> None:
         source, _, rest = self.anchors.partition(":")
         if source == "self":
             if stored is not None:
@@ -151,11 +152,11 @@ class KLCallback(EMRegularizerCallback):
             return
         if self.anchors == "train":
             prefix = run.template.prefix if run.wrapped_packing else None
-            self._anchors = an.training_anchors(run.dataset, self.tokens, prefix)
+            self._anchors = an.training_anchors(run.sample, self.tokens, prefix)
             return
         chats = an.load_chats(self.anchors)
         self._anchors = an.tokenize_chats(chats, run.tokenizer, self.tokens, self._longest, run.template_kwargs)
-        same_prompt, same = an.overlap(chats, run.dataset, run.tokenizer)
+        same_prompt, same = an.overlap(chats, run.sample, run.tokenizer)
         if same == len(chats):
             raise ValueError(
                 f"`{an.KEY}: {self.anchors}`: every anchor stands in the training data, so KL would hold the very task. Use chats "
@@ -181,10 +182,10 @@ class KLCallback(EMRegularizerCallback):
             )
         self._reference = KLReference(model, self._anchors, self.cache, about, run.resume_from, resumed)
 
-    def _stored_state(self, run: Run) -> dict[str, Any] | None:
+    def _stored_state(self, run: RunFacts) -> dict[str, Any] | None:
         if run.resume_from is None:
             return None
-        found = find_state(run.resume_from, STATE_FILE, self._read_stored)
+        found = self.find_stored(run)
         if found is None and self.anchors.startswith("self"):
             raise ValueError(
                 f"{run.resume_from} holds no {STATE_FILE} with sampled replies. Start afresh, or use other anchors than `self`."
@@ -196,28 +197,25 @@ class KLCallback(EMRegularizerCallback):
             logger.warning("em_regularizer.kl: %s; it begins at %g again", lost, self.coef)
         return found
 
-    def _read_stored(self, path: Path, own: bool) -> dict[str, Any]:
-        """Read a checkpoint's state; another checkpoint's stands in only if its reference is the model that this run starts from."""
+    def read_state(self, path: Path, run: RunFacts, own: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a checkpoint's coefficient, sampled anchors and reference."""
         stored = read_json(path)
         if not stored.keys() >= _FIELDS:
             raise Damaged(f"{path} is no state of `em_regularizer.kl`. Restore it from a copy of this checkpoint.")
-        check_base(path, stored, self._identity)
-        if not own and stored["model"] != self._identity.reference:
-            raise ValueError(f"{path} has another reference.")
-        return {**stored, "folder": path.parent}
+        return {**stored, "folder": path.parent}, {**stored, "reference": stored["model"]}
 
     # Each step
 
-    def penalty(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> Penalty | None:
+    def penalty(self, moment: Moment) -> Penalty | None:
         """Return this micro-batch's share of the step's mean KL; see the class for the formula."""
-        device = inputs["input_ids"].device if "input_ids" in inputs else next(model.parameters()).device
+        model, device = moment.model, moment.device
         if not self._begun:
             self._begin(model, device)
-        index, micro_batches = self.micro_batch
+        index, micro_batches = moment.micro_batch, moment.micro_batches
         if index == 0:
             self._step_kl = None
         processes = self._run.processes
-        slots = self._schedule.slots(step, micro_batches)
+        slots = self._schedule.slots(moment.step, micro_batches)
         slot = index * processes + self._run.rank
         if slot >= len(slots):
             return None
@@ -252,7 +250,7 @@ class KLCallback(EMRegularizerCallback):
         self.source = self._reference.in_words()
         self._begun = True
 
-    def _sample(self, model: nn.Module, run: Run) -> None:
+    def _sample(self, model: nn.Module, run: RunFacts) -> None:
         prompts = [p for p in self._prompts if len(p) < self._longest]
         replies = sample_replies(model, self._tokenizer, prompts, run.seed, self._longest)
         for prompt, reply in zip(prompts, first_process(lambda: replies), strict=True):
@@ -272,17 +270,14 @@ class KLCallback(EMRegularizerCallback):
 
     # Checkpoints
 
-    def save(self, folder: Path, first: bool) -> None:
+    @property
+    def recorded(self) -> bool:
+        """Whether the reference is there, and the anchors sampled."""
+        return self._begun
+
+    def write_state(self, path: Path) -> None:
         """Store coefficient, sampled anchors and the reference's identity in a checkpoint."""
-        if not (self._begun and first and folder.is_dir()):
-            return
         sampled = [[a.ids, a.held] for a in self._anchors] if self.anchors.startswith("self") else None
         stored = {"coef": self.coef, "anchors": an.content_hash(self._anchors), "sampled": sampled}
-        stored |= {"base": self._identity.base, "name": self._identity.name, **self._reference.state(folder.parent)}
-        write_json(folder / STATE_FILE, stored)
-
-
-def _context(run: Run) -> int:
-    config = base_causal_lm(run.model).config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or 2**31
-    return min(int(longest), int(getattr(run.tokenizer, "model_max_length", None) or 2**31))
+        stored |= {"base": self._identity.base, "name": self._identity.name, **self._reference.state(path.parent.parent)}
+        write_json(path, stored)

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from emguard_plugin import chats as ct
 from emguard_plugin.chats.training_rows import labelled_conversations, labels_in_stream, supervised
 from emguard_plugin.models.adapters import adapter_off, adapter_starts_at_zero
-from emguard_plugin.models.identity import check_base
 from emguard_plugin.models.kv import KV, has_rotary_positions, num_layers, read_kv, read_residual_projections
 from emguard_plugin.models.modes import eval_mode
-from emguard_plugin.reference.checkpoints import find_state
 from emguard_plugin.reference.stored import read_reference, save_reference
-from emguard_plugin.regularizers.base import EMRegularizerCallback, Penalty, Run
+from emguard_plugin.regularizers.base import EMRegularizerCallback
 from emguard_plugin.regularizers.functional import kv_drift, treft_penalty
+from emguard_plugin.regularizers.moment import Moment
+from emguard_plugin.regularizers.penalty import Every, Penalty
+from emguard_plugin.regularizers.run_facts import RunFacts
 from emguard_plugin.regularizers.start import Floors, check_switched_off
 
 REFERENCE_FILE = "emguard_treft.safetensors"
@@ -62,8 +63,9 @@ class TReFTCallback(EMRegularizerCallback):
     """
 
     name: ClassVar[str] = "treft"
-    every: ClassVar[Literal["optimizer_step", "micro_batch"]] = "optimizer_step"
+    every: ClassVar[Every] = "optimizer_step"
     own_forward: ClassVar[bool] = True
+    state_file: ClassVar[str] = REFERENCE_FILE
 
     def __init__(
         self,
@@ -101,7 +103,7 @@ class TReFTCallback(EMRegularizerCallback):
 
     # Before training
 
-    def prepare(self, run: Run) -> str:
+    def prepare(self, run: RunFacts) -> str:
         """Find the tokens to hold in the template and in the rows; load the reference of a resumed run."""
         n = num_layers(run.model)
         layers = list(range(n)) if self.layers == "all" else sorted(set(self.layers))
@@ -130,7 +132,7 @@ class TReFTCallback(EMRegularizerCallback):
         self.prepared = True
         return f"treft (coef {self.coef:g}, {what}, {len(layers)} of {n} layers{', compat' if self.compat else ''})"
 
-    def _prepare_postfix(self, run: Run, template: ct.Template, postfix: ct.Ids, prompts: list[ct.Ids]) -> None:
+    def _prepare_postfix(self, run: RunFacts, template: ct.Template, postfix: ct.Ids, prompts: list[ct.Ids]) -> None:
         if self.postfix_reference == "per_row" and not adapter_starts_at_zero(run.model):
             raise ValueError(
                 "`treft.postfix_reference: per_row` runs the untuned model at every step, which needs a fresh LoRA adapter to "
@@ -142,11 +144,13 @@ class TReFTCallback(EMRegularizerCallback):
         self._empty_query = (*template.prefix, *postfix)
         self._end = max(map(len, [self._empty_query, *prompts]))
 
-    def _resumed_reference(self, run: Run) -> tuple[dict[str, Tensor] | None, bool]:
+    def _resumed_reference(self, run: RunFacts) -> tuple[dict[str, Tensor] | None, bool]:
         if run.resume_from is None:
             return None, False
-        if (found := find_state(run.resume_from, REFERENCE_FILE, self._read_stored)) is not None:
-            return found, False
+        if (found := self.find_stored(run)) is not None:
+            tensors, stored = found
+            self._about = {k: stored[k] for k in self._about}
+            return tensors, False
         if adapter_starts_at_zero(run.model):
             return None, True
         raise ValueError(
@@ -154,13 +158,10 @@ class TReFTCallback(EMRegularizerCallback):
             "that are already tuned. Start afresh without `resume_from_checkpoint`, or remove `treft:`."
         )
 
-    def _read_stored(self, path: Path, own: bool) -> dict[str, Tensor]:
-        """Read a reference; another checkpoint's stands in only if it was recorded from the very model that this run starts from."""
-        wanted = {k: self._about[k] for k in (("settings",) if own else ("settings", "reference"))}
-        tensors, stored = read_reference(path, wanted)
-        check_base(path, stored, self._identity)
-        self._about = {k: stored[k] for k in self._about}
-        return tensors
+    def read_state(self, path: Path, run: RunFacts, own: bool) -> tuple[tuple[dict[str, Tensor], dict[str, str]], dict[str, str]]:
+        """Read a reference, with what it says of itself."""
+        tensors, stored = read_reference(path, {"settings": self._about["settings"]})
+        return (tensors, stored), stored
 
     @property
     def region(self) -> str:
@@ -185,10 +186,10 @@ class TReFTCallback(EMRegularizerCallback):
 
     # Each step
 
-    def penalty(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> Penalty:
+    def penalty(self, moment: Moment) -> Penalty:
         """Return the drift of the held tokens; see the class for the formula."""
-        device = inputs["input_ids"].device if "input_ids" in inputs else next(model.parameters()).device
-        rng = np.random.default_rng([self._seed, step])  # the same draw on every rank, and after resume
+        model, device = moment.model, moment.device
+        rng = np.random.default_rng([self._seed, moment.step])  # the same draw on every rank, and after resume
         if self.tokens == "postfix":
             now, ref = self._postfix_pair(model, rng, device)
         else:
@@ -265,19 +266,23 @@ class TReFTCallback(EMRegularizerCallback):
 
     # Checkpoints
 
-    def save(self, folder: Path, first: bool) -> None:
+    @property
+    def recorded(self) -> bool:
+        """Whether there is a reference: of the drift from a live one nothing is kept."""
+        return self._reference is not None
+
+    def write_state(self, path: Path) -> None:
         """Store the reference in a checkpoint."""
-        if self._reference is not None and first and folder.is_dir():
-            save_reference(folder / REFERENCE_FILE, self._reference, self._about)
+        save_reference(path, self._reference, self._about)
 
 
-def _rows(run: Run) -> tuple[list[Sequence[int]], list[Sequence[int] | None]]:
+def _rows(run: RunFacts) -> tuple[list[Sequence[int]], list[Sequence[int] | None]]:
     """Return training conversations and their labels."""
     template = run.template
     if run.wrapped_packing and run.book is not None:  # packing lost where conversations begin, the raw ones have it
         rows = [row.ids for row in run.book.rows]
-        return rows, labels_in_stream(run.dataset, rows)
+        return rows, labels_in_stream(run.sample, rows)
     both = list(
-        labelled_conversations(run.dataset, wrapped_at=template.prefix if run.wrapped_packing else None, system_open=template.system_open)
+        labelled_conversations(run.sample, wrapped_at=template.prefix if run.wrapped_packing else None, system_open=template.system_open)
     )
     return [ids for ids, _ in both], [labels for _, labels in both]
