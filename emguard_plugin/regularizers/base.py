@@ -66,7 +66,7 @@ class EMRegularizerCallback(TrainerCallback):
         self._last: Penalty | None = None
         self._trains = False
         self._layer_names: Sequence[int] = ()
-        self.source = "the reference"
+        self.reference_name = "the reference"
         self._saved_in: Path | None = None
         self._identity: Identity | None = None
         self._fresh, self._steps_early, self._autocast = False, False, "no"
@@ -291,6 +291,6 @@ class EMRegularizerCallback(TrainerCallback):
             return
         raise RuntimeError(
             f"em_regularizer.{self.name}: before the first update the model is its own reference, up to rounding (at most {floor:g} in "
-            f"{start.precision}), and it is {away:.3g} away from {self.source}: that belongs to another model than {self._identity.in_words()}, which "
+            f"{start.precision}), and it is {away:.3g} away from {self.reference_name}: that belongs to another model than {self._identity.in_words()}, which "
             "this run trains, or this model computes in training what it does not compute otherwise. Record a new reference."
         )

@@ -61,10 +61,10 @@ def slowly(monkeypatch, dies=False):
         if first:
             return record(self, *args)
         first.append(1)
-        (self.folder / RECORDING).write_bytes(b"half of it")
+        (self.source.folder / RECORDING).write_bytes(b"half of it")
         if dies:
-            (self.folder / f".{META}.17.part").mkdir()
-            (self.folder / f".{META}.17.part" / ".tmpbo7Vcn").write_bytes(b"")  # a library's own
+            (self.source.folder / f".{META}.17.part").mkdir()
+            (self.source.folder / f".{META}.17.part" / ".tmpbo7Vcn").write_bytes(b"")  # a library's own
         entered.set()
         assert go_on.wait(30)
         if dies:

@@ -85,7 +85,7 @@ def test_a_continued_adapter_is_held_where_it_was_not_at_the_base(base, tmp_path
     model = perturb(lora(base), 0.1)  # adapter off is another model here
     frozen = copy_of(model)
     kl = started(model, tmp_path)
-    assert not kl._reference.live
+    assert not kl._reference.source.live
     check(kl, perturb(model, 0.1, seed=2), frozen, rtol=1e-3)
     with pytest.raises(ValueError, match=r"kl\.cache: live` needs an adapter that starts at zero"):
         started(model, tmp_path, cache="live")

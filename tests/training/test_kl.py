@@ -199,7 +199,7 @@ def test_4_bit_adapter(tmp_path):
     assert any(isinstance(m, bnb.nn.Linear4bit) for m in base.modules())
     model = lora(base)
     callback = started(model, tmp_path)
-    assert callback._reference.live
+    assert callback._reference.source.live
     perturb(model, 0.1)
     value = callback.measure(Moment(model, batch(), 1)).value
     value.backward()

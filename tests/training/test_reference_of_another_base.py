@@ -122,7 +122,7 @@ def test_latents_that_are_not_this_models_are_found_out_by_the_first_penalty(tmp
         about = read_reference(path, {})[1]
         tensors = {n: t * 1.2 for n, t in load_file(path).items()}
         save_file(tensors, path, metadata={**about, "sha256": _whole_hash(tensors, about)})
-    with pytest.raises(RuntimeError, match=r"em_regularizer\.block_em: before the first update .*the latents kept in .*cache"):
+    with pytest.raises(RuntimeError, match=r"em_regularizer\.block_em: before the first update .*the reference in .*cache"):
         go(tmp_path / "b", "block_em", base(), cache=str(cache), save_strategy="no")
 
 

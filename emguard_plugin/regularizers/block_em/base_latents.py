@@ -18,11 +18,12 @@ from emguard_plugin.chats.held_tokens import spans
 from emguard_plugin.chats.training_rows import conversations
 from emguard_plugin.files.state import locked
 from emguard_plugin.latents import SubsetEncoder
-from emguard_plugin.models.adapters import adapter_off, adapter_starts_at_zero
+from emguard_plugin.models.adapters import is_sharded
 from emguard_plugin.models.modes import eval_mode
-from emguard_plugin.models.residual import FrozenDecoder, Kept, is_sharded, read_residual
+from emguard_plugin.models.residual import FrozenDecoder, Kept, read_residual
 from emguard_plugin.processes.values import any_process, first_process
 from emguard_plugin.reference.rows import KEY, RowStore, row_key
+from emguard_plugin.reference.source import Source, batches
 from emguard_plugin.regularizers.penalty import may_train
 from emguard_plugin.regularizers.start import check_switched_off
 
@@ -59,21 +60,9 @@ class BaseLatents:
     """
 
     def __init__(self, model: nn.Module, encoders: Sequence[SubsetEncoder], cache: str, about: Mapping[str, str], rank: int = 0) -> None:
-        self.encoders, self.cache, self._about, self._rank = encoders, cache, dict(about), rank
+        self.encoders, self._about, self._rank = encoders, dict(about), rank
         self.layers = [e.layer for e in encoders]
-        self.adapter_off = adapter_starts_at_zero(model)
-        if cache == "live" and not self.adapter_off:
-            raise ValueError(
-                f"`{KEY}: live` needs an adapter that starts at zero and trains alone, so that switching it off is the model before "
-                "this run. Use `cache: memory` or a folder."
-            )
-        self.copied = cache == "copy"
-        if self.copied and is_sharded(model):
-            raise ValueError(
-                f"`{KEY}: copy` needs whole weights on every process, and these are spread over processes. Use `cache: memory` or a folder."
-            )
-        self.live = self.copied or cache == "live" or (cache == "auto" and self.adapter_off)
-        self.folder = None if cache in ("auto", "live", "memory", "copy") else Path(cache).expanduser()
+        self.source = Source(KEY, cache, model)
         self.store: RowStore | None = None
         self.forward_passes = 0
         self._isolated: bool | None = None
@@ -82,19 +71,11 @@ class BaseLatents:
 
     def describe(self) -> str:
         """Return a few words for the start line."""
-        if self.copied:
-            return f"a frozen copy up to layer {max(self.layers)}"
-        if self.live:
-            return "adapter off"
-        return (
-            f"kept in {'memory' if self.folder is None else self.folder}, {'adapter off' if self.adapter_off else 'recorded before step 1'}"
-        )
-
-    def in_words(self) -> str:
-        """Return what the reference is, for an error."""
-        if self.live:
-            return "the model with its adapter switched off" if not self.copied else "the frozen copy"
-        return f"the latents kept in {'memory' if self.folder is None else self.folder}"
+        if self.source.copied:
+            return f"{self.source.describe()} up to layer {max(self.layers)}"
+        if self.source.live:
+            return self.source.describe()
+        return f"{self.source.describe()}{', adapter off' if self.source.adapter_off else ' before step 1'}"
 
     def begin(self, model: nn.Module, kept: Kept, hidden: Tensor, dataset: Any, resumed_from: Path | None) -> None:
         """Open the store; record the data set where the base model is about to disappear. Every process calls it.
@@ -110,51 +91,50 @@ class BaseLatents:
             ValueError: when the base model is gone and its latents are not stored, or cannot be reached.
         """
         embeddings = kept.kwargs.get("inputs_embeds")
-        if (self.adapter_off or self.copied) and embeddings is not None and may_train(embeddings):
+        if (self.source.adapter_off or self.source.copied) and embeddings is not None and may_train(embeddings):
             raise ValueError(
                 "em_regularizer.block_em: this model hands its decoder layers embeddings that are being trained, which switching the "
                 "adapter off afterwards does not undo. Leave the token embeddings and the image or audio tower out of the adapter and of "
                 "`modules_to_save`."
             )
-        if self.copied and resumed_from is not None:
+        if self.source.copied and resumed_from is not None:
             raise ValueError(
                 f"`{KEY}: copy`: the weights of {resumed_from} are trained already, and the copy was of those before. Start afresh "
                 "without `resume_from_checkpoint`, or train with a folder, which a resumed run finds again."
             )
-        if self.copied:
+        if self.source.copied:
             self._copy = FrozenDecoder(model, max(self.layers))
         ids = kept.kwargs.get("input_ids")
-        if self.adapter_off and ids is not None:
+        if self.source.adapter_off and ids is not None:
             with eval_mode(model), kept.precision():
                 check_switched_off(model, ids[:1, :2], KEY)
-        if self.live:
+        if self.source.live:
             return
         self._about["precision"] = f"{hidden.dtype} {kept.autocast or ''}".strip()
-        self.store = RowStore(self.folder, self._about, self._rank)
-        if self.adapter_off:
+        self.store = RowStore(self.source.folder, self._about, self._rank)
+        if self.source.adapter_off:
             return
         if resumed_from is None:
             with contextlib.ExitStack() as lock:
-                if self.folder is not None and self._missing(dataset):
+                if self.source.folder is not None and self._missing(dataset):
                     # One run of several on a folder records; the others wait and find its rows.
-                    first_process(lambda: lock.enter_context(locked(self.folder, KEY)))
-                    self.store.load(self.folder)
+                    first_process(lambda: lock.enter_context(locked(self.source.folder, KEY)))
+                    self.store.load(self.source.folder)
                 self._record(model, kept, self._missing(dataset), hidden.device)
             return
-        if self.folder is None:
+        if self.source.folder is None:
             folder = resumed_from.parent / FOLDER
             self.store.load(folder, "Restore it, or start afresh without `resume_from_checkpoint`")
             self._stored_in = folder
         if not self.store.rows:
             raise ValueError(
                 f"`{KEY}`: the base model's latents that {resumed_from} was trained with are gone, and so is the base model. Restore "
-                f"{self.folder or resumed_from.parent / FOLDER} (from the run that recorded it), or start afresh without `resume_from_checkpoint`."
+                f"{self.source.folder or resumed_from.parent / FOLDER} (from the run that recorded it), or start afresh without `resume_from_checkpoint`."
             )
 
     @contextlib.contextmanager
     def _as_base(self, model: nn.Module, kept: Kept) -> Iterator[None]:
-        off = adapter_off(model) if self.adapter_off else contextlib.nullcontext()
-        with torch.no_grad(), eval_mode(model), kept.precision(), off:
+        with self.source.reading(model), kept.precision():
             yield
 
     def read(self, model: nn.Module, kept: Kept) -> dict[int, Tensor]:
@@ -167,24 +147,21 @@ class BaseLatents:
             return read_residual(model, self.layers, kept.args, kept.kwargs)
 
     def _missing(self, dataset: Any) -> list[list[int]]:
-        """Return the rows that are not recorded, the shortest first."""
+        """Return the rows that are not recorded."""
         if dataset is None or not hasattr(dataset, "__len__"):
             raise ValueError(
                 f"`{KEY}`: without an adapter to switch off, every row is recorded before step 1, which a streamed data set does not "
                 "allow. Train an adapter, or turn streaming off."
             )
         rows = {row_key(ids): ids for ids in conversations(dataset, limit=len(dataset))}
-        return sorted((ids for key, ids in rows.items() if key not in self.store.rows), key=len)
+        return [ids for key, ids in rows.items() if key not in self.store.rows]
 
     def _record(self, model: nn.Module, kept: Kept, todo: Sequence[list[int]], device: torch.device) -> None:
         from tqdm import tqdm
 
-        batches: list[list[list[int]]] = []
-        for ids in todo:
-            if not batches or (len(batches[-1]) + 1) * len(ids) > RECORDED_AT_ONCE:
-                batches.append([])
-            batches[-1].append(ids)
-        for batch in tqdm(batches, desc="BLOCK-EM base latents", disable=self._rank != 0 or len(batches) < 4, leave=False):
+        together = batches([len(ids) for ids in todo], RECORDED_AT_ONCE)
+        for rows in tqdm(together, desc="BLOCK-EM base latents", disable=self._rank != 0 or len(together) < 4, leave=False):
+            batch = [todo[i] for i in rows]
             longest = max(map(len, batch))
             ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch], device=device)
             mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch], device=device)
@@ -219,7 +196,7 @@ class BaseLatents:
             RuntimeError: for a row that was not recorded, and cannot be any more.
             ValueError: for rows that are more than text, unless the base model runs live.
         """
-        if self.live:
+        if self.source.live:
             hidden = {n: h[held.to(h.device)] for n, h in self.read(model, kept).items()}
             return self._split(self._columns(hidden), hidden)
         if other := [name for name in inputs if name.startswith(_OF_OTHER_MODES) and inputs[name] is not None]:
@@ -235,7 +212,7 @@ class BaseLatents:
         ]
         known = not any_process(model, not all(key in self.store.rows for row in keys for key in row))
         hidden = None
-        if not known and not self.adapter_off:
+        if not known and not self.source.adapter_off:
             raise RuntimeError(
                 f"`{KEY}`: a training row was not recorded before step 1, so its rows change while it trains (or conversations packed "
                 "into one row see each other). Train an adapter, or turn packing and augmentation off."
@@ -283,9 +260,9 @@ class BaseLatents:
         """Write what a folder is to hold; with `output_dir`, what only this run could record."""
         if self.store is None:
             return
-        if self.folder is not None and (self.adapter_off or self._rank == 0):
+        if self.source.folder is not None and (self.source.adapter_off or self._rank == 0):
             self.store.flush()
-        elif output_dir is not None and not self.adapter_off and self._rank == 0:
+        elif output_dir is not None and not self.source.adapter_off and self._rank == 0:
             folder = output_dir / FOLDER
             if self._stored_in is not None and folder.is_dir() and folder.samefile(self._stored_in):
                 return

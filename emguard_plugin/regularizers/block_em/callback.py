@@ -129,7 +129,7 @@ class BlockEMCallback(EMRegularizerCallback):
         self._belongs = {**run.identity._asdict(), **(self._stored_state(run) or {})}
         about = {"model": self._belongs["reference"], "latents": content(latents)}
         self._base = BaseLatents(run.model, latents.encoders, self.cache, about, run.rank)
-        self.source = self._base.in_words()
+        self.reference_name = self._base.source.in_words()
         if self.freeze_above:
             self._frozen = freeze_above(run, max(latents.layers))
         self._dataset, self._resume_from = run.dataset, run.resume_from
@@ -263,7 +263,7 @@ class BlockEMCallback(EMRegularizerCallback):
     def _outside_shift(self, model: nn.Module, kept: Kept, hidden: Mapping[int, Tensor], base: Base, held: Tensor) -> Tensor | None:
         """Return the mean of `||(I - P)(h - h_base)|| / ||h_base||`, P projecting on the span of K's encoder columns."""
         there = base.hidden
-        if there is None and self._base.adapter_off and self._measured % HIDDEN_EVERY == 0:
+        if there is None and self._base.source.adapter_off and self._measured % HIDDEN_EVERY == 0:
             there = {n: h[held.to(h.device)] for n, h in self._base.read(model, kept).items()}
         self._measured += 1
         if there is not None:

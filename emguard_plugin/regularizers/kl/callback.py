@@ -20,8 +20,9 @@ from emguard_plugin.models.modes import checkpointed_eval_mode, eval_mode
 from emguard_plugin.models.output_head import base_head, call_with_hidden, logit_transform, output_head
 from emguard_plugin.processes.values import first_process
 from emguard_plugin.reference.folder import tokenizer_identity
+from emguard_plugin.reference.source import Source
 from emguard_plugin.regularizers.base import EMRegularizerCallback
-from emguard_plugin.regularizers.kl.reference import KLReference, check_live, collate
+from emguard_plugin.regularizers.kl.reference import KEY, KLReference, collate
 from emguard_plugin.regularizers.kl.replies import sample_replies
 from emguard_plugin.regularizers.kl.schedule import Schedule
 from emguard_plugin.regularizers.moment import Moment
@@ -114,7 +115,7 @@ class KLCallback(EMRegularizerCallback):
         self._config.check_files()
         output_head(run.model)
         if self.cache == "live":
-            check_live(run.model)
+            Source(KEY, self.cache, run.model)  # before the anchors are read
         self._tokenizer, self._longest = run.tokenizer, run.context_length
         self._batch_tokens = run.batch_tokens or mean_row_tokens(run.sample) * run.rows_per_batch
         if not self._batch_tokens:
@@ -139,7 +140,7 @@ class KLCallback(EMRegularizerCallback):
         return (
             f"{len(self._anchors)} anchors ({self.anchors}), {plan.per_step} per step in {plan.passes} of {plan.micro_batches} "
             f"micro-batches ({plan.ratio:.3g} anchor tokens per training token), {self.tokens} tokens, reference: "
-            f"{self._reference.describe()}"
+            f"{self._reference.source.describe()}"
         )
 
     def _load_anchors(self, run: RunFacts, stored: Mapping[str, Any] | None) -> None:
@@ -243,11 +244,11 @@ class KLCallback(EMRegularizerCallback):
         ids = torch.tensor([self._anchors[0].ids[:2]], device=device)
         with eval_mode(model):  # dropout would draw from the host's random numbers
             transform = logit_transform(model, ids)
-            base_head(model, ids, transform, self._reference.adapter_off)
-            if self._reference.adapter_off:
+            base_head(model, ids, transform, self._reference.source.adapter_off)
+            if self._reference.source.adapter_off:
                 check_switched_off(model, ids, "em_regularizer.kl")
         self._reference.begin(model, transform, device, run.rank)
-        self.source = self._reference.in_words()
+        self.reference_name = self._reference.source.in_words()
         self._begun = True
 
     def _sample(self, model: nn.Module, run: RunFacts) -> None:

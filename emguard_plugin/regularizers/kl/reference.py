@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from emguard_plugin.chats.anchors import Anchor
 from emguard_plugin.files.state import locked
-from emguard_plugin.models.adapters import adapter_off, adapter_starts_at_zero, peft_model
-from emguard_plugin.models.modes import eval_mode
 from emguard_plugin.models.output_head import call_with_hidden, head_tensors, trains_head
 from emguard_plugin.processes.values import first_process, raised
 from emguard_plugin.reference.folder import ReferenceCache, contents_hash, discard, discard_unfinished, is_cache
+from emguard_plugin.reference.source import Source, batches, lost
 from emguard_plugin.regularizers.kl.linear_kl import Head, linear_kl
 
 KEY = "em_regularizer.kl.cache"
@@ -77,14 +76,9 @@ class KLReference:
         resumed: Mapping[str, Any] | None,
     ) -> None:
         self.anchors = anchors
-        self.adapter_off = adapter_starts_at_zero(model) if resumed is None else bool(resumed["adapter_off"])
-        if resume_from is not None and resumed is None and not self.adapter_off:
-            raise ValueError(
-                f"{resume_from} holds no reference of `kl`, so the model before this run is lost: KL would anchor to weights that "
-                "are already tuned. Start afresh without `resume_from_checkpoint`, or remove `kl:`."
-            )
-        self.live = cache == "live" or (cache == "auto" and self.adapter_off)
-        self.folder = None if cache in ("auto", "live", "memory") else Path(cache).expanduser()
+        self.source = Source(KEY, cache, model, None if resumed is None else bool(resumed["adapter_off"]))
+        if resume_from is not None and resumed is None and not self.source.adapter_off:
+            raise lost(resume_from, "reference of `kl`", "kl")
         self.about = {**about, "model": resumed["model"]} if resumed else dict(about)
         self.content: str | None = None
         self._resumed = resumed
@@ -96,18 +90,6 @@ class KLReference:
         """Bytes of the recorded reference."""
         return 0 if self._cache is None else self._cache.nbytes
 
-    def describe(self) -> str:
-        """Return a few words for the start line."""
-        if self.live:
-            return "adapter off"
-        return "recorded in " + ("memory" if self.folder is None else str(self.folder))
-
-    def in_words(self) -> str:
-        """Return what the reference is, for an error."""
-        if self.live:
-            return "the model with its adapter switched off"
-        return f"the reference {'recorded before step 1' if self.folder is None else f'in {self.folder}'}"
-
     # Before step 1
 
     def begin(self, model: nn.Module, transform: tuple[float, float | None], device: torch.device, rank: int) -> None:
@@ -117,16 +99,16 @@ class KLReference:
             ValueError: for a cache of something else.
         """
         self.transform = transform
-        if self.live:
+        if self.source.live:
             return
         sizes = [len(a.held) for a in self.anchors]
         about = {**self.about, "precision": self._precision(model, device)}
-        if self._resumed is not None and not self.adapter_off:
+        if self._resumed is not None and not self.source.adapter_off:
             self._continue(sizes, about)
-        elif self.folder is None:
+        elif self.source.folder is None:
             self._cache = ReferenceCache(sizes)
             self._record(model, device, rank)
-        elif self.folder is not None:
+        elif self.source.folder is not None:
             self._share(model, device, rank, sizes, about)
         self.about = about
 
@@ -136,8 +118,8 @@ class KLReference:
 
     def _continue(self, sizes: Sequence[int], about: Mapping[str, str]) -> None:
         """Load what the checkpoint was trained with: from the folder that the YAML names, else from beside the checkpoints."""
-        folder = self.folder or self._resume_from.parent / FOLDER
-        advice = "Restore it from the output folder of the run that recorded it" if self.folder is None else "Restore it"
+        folder = self.source.folder or self._resume_from.parent / FOLDER
+        advice = "Restore it from the output folder of the run that recorded it" if self.source.folder is None else "Restore it"
         if not folder.is_dir():
             raise ValueError(
                 f"`{KEY}`: {self._resume_from} was trained with the reference in {folder}, which is not there. {advice}, or start afresh "
@@ -155,35 +137,30 @@ class KLReference:
         with contextlib.ExitStack() as lock:
 
             def claim() -> bool:
-                if is_cache(self.folder):
+                if is_cache(self.source.folder):
                     return False
-                lock.enter_context(locked(self.folder, KEY))
-                if done := is_cache(self.folder):
+                lock.enter_context(locked(self.source.folder, KEY))
+                if done := is_cache(self.source.folder):
                     lock.close()
                 else:
-                    discard_unfinished(self.folder)
+                    discard_unfinished(self.source.folder)
                 return not done
 
             if not first_process(claim):
-                self._load(self.folder, sizes, about)
+                self._load(self.source.folder, sizes, about)
                 return
-            self._cache = ReferenceCache(sizes, self.folder)
+            self._cache = ReferenceCache(sizes, self.source.folder)
             self._record(model, device, rank)
             head = self._cache.head
-            first_process(lambda: self._cache.save(self.folder, about))
+            first_process(lambda: self._cache.save(self.source.folder, about))
         if rank != 0:
-            self._load(self.folder, sizes, about)
+            self._load(self.source.folder, sizes, about)
             self._cache.head = head
-        self.content = contents_hash(self.folder)
-
-    @contextlib.contextmanager
-    def _reference_mode(self, model: nn.Module) -> Iterator[None]:
-        with torch.no_grad(), eval_mode(model), adapter_off(model) if self.adapter_off else contextlib.nullcontext():
-            yield
+        self.content = contents_hash(self.source.folder)
 
     def _precision(self, model: nn.Module, device: torch.device) -> str:
         ids = collate(self.anchors, [0], device).ids[:, :2]
-        with self._reference_mode(model):
+        with self.source.reading(model):
             hidden, _ = call_with_hidden(model, ids, None, lambda h: h)
         kind = device.type
         return f"{hidden.dtype} {torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else ''}".strip()
@@ -192,21 +169,16 @@ class KLReference:
         from tqdm import tqdm
 
         assert self._cache is not None
-        order = sorted(range(len(self.anchors)), key=lambda i: len(self.anchors[i].ids))
-        batches: list[list[int]] = []
-        for i in order:
-            if not batches or (len(batches[-1]) + 1) * len(self.anchors[i].ids) > RECORDED_AT_ONCE:
-                batches.append([])
-            batches[-1].append(i)
-        keep, failed = trains_head(model) and not self.adapter_off, None
+        todo = batches([len(a.ids) for a in self.anchors], RECORDED_AT_ONCE)
+        keep, failed = trains_head(model) and not self.source.adapter_off, None
 
         def use(hidden: Tensor, batch: Batch) -> Tensor:
             if keep and self._cache.head is None:
                 self._cache.keep_head(*head_tensors(model))
             return batch.held(hidden)
 
-        with self._reference_mode(model):
-            for rows in tqdm(batches, desc="KL reference", disable=rank != 0 or len(batches) < 4, leave=False):
+        with self.source.reading(model):
+            for rows in tqdm(todo, desc="KL reference", disable=rank != 0 or len(todo) < 4, leave=False):
                 batch = collate(self.anchors, rows, device)
                 hidden, _ = call_with_hidden(model, batch.ids, batch.mask, lambda h, b=batch: use(h, b))
                 for i, part in zip(rows, hidden.split([len(self.anchors[i].held) for i in rows]), strict=True):
@@ -222,7 +194,7 @@ class KLReference:
         """Return the reference's hidden states (N, H) at the batch's held positions."""
         if self._cache is not None:
             return self._cache.take(batch.rows, batch.ids.device)
-        with self._reference_mode(model):
+        with self.source.reading(model):
             return call_with_hidden(model, batch.ids, batch.mask, batch.held)[0]
 
     def kl(self, model: nn.Module, hidden: Tensor, reference: Tensor, direction: str = "base||model") -> Tensor:
@@ -240,26 +212,9 @@ class KLReference:
 
     def state(self, output_dir: Path) -> dict[str, Any]:
         """Return what a checkpoint keeps; store a reference that only this run could record. For one process."""
-        if self._cache is not None and not self.adapter_off and self.folder is None:
+        if self._cache is not None and not self.source.adapter_off and self.source.folder is None:
             folder = output_dir / FOLDER
             if self.content is None or not is_cache(folder) or contents_hash(folder) != self.content:
                 discard(folder)  # an earlier run's, whose checkpoints the host overwrites too
                 self.content = self._cache.save(folder, self.about)
-        return {"adapter_off": self.adapter_off, "content": self.content, "model": self.about["model"]}
-
-
-def check_live(model: nn.Module) -> None:
-    """Refuse `cache: live` where no adapter can be switched off for the model before this run.
-
-    Raises:
-        ValueError: naming the key and the change.
-    """
-    if adapter_starts_at_zero(model):
-        return
-    why = "an adapter to switch off, and there is none (full fine-tuning)"
-    if peft_model(model) is not None:
-        why = (
-            "an adapter that starts at zero and trains alone (default LoRA init, `bias: none`, no other trainable weights), so "
-            "that switching it off is the model before this run"
-        )
-    raise ValueError(f"`em_regularizer.kl.cache: live` needs {why}. Use `cache: memory` or a folder.")
+        return {"adapter_off": self.source.adapter_off, "content": self.content, "model": self.about["model"]}

@@ -18,6 +18,7 @@ from emguard_plugin.chats.training_rows import labelled_conversations, labels_in
 from emguard_plugin.models.adapters import adapter_off, adapter_starts_at_zero
 from emguard_plugin.models.kv import KV, has_rotary_positions, num_layers, read_kv, read_residual_projections
 from emguard_plugin.models.modes import eval_mode
+from emguard_plugin.reference.source import lost
 from emguard_plugin.reference.stored import read_reference, save_reference
 from emguard_plugin.regularizers.base import EMRegularizerCallback
 from emguard_plugin.regularizers.functional import kv_drift, treft_penalty
@@ -153,10 +154,7 @@ class TReFTCallback(EMRegularizerCallback):
             return tensors, False
         if adapter_starts_at_zero(run.model):
             return None, True
-        raise ValueError(
-            f"{run.resume_from} holds no {REFERENCE_FILE}, so the model before this run is lost: TReFT would anchor to weights "
-            "that are already tuned. Start afresh without `resume_from_checkpoint`, or remove `treft:`."
-        )
+        raise lost(run.resume_from, REFERENCE_FILE, "treft")
 
     def read_state(self, path: Path, run: RunFacts, own: bool) -> tuple[tuple[dict[str, Tensor], dict[str, str]], dict[str, str]]:
         """Read a reference, with what it says of itself."""
