@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from emguard_plugin.models.graph import may_train
 from emguard_plugin.models.identity import Identity, check_base
 from emguard_plugin.processes.values import over_processes
 from emguard_plugin.reference.checkpoints import find_state
 from emguard_plugin.regularizers.moment import Moment
-from emguard_plugin.regularizers.penalty import Every, Penalty, may_train
+from emguard_plugin.regularizers.penalty import Every, Penalty
 from emguard_plugin.regularizers.run_facts import RunFacts
 from emguard_plugin.regularizers.start import Floors, Start, precision_of, state_of_weights
 

@@ -1,13 +1,12 @@
-"""What a regularizer returns, and whether it can train anything."""
+"""What a regularizer returns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Every = Literal["optimizer_step", "micro_batch"]
 """What one penalty belongs to."""
@@ -33,28 +32,3 @@ class Penalty:
     away: Tensor | None = None
     held: Tensor | int | None = None
     misheld: Tensor | None = None
-
-
-def may_train(value: Tensor) -> bool:
-    """Whether a trainable parameter stands behind `value`, as far as the autograd graph shows.
-
-    `requires_grad` alone proves nothing: `enable_input_require_grads`, which hosts call for adapters, makes the output of
-    frozen embeddings require grad. A custom function that runs code of its own in backward (reentrant checkpointing,
-    offloading, tiled MLPs) can hide parameters, so it counts as training.
-    """
-    seen, stack = set(), [value.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(getattr(node, "variable", None), nn.Parameter) or _runs_code(node):
-            return True
-        stack += [n for n, _ in node.next_functions]
-    return False
-
-
-def _runs_code(node: Any) -> bool:
-    if not isinstance(node, torch.autograd.function.BackwardCFunction):
-        return False
-    return any(callable(v) and not isinstance(v, type) for v in vars(node).values())

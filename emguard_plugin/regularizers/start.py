@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from emguard_plugin.models.adapters import adapter_off, is_sharded
+from emguard_plugin.models.graph import trained_behind
 
 QUANTISED = "quantised weights"
 
@@ -75,22 +76,6 @@ def state_of_weights(model: Any, steps_early: bool) -> str:
     if steps_early:
         return "DeepSpeed has taken this step already. Go back to the last checkpoint."
     return "The weights before this step are unharmed."
-
-
-def trained_behind(value: Tensor) -> nn.Parameter | None:
-    """Return a trainable parameter that `value` was computed from, as the autograd graph shows, or None."""
-    seen, stack = set(), [value.grad_fn]
-    if value.grad_fn is None and value.requires_grad and isinstance(value, nn.Parameter):
-        return value
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(found := getattr(node, "variable", None), nn.Parameter):
-            return found
-        stack += [n for n, _ in node.next_functions]
-    return None
 
 
 def check_switched_off(model: nn.Module, ids: Tensor, key: str) -> None:

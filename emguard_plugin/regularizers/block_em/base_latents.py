@@ -19,12 +19,12 @@ from emguard_plugin.chats.training_rows import conversations
 from emguard_plugin.files.state import locked
 from emguard_plugin.latents import SubsetEncoder
 from emguard_plugin.models.adapters import is_sharded
+from emguard_plugin.models.graph import may_train
 from emguard_plugin.models.modes import eval_mode
 from emguard_plugin.models.residual import FrozenDecoder, Kept, read_residual
 from emguard_plugin.processes.values import any_process, first_process
 from emguard_plugin.reference.rows import KEY, RowStore, row_key
 from emguard_plugin.reference.source import Source, batches
-from emguard_plugin.regularizers.penalty import may_train
 from emguard_plugin.regularizers.start import check_switched_off
 
 FOLDER = "emguard_block_em"
