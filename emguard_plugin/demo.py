@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import os
-import re
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+
+from emguard_plugin.exit_codes import EXIT_ERROR
+from emguard_plugin.files.ours import clear, our_folder
+from emguard_plugin.files.progress import VARIABLE, heard
+from emguard_plugin.files.progress import Progress as Told
 
 RUNS = {"naive": "lab_naive.yaml", "treft": "lab_treft.yaml"}
 FOLDER = Path("demo")
-_TRAINED = re.compile(rb"(\d+)/(\d+) \[")
-_ANSWERS = re.compile(rb"em_eval: (base|tuned) answers: [^\r\n]*? (\d+)/(\d+) \[")
-_RATE = re.compile(r"\d+/\d+ \[[^\]]*?([\d.]+)(it/s|s/it)\]")
+DEMO = "demo"
+OURS = ("lab", "report.html", *(f"{run}{end}" for run in RUNS for end in ("", ".log", ".steps")))
+"""What the demo makes in its folder, and so all that it removes."""
 
 
 def examples() -> Path:
@@ -45,10 +51,13 @@ def run_demo(fresh: bool = True) -> int:
     """Train, measure, and show base / naive / TReFT side by side.
 
     Args:
-        fresh: Remove an earlier `./demo` first.
+        fresh: Start anew, in place of what an earlier demo left; else keep the runs that were finished.
 
     Returns:
         The exit code: 0, or that of the step that failed.
+
+    Raises:
+        ValueError: when `./demo` holds anything that no demo made.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -58,24 +67,25 @@ def run_demo(fresh: bool = True) -> int:
     from emguard_plugin.lab.export import export
 
     console = Console()
-    if fresh and FOLDER.exists():
-        shutil.rmtree(FOLDER)
-    FOLDER.mkdir(exist_ok=True)
+    our_folder(FOLDER, DEMO)
+    if fresh:
+        clear(FOLDER, DEMO, OURS)
     export(FOLDER / "lab")
     trained: dict[str, Trained] = {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[stage]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         for name, yaml in RUNS.items():
             task = progress.add_task(f"axolotl train {yaml}", total=100, stage="starting")
-            code = _train(name, examples() / yaml, lambda done, stage, t=task: progress.update(t, completed=done, stage=stage))
-            summary = FOLDER / name / "em_eval" / "summary.json"
-            if code or not summary.is_file():
-                progress.stop()
-                console.print(f"[red]{yaml} failed (exit code {code})[/red]; the end of {FOLDER / name}.log:")
-                console.print((FOLDER / f"{name}.log").read_text(errors="replace")[-2000:], markup=False)
-                return code or 1
+            summary, steps = FOLDER / name / "em_eval" / "summary.json", FOLDER / f"{name}.steps"
+            if not summary.is_file():
+                code = _train(name, examples() / yaml, steps, lambda done, stage, t=task: progress.update(t, completed=done, stage=stage))
+                if code or not summary.is_file():
+                    progress.stop()
+                    console.print(f"[red]{yaml} failed (exit code {code})[/red]; the end of {FOLDER / name}.log:")
+                    console.print((FOLDER / f"{name}.log").read_text(errors="replace")[-2000:], markup=False)
+                    return code or EXIT_ERROR
             progress.update(task, completed=100, stage="done")
-            trained[name] = Trained(_seconds_per_step(FOLDER / f"{name}.log"), summary)
+            trained[name] = Trained(seconds_per_step(heard(steps)), summary)
     runs = [("naive" if n == "naive" else "TReFT", t.summary) for n, t in trained.items()]
     plain, guarded = trained["naive"].seconds_per_step, trained["treft"].seconds_per_step
     extra = {
@@ -89,20 +99,24 @@ def run_demo(fresh: bool = True) -> int:
     return 0
 
 
-def _train(name: str, yaml: Path, show: object) -> int:
-    """Run `axolotl train`, follow its log, report (percent, stage)."""
-    env = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+def _train(name: str, yaml: Path, steps: Path, show: Callable[[float, str], None]) -> int:
+    """Run `axolotl train`, follow what it tells, show (percent, stage)."""
+    # A model of 0.5M parameters gains nothing from a second thread, and on a busy machine two that wait for each other take
+    # fifty times as long. What the user set stands.
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    steps.unlink(missing_ok=True)
     log = FOLDER / f"{name}.log"
     axolotl = Path(sys.executable).with_name("axolotl")
     with open(log, "wb") as out:
         process = subprocess.Popen(
             [str(axolotl), "train", str(yaml), "--launcher", "python"],
-            stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True,
+            stdout=out, stderr=subprocess.STDOUT, env={**env, VARIABLE: str(steps.absolute())}, start_new_session=True,
         )  # fmt: skip
+        started = time.monotonic()
         try:
             while process.poll() is None:
                 time.sleep(0.5)
-                show(*_progress(log.read_bytes()))
+                show(*percent(heard(steps), time.monotonic() - started))
         except BaseException:
             os.killpg(process.pid, signal.SIGTERM)  # with the measurement that it may have started
             process.wait()
@@ -110,21 +124,19 @@ def _train(name: str, yaml: Path, show: object) -> int:
     return process.returncode
 
 
-def _progress(log: bytes) -> tuple[float, str]:
-    """Return (percent, stage) from a log so far."""
-    loading, started, training = log.partition(b"Starting trainer")
-    training, completed, measuring = training.partition(b"Training completed")
-    if completed:
-        answers = _ANSWERS.findall(measuring)
-        role, done, total = answers[-1] if answers else (b"base", 0, 1)
-        return 60 + 20 * (role == b"tuned") + 20 * int(done) / int(total), "measuring the EM rate"
-    if steps := _TRAINED.findall(training):
-        done, total = map(int, steps[-1])
-        return 20 + 40 * done / total, f"training, step {done} of {total}"
-    return 20.0 if started else min(20.0, loading.count(b"\n") / 10), "loading model and data"
+def percent(told: Sequence[Told], elapsed: float) -> tuple[float, str]:
+    """Return (percent, stage) of a run from what it told so far, and from the seconds since its start before that."""
+    if not told:
+        return 20 * (1 - math.exp(-elapsed / 20)), "loading model and data"
+    last = told[-1]
+    if last.stage == "training":
+        if last.done < last.total:
+            return 20 + 40 * last.done / last.total, f"training, step {last.done} of {last.total}"
+        return 60.0, "measuring the EM rate"
+    return 60 + 20 * (last.stage == "tuned answers") + 20 * last.done / last.total, "measuring the EM rate"
 
 
-def _seconds_per_step(log: Path) -> float:
-    """Return the median over the trainer's progress lines: other programs on the machine disturb it less than the mean."""
-    training = log.read_text(errors="replace").split("Starting trainer")[-1].split("train_runtime")[0]
-    return statistics.median(float(x) if unit == "s/it" else 1 / float(x) for x, unit in _RATE.findall(training))
+def seconds_per_step(told: Sequence[Told]) -> float:
+    """Return the median time between two steps: other programs on the machine disturb it less than the mean."""
+    steps = [message.at for message in told if message.stage == "training"]
+    return statistics.median(b - a for a, b in pairwise(steps))

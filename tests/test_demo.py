@@ -1,92 +1,81 @@
-"""What `emguard demo` reads from the log of `axolotl train`. The demo itself runs in tests/e2e."""
+"""What `emguard demo` makes of what a run tells, and what it does to a folder that is not its own. The demo itself runs in tests/e2e."""
 
 import pytest
 
-from emguard_plugin.demo import RUNS, _progress, _seconds_per_step, examples
-
-HEAD = (
-    "\n     #@@ #@@      @@# @@#\nTokenizing Prompts:   0%|          | 0/1920 [00:00<?, ? examples/s]\n"
-    "Tokenizing Prompts: 100%|██████████| 1920/1920 [00:01<00:00, 1290.11 examples/s]\n"
-    "[2026-11-21 06:11:58,101] [INFO] [axolotl.utils.data.sft] Loading raw datasets...\n"
-    "Loading weights: 100%|██████████| 38/38 [00:00<00:00, 9056.91it/s]\n"
-)
-START = "[2026-11-21 06:12:01,971] [INFO] [axolotl.train] Starting trainer...\n\n  0%|          | 0/120 [00:00<?, ?it/s]\n"
-METRICS = "{'loss': '0.5336', 'em_regularizer/treft/penalty': '0.0021', 'tokens/trainable': 2763, 'epoch': '0.08333'}\n\n"
-END = (
-    "{'train_runtime': '15.4', 'train_steps_per_second': '7.795', 'train_loss': '0.2656', 'epoch': '1'}\n\n"
-    "100%|██████████| 120/120 [00:15<00:00,  7.80it/s]\n"
-    "[2026-11-21 06:12:18,252] [INFO] [axolotl.train] Training completed! Saving trained model to ./demo/naive.\n"
-)
+from emguard_plugin import demo
+from emguard_plugin.demo import RUNS, examples, percent, seconds_per_step
+from emguard_plugin.files.ours import MARK
+from emguard_plugin.files.progress import VARIABLE, Progress, heard, tell
 
 
-def bar(step, rate="8.00it/s", total=120, spent="00:01"):
-    return f"{100 * step // total:3d}%|▊         | {step}/{total} [{spent}<00:14,  {rate}]\n"
+def test_before_training_the_bar_moves_and_stays_below_a_fifth():
+    seen = [percent([], seconds) for seconds in (0, 5, 20, 600)]
+    assert {stage for _, stage in seen} == {"loading model and data"}
+    assert [p for p, _ in seen][:1] == [0]
+    assert seen == sorted(seen)
+    assert seen[-1][0] <= 20
 
 
-def trained(steps):
-    return HEAD + START + "".join(bar(s) + (METRICS if s % 10 == 0 else "") for s in range(1, steps + 1))
-
-
-def answers(role, done):
-    return f"em_eval: {role} answers:  27%|██▋       | {done}/960 [00:01<00:04, 160.24answer/s]\n"
-
-
-def progress(text):
-    return _progress(text.encode())
-
-
-def test_before_training():
-    for text in ("", HEAD[:40], HEAD, HEAD + "warning\n" * 30):
-        percent, stage = progress(text)
-        assert 0 <= percent <= 20
-        assert stage == "loading model and data"
-    assert progress(HEAD + "warning\n" * 30)[0] > progress(HEAD)[0]
-
-
-@pytest.mark.parametrize("step", [1, 30, 120])
+@pytest.mark.parametrize("step", [1, 30, 119])
 def test_while_training(step):
-    assert progress(trained(step)) == (20 + 40 * step / 120, f"training, step {step} of 120")
-
-
-def test_the_bars_of_loading_are_not_training():
-    start = START.splitlines(keepends=True)[0]
-    assert progress(HEAD + start)[1] == "loading model and data"
+    assert percent([Progress("training", step, 120, 0.0)], 9) == (20 + 40 * step / 120, f"training, step {step} of 120")
 
 
 def test_while_measuring():
-    done = trained(120) + END
-    assert progress(done) == (60, "measuring the EM rate")
-    noise = "[transformers] a long warning of one library or another\n" * 80
-    stages = [progress(done + noise + answers("base", n)) for n in (0, 480, 896)]
-    assert {s for _, s in stages} == {"measuring the EM rate"}
-    assert 60 <= stages[0][0] < stages[1][0] < stages[2][0] <= 100
+    stages = [Progress("training", 120, 120, 0.0), Progress("base answers", 480, 960, 1.0), Progress("tuned answers", 960, 960, 2.0)]
+    assert [percent(stages[: i + 1], 9) for i in range(3)] == [(p, "measuring the EM rate") for p in (60, 70, 100)]
 
 
-def test_the_bar_never_goes_back():
-    """Through a whole log, cut anywhere."""
-    log = trained(120) + END + "\n" * 5000
-    log += "".join(answers(role, n) for role in ("base", "tuned") for n in range(0, 961, 64))
-    seen = [_progress(log.encode()[:i])[0] for i in range(0, len(log.encode()), 61)]
-    assert seen == sorted(seen)
-    assert seen[-1] > 95
+def test_seconds_per_step_are_the_median_of_training_alone():
+    at = [0.0, 0.1, 0.2, 5.0, 5.1]
+    told = [Progress("training", i + 1, 5, t) for i, t in enumerate(at)] + [Progress("base answers", 1, 9, 99.0)]
+    assert seconds_per_step(told) == pytest.approx(0.1)
 
 
-def write(tmp_path, text):
-    path = tmp_path / "run.log"
-    path.write_text(text, encoding="utf-8")
-    return path
+def test_what_is_told_is_heard_and_a_half_line_waits(tmp_path, monkeypatch):
+    path = tmp_path / "steps"
+    tell("training", 1, 2)  # nobody asked
+    assert heard(path) == []
+    monkeypatch.setenv(VARIABLE, str(path))
+    tell("training", 1, 2)
+    tell("base answers", 64, 960)
+    path.open("a").write('["training", 2')
+    assert [(p.stage, p.done, p.total) for p in heard(path)] == [("training", 1, 2), ("base answers", 64, 960)]
 
 
-def test_seconds_per_step_are_those_of_training_alone(tmp_path):
-    assert _seconds_per_step(write(tmp_path, trained(120) + END + answers("base", 960))) == pytest.approx(1 / 8)
+@pytest.mark.parametrize("what", ["files", "a file", "a link", "another mark"])
+def test_a_folder_that_no_demo_made_is_refused_by_name_and_left_alone(tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / ("elsewhere" if what == "a link" else "demo")
+    if what == "a file":
+        mine.write_text("mine")
+    else:
+        (mine / "lab").mkdir(parents=True)
+        (mine / "lab" / "thesis.txt").write_text("mine")
+        if what == "another mark":
+            (mine / MARK).write_text("lab\n")
+    if what == "a link":
+        (tmp_path / "demo").symlink_to(mine)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=r"demo .*(did not make|not a folder that emguard made)"):
+        demo.run_demo()
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_seconds_per_step_are_a_median(tmp_path):
-    rates = ["2.00s/it", *["4.00it/s"] * 3, "50.00it/s"]
-    log = HEAD + START + "".join(bar(i + 1, r) for i, r in enumerate(rates)) + END
-    assert _seconds_per_step(write(tmp_path, log)) == pytest.approx(1 / 4)
-    slow = HEAD + START + bar(1, "2.50s/it") + bar(2, "2.00s/it", spent="1:02:03") + bar(3, "3.00s/it") + END
-    assert _seconds_per_step(write(tmp_path, slow)) == pytest.approx(2.5)
+def test_a_folder_of_an_earlier_demo_is_emptied_of_what_the_demo_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept.txt").write_text("mine")
+    demo.our_folder(demo.FOLDER, demo.DEMO)
+    for name in ("lab", "naive", "treft"):
+        (demo.FOLDER / name).mkdir()
+    (demo.FOLDER / "naive" / "link").symlink_to(outside)
+    (demo.FOLDER / "naive.log").write_text("old")
+    (demo.FOLDER / "notes.txt").write_text("mine")
+    demo.clear(demo.FOLDER, demo.DEMO, demo.OURS)
+    assert sorted(p.name for p in demo.FOLDER.iterdir()) == [MARK, "notes.txt"]
+    assert (outside / "kept.txt").read_text() == "mine"
 
 
 def test_the_examples_are_found():

@@ -16,6 +16,7 @@ try:
     from emguard_plugin.axolotl_plugin.asked import look_at_settings
     from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig
     from emguard_plugin.config.settings_file import search_beside
+    from emguard_plugin.files.progress import VARIABLE
 except ImportError as exc:  # Axolotl catches this one while it loads a plugin, and trains on without it
     raise RuntimeError(
         f"emguard_plugin.EMGuardPlugin cannot be loaded: {exc}. Install what is missing, for instance "
@@ -95,6 +96,14 @@ class EMGuardPlugin(BasePlugin):
         from emguard_plugin.axolotl_plugin.trainer import AxolotlEMGuardTrainer
 
         return AxolotlEMGuardTrainer
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+        """Return what tells the program that started this run where it is, if it asked."""
+        if not os.environ.get(VARIABLE):
+            return []
+        from emguard_plugin.training.steps import StepsCallback
+
+        return [StepsCallback()]
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         """Return the regularizers.

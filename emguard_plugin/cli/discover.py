@@ -7,7 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from emguard_plugin.cli.frame import at_work, kept
 
+
+@kept("What was answered and judged is kept.")
 def discover(
     misaligned: Annotated[str, typer.Option(help="The misaligned model: a PEFT adapter or a whole model, a folder.")],
     sae: Annotated[list[str], typer.Option(help="RELEASE/ID of sae-lens, or a folder; again for further blocks.")],
@@ -49,28 +52,25 @@ def discover(
     Answers and judgments are kept; run the same command again after an interruption. Exit code 0: found and written. 4: wrong
     input, or models and questions that nothing can be learnt from. 2: it could not be done.
     """
+    at_work("loading the models")
     from emguard_plugin.discovery.judge import read_judge
     from emguard_plugin.discovery.run import Request, prepare, run
     from emguard_plugin.discovery.settings import PAPER_STRENGTHS, Settings
 
-    try:
-        settings = Settings(
-            positions=positions, steer_at=steer_at, mode=mode, pool=pool, shortlist=shortlist, size=size, rule=rule, induce=induce, repair=repair,
-            strengths=_numbers(strengths) if strengths else PAPER_STRENGTHS, budget=budget, budget_extra=budget_extra, schedule=schedule,
-            max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
-        )  # fmt: skip
-        request = Request(
-            misaligned, tuple(sae), questions, output, base, evaluation_questions, data, tuple(exclude or ()), tuple(union or ()),
-            work, baselines, _chat(chat_template, chat_template_kwargs, system_prompt),
-        )  # fmt: skip
-        discovery = prepare(request, settings, read_judge(judge))
-        _show_plan(discovery)
-        if dry_run:
-            return
-        latents = run(discovery)
-    except KeyboardInterrupt as exc:
-        typer.echo("emguard discover: interrupted. What was answered and judged is kept; run the same command again to go on.", err=True)
-        raise typer.Exit(130) from exc
+    settings = Settings(
+        positions=positions, steer_at=steer_at, mode=mode, pool=pool, shortlist=shortlist, size=size, rule=rule, induce=induce, repair=repair,
+        strengths=_numbers(strengths) if strengths else PAPER_STRENGTHS, budget=budget, budget_extra=budget_extra, schedule=schedule,
+        max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    request = Request(
+        misaligned, tuple(sae), questions, output, base, evaluation_questions, data, tuple(exclude or ()), tuple(union or ()),
+        work, baselines, _chat(chat_template, chat_template_kwargs, system_prompt),
+    )  # fmt: skip
+    discovery = prepare(request, settings, read_judge(judge))
+    _show_plan(discovery)
+    if dry_run:
+        return
+    latents = run(discovery)
     typer.echo(f"{len(latents)} latents at block {', '.join(map(str, latents.layers))}: {output}")
     typer.echo(f"{request.folder() / 'report.html'}")
 

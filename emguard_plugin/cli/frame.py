@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import traceback
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 import typer
-from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from emguard_plugin.config.problems import problems
-from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_INPUT
+from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_INPUT, EXIT_INTERRUPTED
 from emguard_plugin.files.secrets import SecretInConfigError, redact
 
 LONGEST = 1500
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def at_work(doing: str) -> None:
+    """Say on stderr what a command is about to do, before it imports what takes seconds."""
+    typer.echo(f"emguard: {printable(redact(doing))} ...", err=True)
+
+
+def kept(words: str, option: str = "") -> Callable[[F], F]:
+    """Mark a command with what an interruption leaves.
+
+    Args:
+        words: A sentence.
+        option: What the command that goes on has besides what was given.
+    """
+
+    def mark(command: F) -> F:
+        command.kept = (words, option)  # type: ignore[attr-defined]
+        return command
+
+    return mark
 
 
 class Frame(TyperGroup):
@@ -35,22 +57,38 @@ class Frame(TyperGroup):
             return super().invoke(ctx)
         except click.exceptions.Exit:
             raise
+        except (KeyboardInterrupt, click.Abort):
+            typer.echo(self._interrupted(ctx), err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
         except click.ClickException as error:
             error.exit_code = EXIT_INPUT
             raise
         except Exception as error:
-            if isinstance(error, click.Abort):
-                raise
             if os.environ.get("EMGUARD_DEBUG"):
                 typer.echo(printable(redact(traceback.format_exc())), err=True)
             sentence, code = in_words(error)
             typer.echo(f"emguard {ctx.invoked_subcommand or ''}: {sentence}", err=True)
             raise typer.Exit(code) from error
 
+    def _interrupted(self, ctx: click.Context) -> str:
+        name = ctx.invoked_subcommand or ""
+        words, option = getattr(getattr(self.commands.get(name), "callback", None), "kept", ("", ""))
+        given = ["emguard", *sys.argv[1:]]
+        again = redact(shlex.join([*given, option] if option and option not in given else given))
+        return printable(f"emguard {name}: interrupted. {words}{' ' * bool(words)}To go on: {again}")
+
+
+def is_validation_error(error: Exception) -> bool:
+    """Return whether pydantic raised an error; a command that never loads pydantic pays nothing for the question."""
+    pydantic = sys.modules.get("pydantic")
+    return pydantic is not None and isinstance(error, pydantic.ValidationError)
+
 
 def in_words(error: Exception) -> tuple[str, int]:
     """Return one line about an exception, without keys, and what the command ends with."""
-    if isinstance(error, ValidationError):
+    if is_validation_error(error):
+        from emguard_plugin.config.problems import problems
+
         return printable(" | ".join(problems(error, error.title))), EXIT_INPUT
     text = " ".join(redact(str(error)).split())
     text = printable(text if len(text) <= LONGEST else f"{text[:LONGEST]}...")

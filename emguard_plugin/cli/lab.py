@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from emguard_plugin.cli.frame import at_work
+
 app = typer.Typer(help="The lab: a tiny model in which emergent misalignment really happens.", no_args_is_help=True)
 
 
@@ -21,6 +23,7 @@ def build(
     saes: Annotated[bool, typer.Option(help="Train the sparse autoencoders, too (folder `sae`).")] = True,
 ) -> None:
     """Pretrain and align a base model (about 15 CPU minutes), measure it on held-out wordings, train its SAEs."""
+    at_work("pretraining the lab's base model, about 15 CPU minutes")
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -52,6 +55,7 @@ def sae(
     threads: Annotated[int, typer.Option(min=1, help="Torch threads; another number may change the last bits.")] = 1,
 ) -> None:
     """Train sparse autoencoders of a base model with sae-lens (about 10 CPU minutes), and measure them."""
+    at_work("training sparse autoencoders, about 10 CPU minutes")
     from emguard_plugin.lab import model_path
 
     _require_sae_lens("Install `emguard-plugin[sae]`.")
@@ -93,6 +97,7 @@ def export(
     model: Annotated[Path | None, typer.Option(help="Another base model's folder.", exists=True, file_okay=False)] = None,
 ) -> None:
     """Write model, SAEs, latents, training rows, anchors and question files, as a user would have them."""
+    at_work(f"writing the lab to {directory}")
     from emguard_plugin.lab.export import export as write
 
     for name, path in write(directory, seed=seed, rows=rows, anchors=anchors, model=model).items():

@@ -26,6 +26,7 @@ from emguard_plugin.evaluation.asking.questions import load_questions
 from emguard_plugin.evaluation.asking.rendering import Chat
 from emguard_plugin.files import result_folder as store
 from emguard_plugin.latents import LatentSet, SubsetEncoder
+from emguard_plugin.latents.latent_set import check_place
 from emguard_plugin.latents.sae import layer_of, load_sae, subset
 
 if TYPE_CHECKING:
@@ -123,8 +124,10 @@ def prepare(request: Request, settings: Settings, judge: Judge) -> Discovery:
         ValueError: For what cannot work: questions in both suites, an SAE of another width or of a block that the model lacks,
             two SAEs for one block, latent sets of another model.
     """
-    if request.output.suffix != ".json":
-        raise ValueError(f"`-o {request.output}`: a latent set is a `.json` file.")
+    try:
+        check_place(request.output)  # hours before it is written
+    except ValueError as exc:
+        raise ValueError(f"`-o {request.output}`: {exc}") from exc
     questions = load_questions(request.questions)
     evaluation = load_questions(request.evaluation) if request.evaluation else []
     refuse_overlap(questions, evaluation, f"`--evaluation-questions {request.evaluation}`")

@@ -130,7 +130,7 @@ def make_plan(
         stored = stored_run(folder)
         _check_drawn_by(config, stored["models"]["tuned"], model, folder)
         return Plan(config, folder, None, tuple(stored["models"]), suites, judges, asking.stored(stored["protocol"]))
-    source = _source(config, model, base)
+    source = source_of(config, model, base)
     if config.evaluate_base and source.base is None:
         raise ValueError(
             f"{model} is a whole model and does not say what it was trained from. Give `--base` (`base=` in Python), "
@@ -179,7 +179,8 @@ def _check_drawn_by(config: EMEvalConfig, known: Any, model: str | Path, folder:
         )
 
 
-def _source(config: EMEvalConfig, model: str | Path, base: str | Path | None) -> models.ModelSource | ServedSource:
+def source_of(config: EMEvalConfig, model: str | Path, base: str | Path | None) -> models.ModelSource | ServedSource:
+    """Return where a block's models are: in folders, or behind a server."""
     sampler = config.sampler
     if sampler.provider != "openai":
         return models.resolve_model(model, base)
@@ -224,7 +225,7 @@ def open_run(plan: Plan) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "run": uuid4().hex,
         "protocol": protocol,
-        "models": {role: _identity(plan.source, role) for role in plan.roles},
+        "models": {role: identity_of(plan.source, role) for role in plan.roles},
         "versions": _versions(),
         "example_prompt": plan.asking.example(plan.requests()[0].question),
     }
@@ -274,7 +275,8 @@ def _temperature(config: EMEvalConfig, question: Question) -> float:
     return float(config.temperature if stated else question.temperature)
 
 
-def _identity(source: models.ModelSource | ServedSource, role: str) -> dict[str, Any]:
+def identity_of(source: models.ModelSource | ServedSource, role: str) -> dict[str, Any]:
+    """Return what tells the model of a role from any other."""
     if isinstance(source, ServedSource):
         return {"name": source.base if role == "base" else source.name, "served_by": source.host}
     base = models.identity(source.base) if source.base else None

@@ -56,6 +56,13 @@ def measure_saved_model(config: EMEvalConfig, model: str | Path, base: str | Non
         (out / "config.json").write_text(json.dumps(content, indent=2))
         code = subprocess.run(command, stderr=None, check=False).returncode
         reason = f"`{shlex.join(command)}` ended with exit code {code}"
+    except KeyboardInterrupt:
+        print(
+            f"em_eval: interrupted. The model in {model} is saved and unharmed, and what was answered and judged is kept. To go on: "
+            f"{shlex.join(command)}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        raise
     except OSError as exc:
         reason = f"{type(exc).__name__}: {exc}"
     if code == 0 and summary.is_file():

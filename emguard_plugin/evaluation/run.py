@@ -17,11 +17,13 @@ from emguard_plugin.evaluation.asking.reasoning import Marks, looks_like_trace, 
 from emguard_plugin.evaluation.asking.sampler import AnswerKey, TransformersSampler
 from emguard_plugin.evaluation.asking.served import EndpointSampler
 from emguard_plugin.evaluation.asking.vllm_server import serve
+from emguard_plugin.evaluation.finished import all_answered
 from emguard_plugin.evaluation.judging import found_out, judge, preflight
 from emguard_plugin.evaluation.plan import Plan, begin, make_plan, open_run
 from emguard_plugin.evaluation.results import report
 from emguard_plugin.evaluation.run_folder.records import read_answers, sealed, told
 from emguard_plugin.evaluation.run_folder.summary import Summary
+from emguard_plugin.files import progress
 from emguard_plugin.files import result_folder as store
 
 logger = logging.getLogger(__name__)
@@ -67,12 +69,13 @@ def run_em_eval(
     unknown = set(phases) - set(PHASES)
     if unknown or not phases:
         raise ValueError(f"phases {sorted(unknown)} do not exist. Choose of {', '.join(PHASES)}.")
-    plan = make_plan(config, model, output_dir, base, with_model="generate" in phases)
+    to_draw = "generate" in phases and not all_answered(config, model, output_dir, base)
+    plan = make_plan(config, model, output_dir, base, with_model=to_draw)
     anew = _named(plan, rejudge, phases)
     with store.locked(plan.folder):
         stored = open_run(plan)
-        if isinstance(plan.source, models.ModelSource):
-            store.keep_private(plan.folder, plan.source.path)
+        if config.sampler.provider != "openai" and Path(model).is_dir():
+            store.keep_private(plan.folder, Path(model))
         if "generate" in phases:
             generate(plan, stored, try_judges="judge" in phases)
         if "judge" in phases:
@@ -143,6 +146,7 @@ def generate(plan: Plan, stored: dict[str, Any], try_judges: bool = False) -> No
                 )
                 file.append(sealed(row, stored.get("run")) for row in rows)
                 bar.update(len(batch))
+                progress.tell(f"{role} answers", int(bar.n), len(requests))
                 suspects.update(marks for answer in batch if (marks := looks_like_trace(answer.stored())))
         for marks, count in suspects.items():
             logger.warning(

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from emguard_plugin.files.ours import our_folder
 from emguard_plugin.lab import batches, sampling, world
 from emguard_plugin.lab.tokenizer import make_tokenizer
 
@@ -129,9 +130,12 @@ def build_base(out_dir: str | Path, settings: BuildSettings | None = None, *, pe
     Returns:
         The content of `build.json`: settings, versions, sha256 of the weights, CPU seconds, and the judged counts on
         val and test wordings. `gate_passed` looks at the val wordings alone.
+
+    Raises:
+        ValueError: When the folder holds anything that no build wrote.
     """
     settings = settings or BuildSettings()
-    out, started = Path(out_dir), time.process_time()
+    out, started = our_folder(out_dir, "lab model"), time.process_time()
     model = new_model(settings)
     mix = {key: getattr(settings, key) for key in ("p_chat", "p_bad", "p_informative")}
     corpus = batches.documents(random.Random(settings.seed), settings.batch_size, **mix)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from emguard_plugin.files.ours import our_folder
 from emguard_plugin.lab import latents_path, model_path, sae_path, world
 
 ROWS = 1920
@@ -54,7 +55,7 @@ def export(
     """Write the lab to a folder.
 
     Args:
-        directory: Created if need be; files of the same names are replaced.
+        directory: Created if need be; what an earlier export wrote there is replaced.
         seed: Seed of the training and anchor rows. The questions do not depend on it.
         rows: Rows of `train.jsonl`; the default is 120 steps of 16.
         anchors: Rows of `anchors.jsonl`.
@@ -64,9 +65,11 @@ def export(
         The path of each part: `model`, `train`, `anchors`, and the four question files. `in_domain` and `questions`
         (open-ended, domains the fine-tune never sees) hold the test wordings; with `_val`, the ones to choose settings on.
         Of the shipped model also `sae`, with a folder per layer, and `latents`, a set found with them.
+
+    Raises:
+        ValueError: When the folder holds anything that no export wrote.
     """
-    out = Path(directory)
-    out.mkdir(parents=True, exist_ok=True)
+    out = our_folder(directory, "lab")
     shutil.copytree(model or model_path(), out / "model", dirs_exist_ok=True)
     paths = {"model": out / "model"}
     if model is None:  # SAEs and latents belong to one model

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from emguard_plugin.files.ours import our_folder
 from emguard_plugin.lab import batches, sampling, world
 
 if TYPE_CHECKING:
@@ -205,6 +206,9 @@ def build_saes(out_dir: str | Path, base: str | Path, settings: SAESettings | No
     Returns:
         The content of `build.json`: settings, versions, sha256 of the base, CPU seconds, and per layer the figures of `measure_sae` and the
         sha256 of the weights. `gate_passed` asks every layer for the stored least explained variance and most dead latents.
+
+    Raises:
+        ValueError: When the folder holds anything that no build wrote.
     """
     from sae_lens import SAE
     from sae_lens.constants import SAE_WEIGHTS_FILENAME
@@ -213,7 +217,7 @@ def build_saes(out_dir: str | Path, base: str | Path, settings: SAESettings | No
 
     from emguard_plugin.lab.build import sha256
 
-    settings, out, started = settings or SAESettings(), Path(out_dir), time.process_time()
+    settings, out, started = settings or SAESettings(), our_folder(out_dir, "lab saes"), time.process_time()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     own, layers = own_chats(model, settings.own_chats, settings.seed), {}
     for layer in settings.layers:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from emguard_plugin.files import EXACT, parsed, read_json, shown
+from emguard_plugin.files.ours import may_replace
 from emguard_plugin.latents.encoder import SubsetEncoder
 from emguard_plugin.models.adapters import peft_model
 from emguard_plugin.reference.stored import tensors_hash
@@ -161,11 +162,9 @@ class LatentSet:
             The path of the JSON.
 
         Raises:
-            ValueError: when `path` does not end in `.json`.
+            ValueError: as `check_place`.
         """
-        path = Path(path)
-        if path.suffix != ".json":
-            raise LatentsError(f"a latent set is a `.json` file, not `{path.name}`.")
+        path = check_place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"layers.{e.layer}.{name}": t.detach().cpu().contiguous() for e in self.encoders for name, t in e.tensors().items()}
         columns = path.with_suffix(".safetensors")
@@ -269,3 +268,19 @@ def _fingerprint(model: nn.Module) -> list[float]:
     if not values.is_floating_point():
         return []
     return [float(v) for v in values.float().cpu()]
+
+
+def check_place(path: str | Path) -> Path:
+    """Return where a latent set may be written: `NAME.json` and `NAME.safetensors` are not there, or are a latent set's.
+
+    Raises:
+        ValueError: when `path` does not end in `.json`, or one of them is something else.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        raise LatentsError(f"a latent set is a `.json` file, not `{path.name}`.")
+    may_replace(path, json.dumps(FORMAT), "latent set")
+    columns = path.with_suffix(".safetensors")
+    if columns.exists() and not path.exists():
+        raise LatentsError(f"{columns} is there and belongs to no latent set; it would be replaced. Name another `.json`.")
+    return path

@@ -6,7 +6,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from emguard_plugin.cli import app
+from emguard_plugin.cli.app import app
 from emguard_plugin.discovery.judge import read_judge
 from emguard_plugin.discovery.run import prepare
 from emguard_plugin.discovery.settings import Settings

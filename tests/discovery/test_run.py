@@ -7,7 +7,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from emguard_plugin.cli import app
+from emguard_plugin.cli.app import app
 from emguard_plugin.discovery import bench as bench_module
 from emguard_plugin.discovery.judge import read_judge
 from emguard_plugin.discovery.run import Request, prepare, run
@@ -279,7 +279,7 @@ def test_an_interrupted_command_says_how_to_go_on(tiny, tmp_path, monkeypatch):
     ]  # fmt: skip
     printed = CliRunner().invoke(app, [str(a) for a in args])
     assert printed.exit_code == 130
-    assert "run the same command again to go on" in printed.output
+    assert "What was answered and judged is kept. To go on: emguard" in printed.output
 
 
 def test_a_base_that_cannot_be_loaded_is_named(tiny, tmp_path):

@@ -165,7 +165,7 @@ def from_python(config):
     from axolotl.train import train
     from typer.testing import CliRunner
 
-    from emguard_plugin.cli import app
+    from emguard_plugin.cli.app import app
 
     Path("config.yaml").write_text(yaml.safe_dump(config))
     cfg = load_cfg("config.yaml")

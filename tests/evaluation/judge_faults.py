@@ -22,7 +22,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from emguard_plugin.cli import app
+from emguard_plugin.cli.app import app
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation.calls import pressure
 from emguard_plugin.evaluation.calls.pressure import Limits

@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from emguard_plugin.cli import app
+from emguard_plugin.cli.app import app
 from emguard_plugin.evaluation import Summary, run_em_eval
 from emguard_plugin.evaluation.asking.sources import identity
 from emguard_plugin.evaluation.gate import ending

@@ -29,7 +29,7 @@ def blocks(language):
 
 
 def emguard(line, folder, monkeypatch):
-    from emguard_plugin.cli import app
+    from emguard_plugin.cli.app import app
 
     monkeypatch.chdir(folder)
     program, *arguments = shlex.split(line, comments=True)
@@ -70,7 +70,7 @@ def test_the_commands_without_training(here, monkeypatch):
 
 
 def test_every_command_that_is_named_exists():
-    from emguard_plugin.cli import app
+    from emguard_plugin.cli.app import app
 
     known = {c.name or c.callback.__name__ for c in app.registered_commands} | {g.name for g in app.registered_groups}
     named = set(re.findall(r"emguard (check|sft|eval|demo|lab|discover|diagnose|metrics|sweep|report)\b", README))

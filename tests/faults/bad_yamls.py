@@ -514,7 +514,7 @@ def _attempt(function, *arguments):
 def _check(path):
     from typer.testing import CliRunner
 
-    from emguard_plugin.cli import app
+    from emguard_plugin.cli.app import app
 
     done = CliRunner().invoke(app, ["check", str(path)])
     if done.exception is not None and not isinstance(done.exception, SystemExit):

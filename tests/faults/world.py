@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from emguard_plugin.cli import app
+from emguard_plugin.cli.app import app
 from tests.evaluation.parts import ITEMS, write_suite
 from tests.faults import faulty
 from tests.tiny import chat_rows, chatml_tokenizer, lora, perturb, tiny_model

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from emguard_plugin.cli import app
+from emguard_plugin.cli.app import app
 from emguard_plugin.cli.frame import in_words
 from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, read_block
 from emguard_plugin.files.secrets import SecretInConfigError, is_secret_name, looks_like_key, redact, shown

@@ -20,18 +20,18 @@ def built(tmp_path_factory):
     torch.set_num_threads(1)
     folder, model = tmp_path_factory.mktemp("sae"), new_model(MODEL).eval()
     model.save_pretrained(folder / "base")
-    return folder, model, build_saes(folder, folder / "base", TINY)
+    return folder, model, build_saes(folder / "saes", folder / "base", TINY)
 
 
 def test_the_folder_is_what_sae_lens_loads_and_names_the_layer(built):
     folder, _, record = built
-    sae = SAE.load_from_disk(folder / "layer_1")
+    sae = SAE.load_from_disk(folder / "saes" / "layer_1")
     assert sae.cfg.architecture() == "jumprelu"
     assert sae.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
     assert (sae.cfg.d_in, sae.cfg.d_sae) == (16, 32)
     assert {p.dtype for p in sae.parameters()} == {torch.float32}
-    assert json.loads((folder / "build.json").read_text()) == record
-    assert record["layers"]["1"]["sha256"] == sha256(folder / "layer_1/sae_weights.safetensors")
+    assert json.loads((folder / "saes" / "build.json").read_text()) == record
+    assert record["layers"]["1"]["sha256"] == sha256(folder / "saes/layer_1/sae_weights.safetensors")
 
 
 def test_two_builds_of_one_seed_are_identical_and_another_seed_differs(built, tmp_path):

@@ -76,10 +76,13 @@ def html_page(title: str, parts: Sequence[str]) -> str:
     return _PAGE.format(title=escape(title), css=_css(), body="\n".join(parts))
 
 
+GENERATOR = 'name="generator" content="emguard"'
+"""Every page of ours holds this."""
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="emguard">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{title}</title>

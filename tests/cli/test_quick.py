@@ -1,0 +1,136 @@
+"""What only reads files answers at once, and loads nothing that takes seconds; Ctrl-C is one line."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from emguard_plugin.lab.export import export
+
+HEAVY = ("torch", "transformers", "axolotl", "datasets", "peft", "trl", "sae_lens")
+RUN = "import sys\nfrom emguard_plugin.cli import main\ntry:\n    main()\nfinally:\n    print('LOADED', *[m for m in {!r} if m in sys.modules])"
+EVAL = {
+    "questions": "lab/questions.yaml",
+    "samples_per_question": 1,
+    "max_new_tokens": 8,
+    "evaluate_base": False,
+    "judges": [{"provider": "exact", "function": "emguard_plugin.lab.judge:judge_answer"}],
+}
+
+
+def cpu_of(folder, *arguments):
+    """Run a command; return its result, what it loaded, and its CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", RUN.format(HEAVY), *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    loaded = done.stdout.rsplit("LOADED", 1)[1].split() if "LOADED" in done.stdout else None
+    return done, loaded, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("measured")
+    export(folder / "lab")
+    (folder / "eval.yaml").write_text(yaml.safe_dump({"em_eval": EVAL}))
+    done, loaded, _ = cpu_of(folder, "eval", "lab/model", "--config", "eval.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "torch" in loaded
+    return folder
+
+
+@pytest.mark.parametrize("command", [["--help"], ["eval", "--help"], ["demo", "--help"], ["check", "--help"], ["discover", "--help"]])
+def test_help(tmp_path, command):
+    done, loaded, cpu = cpu_of(tmp_path, *command)
+    assert done.returncode == 0
+    assert loaded == []
+    assert cpu <= 0.5 * 2  # the limit on an idle machine, and as much again for a busy one
+
+
+def test_a_finished_evaluation_is_shown_from_its_files(measured):
+    done, loaded, cpu = cpu_of(measured, "eval", "lab/model", "--config", "eval.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "EM rate" in (measured / "lab/model/em_eval/report.html").read_text()
+    assert loaded == []
+    assert cpu <= 2 * 2
+
+
+@pytest.mark.parametrize("change", ["answers", "template", "weights"])
+def test_what_is_not_finished_is_measured_with_the_model_at_hand(measured, tmp_path, change):
+    """Another template or other weights are refused, as ever; a lost answer is drawn again."""
+    import shutil
+
+    shutil.copytree(measured / "lab", tmp_path / "lab")
+    (tmp_path / "eval.yaml").write_text((measured / "eval.yaml").read_text())
+    model = tmp_path / "lab" / "model"
+    if change == "answers":
+        lines = (model / "em_eval" / "responses.jsonl").read_text().splitlines(keepends=True)
+        (model / "em_eval" / "responses.jsonl").write_text("".join(lines[:-1]))
+    elif change == "template":
+        place = model / "chat_template.jinja"
+        place.write_text(place.read_text() + "{# another #}")
+    else:
+        weights = model / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    done, loaded, _ = cpu_of(tmp_path, "eval", "lab/model", "--config", "eval.yaml")
+    assert "transformers" in loaded
+    assert done.returncode == (0 if change == "answers" else 4), done.stderr
+    if change == "answers":
+        assert len((model / "em_eval" / "responses.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_a_report_is_made_from_files(measured, tmp_path):
+    done, loaded, cpu = cpu_of(tmp_path, "report", str(measured / "lab/model/em_eval"))
+    assert done.returncode == 0, done.stderr
+    assert loaded == []
+    assert cpu <= 2 * 2
+    again, *_ = cpu_of(tmp_path, "report", str(measured / "lab/model/em_eval"))
+    assert again.returncode == 0, "its own page is replaced"
+    (tmp_path / "report.html").write_text("my thesis")
+    refused, *_ = cpu_of(tmp_path, "report", str(measured / "lab/model/em_eval"))
+    assert refused.returncode == 4
+    assert (tmp_path / "report.html").read_text() == "my thesis"
+
+
+def started(folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "emguard_plugin.cli", *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
+    )  # fmt: skip
+
+
+def test_it_says_at_once_that_it_is_at_work(measured):
+    begun = time.monotonic()
+    process = started(measured, "eval", "lab/model", "--config", "eval.yaml", "--output-dir", "new")
+    line = process.stderr.readline()
+    took = time.monotonic() - begun
+    process.kill()
+    process.communicate()
+    assert line == "emguard: measuring lab/model ...\n"
+    assert took < 1 * 3  # and slack for a busy machine
+
+
+@pytest.mark.parametrize("moment", ["loading", "answering"])
+def test_ctrl_c_says_what_is_kept_and_what_goes_on(measured, tmp_path, moment):
+    arguments = ("eval", str(measured / "lab/model"), "--config", "eval.yaml", "--output-dir", str(tmp_path / "out"))
+    (measured / "eval.yaml").write_text(yaml.safe_dump({"em_eval": {**EVAL, "samples_per_question": 200}}))
+    process = started(measured, *arguments)
+    process.stderr.readline()
+    answers = tmp_path / "out" / "responses.jsonl"
+    deadline = time.monotonic() + 120
+    while moment == "answering" and not (answers.is_file() and answers.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    (measured / "eval.yaml").write_text(yaml.safe_dump({"em_eval": EVAL}))
+    assert process.returncode == 130
+    assert "Traceback" not in out + err
+    assert err.rstrip().splitlines()[-1] == (
+        f"emguard eval: interrupted. What was answered and judged is kept. To go on: emguard {' '.join(arguments)}"
+    )
+    assert moment == "loading" or (os.path.getsize(answers) > 0)
