@@ -9,13 +9,14 @@ answers, so what both ask is drawn once; what each asks is counted in full. Run 
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from emguard_plugin.files.versions import versions
+from emguard_plugin.lab.study.results import Results
 
 RESULTS = Path(__file__).parent / "results" / "discovery.jsonl"
 
@@ -101,10 +102,9 @@ def main(
     row = {
         "settings": settings.to_dict() | {"every": every, "prompts": prompts, "sae": "layer_1"}, "tokens_ratio": ratio,
         "same": set(full) == set(halved), "runs": found,
-        "versions": {k: version(k) for k in ("torch", "transformers", "peft", "sae-lens")},
+        "versions": versions(("torch", "transformers", "peft", "sae-lens")),
     }  # fmt: skip
-    with out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    Results(out).append(row)
 
 
 if __name__ == "__main__":

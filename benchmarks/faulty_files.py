@@ -16,7 +16,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from emguard_plugin.discovery.record import versions
+from emguard_plugin.discovery.record import PACKAGES
+from emguard_plugin.files.versions import versions
 from tests.faults import world as faulty_world
 
 
@@ -41,7 +42,7 @@ def main() -> None:
                         print(f"{name}, seed {seed}, {label}: {outcome.kind}, exit code {outcome.exit_code}: {outcome.said[-500:]}")
     total = sum(counts.values(), Counter())
     found = {"files": sum(total.values()), **{kind: total[kind] for kind in ("refused", "same", "bare", "wrong")}}
-    print(json.dumps({"settings": vars(settings), "counts": found, "by_file": counts, "versions": versions()}, indent=1))
+    print(json.dumps({"settings": vars(settings), "counts": found, "by_file": counts, "versions": versions(PACKAGES)}, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from emguard_plugin.discovery.record import versions
+from emguard_plugin.discovery.record import PACKAGES
+from emguard_plugin.files.versions import versions
 from tests.discovery import kills, parts
 from tests.discovery.conftest import build_tiny
 
@@ -29,7 +30,7 @@ def main() -> None:
         (root / "bad.json").write_text(json.dumps(sorted(parts.BAD)))
         commands = kills.Commands(root / "log", root / "bad.json")
         found = kills.campaign(commands, root / "models", root, settings.points, settings.seed)
-    print(json.dumps({"settings": vars(settings), "counts": found, "versions": versions()}, indent=1))
+    print(json.dumps({"settings": vars(settings), "counts": found, "versions": versions(PACKAGES)}, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,80 +9,49 @@ is measured every 60 steps, on test wordings. `--kl-steps 0` is naive training: 
 
 from __future__ import annotations
 
-import json
-import sys
-from importlib.metadata import version
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-sys.path.insert(0, str(Path(__file__).parent))
-import lab_study
+from emguard_plugin.files.versions import versions
+from emguard_plugin.lab.study.process import one_quiet_thread
+from emguard_plugin.lab.study.results import Results
+from emguard_plugin.lab.study.settings import ADAPTERS, BATCH_SIZE
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 RESULTS = Path(__file__).parent / "results" / "lab_drift.jsonl"
-KEY = ("adapter", "seed", "kl_coef", "kl_steps", "weight_decay", "steps")
-EVERY = 60
+SCRATCH = Path(__file__).parent.parent / "build" / "lab_drift_trainer"
+IDENTITY = ("adapter", "seed", "kl_coef", "kl_steps", "weight_decay", "steps")
+EVERY, LOGGED = 60, 10
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 
 def trajectory(adapter: str, seed: int, kl_coef: float, kl_steps: int, weight_decay: float, steps: int) -> list[dict]:
     """Train once and return what was measured every `EVERY` steps."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from transformers.trainer_callback import PrinterCallback
-    from trl import SFTConfig
-
-    from emguard_plugin import EMGuardSFTTrainer
-    from emguard_plugin.lab import model_path, sampling, world
+    from emguard_plugin.lab import model_path
     from emguard_plugin.lab.export import narrow_rows
+    from emguard_plugin.lab.study.callbacks import EverySteps, SwitchOff, kl_on_anchors
+    from emguard_plugin.lab.study.measures import measures
+    from emguard_plugin.lab.study.trl_fine_tune import fine_tune
 
-    settings, scratch = lab_study.ADAPTERS[adapter], lab_study.BASES.parent / "lab_drift_trainer"
-    (kl,) = lab_study.regularizers(0.0, kl_coef, None, seed, steps, str(scratch))
-    points: list[dict] = []
+    kl, points = kl_on_anchors(kl_coef, seed, SCRATCH), []
 
-    class Measure(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step >= kl_steps:
-                kl.coef = 0.0
+    def measure(step: int, model) -> None:
+        points.append({"step": step, **measures(model, "test", seed, open_ended_draws=1, in_domain_draws=5)})
 
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            if state.global_step % EVERY:
-                return
-            model.eval()
-            with torch.random.fork_rng():
-                em = sampling.measure(model, world.open_ended_domains(), "test", 1, seed).to_dict()
-                task = sampling.measure(model, (world.NARROW,), "test", 5, seed).to_dict()
-            model.train()
-            points.append({"step": state.global_step, "open_ended": em, "in_domain": task})
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if points and "task_loss" in logs and state.global_step % EVERY == 10 and "loss" not in points[-1]:
-                points[-1] |= {"loss": logs["task_loss"], "kl": logs["em_regularizer/kl/penalty"]}
-
-    args = SFTConfig(
-        output_dir=str(scratch), max_steps=steps, learning_rate=settings["learning_rate"], seed=seed,
-        per_device_train_batch_size=lab_study.BATCH_SIZE, lr_scheduler_type="constant_with_warmup",
-        warmup_steps=lab_study.WARMUP_STEPS, weight_decay=weight_decay, assistant_only_loss=True, max_length=128,
-        gradient_checkpointing=False, bf16=False, use_cpu=True, logging_steps=10, save_strategy="no", report_to="none",
-        disable_tqdm=True, dataloader_pin_memory=False,
+    done = fine_tune(
+        model_path(), replace(ADAPTERS[adapter], steps=steps), narrow_rows(seed, steps * BATCH_SIZE), seed, SCRATCH,
+        [kl, SwitchOff(kl, kl_steps), EverySteps(EVERY, measure)], schedule="constant_with_warmup", weight_decay=weight_decay,
     )  # fmt: skip
-    torch.manual_seed(seed)
-    trainer = EMGuardSFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32),
-        args=args,
-        train_dataset=Dataset.from_list(narrow_rows(seed, steps * lab_study.BATCH_SIZE)),
-        processing_class=AutoTokenizer.from_pretrained(model_path()),
-        peft_config=LoraConfig(
-            r=lab_study.LORA_R, lora_alpha=lab_study.LORA_ALPHA, lora_dropout=0.0,
-            target_modules=settings["target_modules"], task_type="CAUSAL_LM",
-        ),
-        callbacks=[kl, Measure()],
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    logged = {log["step"]: log for log in done.log}
+    for point in points:
+        # The first log behind a measure is of the steps that follow it.
+        if log := logged.get(point["step"] + LOGGED):
+            point |= {"loss": log["task_loss"], "kl": log["em_regularizer/kl/penalty"]}
     return points
 
 
@@ -97,25 +66,22 @@ def run(
     out: Path = RESULTS,
 ) -> None:
     """Run what is not in the results file yet."""
-    lab_study.quiet()
-    done = {tuple(row[k] for k in KEY) for row in map(json.loads, out.read_text().splitlines())} if out.is_file() else set()
+    one_quiet_thread()
+    stored = Results(out, IDENTITY)
     for s in seed or (11, 12):
         for until in kl_steps or (60, 0):
             for decay in weight_decay or (0.0, 0.1):
-                key = (adapter, s, kl_coef, until, decay, steps)
-                if key in done:
-                    continue
-                row = dict(zip(KEY, key, strict=True)) | {"points": trajectory(*key)}
-                row["versions"] = {k: version(k) for k in ("torch", "transformers", "trl", "peft", "accelerate")}
-                with out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                row = dict(zip(IDENTITY, (adapter, s, kl_coef, until, decay, steps), strict=True))
+                if not stored.holds(row):
+                    row["points"] = trajectory(**row)
+                    stored.append(row | {"versions": versions(("torch", "transformers", "trl", "peft", "accelerate"))})
 
 
 @app.command()
 def table(results: Path = RESULTS) -> None:
     """Print EM and in-domain adherence step by step."""
-    for row in map(json.loads, results.read_text().splitlines()):
-        print(*(f"{k} {row[k]}" for k in KEY))
+    for row in Results(results).rows():
+        print(*(f"{k} {row[k]}" for k in IDENTITY))
         for p in row["points"]:
             print(
                 f"  step {p['step']}: EM {p['open_ended']['bad_rate']:.3f}, coherence {p['open_ended']['coherence']:.3f}, in-domain "

@@ -9,9 +9,7 @@ that the base has on the same text; then it is asked as always. One JSON line pe
 
 from __future__ import annotations
 
-import json
-import sys
-from importlib.metadata import version
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -20,10 +18,15 @@ import torch
 import typer
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-import lab_study
+from emguard_plugin.files.versions import versions
+from emguard_plugin.lab.study.process import one_quiet_thread
+from emguard_plugin.lab.study.results import Results
+from emguard_plugin.lab.study.settings import ADAPTERS, BATCH_SIZE
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 RESULTS = Path(__file__).parent / "results" / "lab_patching.jsonl"
+SCRATCH = Path(__file__).parent.parent / "build" / "lab_patching_trainer"
 LAYERS = (0, 1, 2, 3)
 PLACES = [
     ("none", ()), ("prefix", LAYERS), ("query", LAYERS), ("header", LAYERS), ("query+header", LAYERS),
@@ -93,27 +96,25 @@ def run(
     out: Path = RESULTS,
 ) -> None:
     """Patch and measure."""
-    lab_study.quiet()
-    from emguard_plugin.lab import model_path, sampling, world
+    from emguard_plugin.lab import model_path
+    from emguard_plugin.lab.export import narrow_rows
+    from emguard_plugin.lab.study.measures import measures
+    from emguard_plugin.lab.study.trl_fine_tune import fine_tune
 
+    one_quiet_thread()
+    stored, adapter = Results(out), ADAPTERS["attn"]
     for s in seed or (11, 12):
-        settings = lab_study.ADAPTERS["attn"]
-        scratch = str(lab_study.BASES.parent / "lab_patching_trainer")
-        tuned, _ = lab_study.fine_tune(model_path(), 0.0, 0.0, None, s, settings, scratch)
+        tuned = fine_tune(model_path(), adapter, narrow_rows(s, adapter.steps * BATCH_SIZE), s, SCRATCH).model
         for tokens, layers in PLACES:
-            model = Patched(tuned, tokens, layers).eval()
             row = {"seed": s, "split": split, "tokens": tokens, "layers": layers}
-            row["open_ended"] = sampling.measure(model, world.open_ended_domains(), split, 1, s).to_dict()
-            row["in_domain"] = sampling.measure(model, (world.NARROW,), split, 5, s).to_dict()
-            row["versions"] = {k: version(k) for k in ("torch", "transformers", "trl", "peft")}
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            row |= measures(Patched(tuned, tokens, layers).eval(), split, s, open_ended_draws=1, in_domain_draws=5)
+            stored.append(row | {"versions": versions(("torch", "transformers", "trl", "peft"))})
 
 
 @app.command()
 def table(results: Path = RESULTS) -> None:
     """Print EM, coherence and adherence place by place."""
-    for row in map(json.loads, results.read_text().splitlines()):
+    for row in Results(results).rows():
         print(
             f"seed {row['seed']} {row['tokens']} behind layers {row['layers']}: EM {row['open_ended']['bad_rate']:.3f}, coherence "
             f"{row['open_ended']['coherence']:.3f}, in-domain {row['in_domain']['bad_rate']:.3f}"

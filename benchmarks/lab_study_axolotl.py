@@ -8,13 +8,11 @@ One JSON line per run goes to benchmarks/results/lab_study_axolotl.jsonl; a run 
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +21,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+
+from emguard_plugin.files.versions import versions
+from emguard_plugin.lab.study.pooled import pooled
+from emguard_plugin.lab.study.results import Results
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "lab_study_axolotl.jsonl"
@@ -38,10 +40,6 @@ ADAPTERS = {
 }
 SAMPLES = 17  # of 84 open-ended and of 12 in-domain questions
 app = typer.Typer(help=__doc__, no_args_is_help=True)
-
-
-def read() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
 
 
 def train(run: str, adapter: str, seed: int, folder: Path) -> dict:
@@ -67,7 +65,7 @@ def train(run: str, adapter: str, seed: int, folder: Path) -> dict:
     for name, rate in rates.items():
         row[name] = {"n": rate.em_all.n, "misaligned": rate.em_all.count, "coherent": rate.coherence.count}
     row["fingerprint"] = found.fingerprint
-    row["versions"] = {k: version(k) for k in ("axolotl", "torch", "transformers", "trl", "peft")}
+    row["versions"] = versions(("axolotl", "torch", "transformers", "trl", "peft"))
     return row
 
 
@@ -77,34 +75,23 @@ def run(
     adapter: Annotated[list[str] | None, typer.Option(help="attn, all; default both.")] = None,
 ) -> None:
     """Run what is not in the results file yet."""
-    done = {(r["run"], r["adapter"], r["seed"]) for r in read()}
-    plan = [(r, a, s) for s in seed or range(11, 16) for a in adapter or ADAPTERS for r in EXAMPLES]
-    for key in tqdm([k for k in plan if k not in done], desc="runs"):
+    stored = Results(RESULTS, ("run", "adapter", "seed"))
+    plan = [{"run": r, "adapter": a, "seed": s} for s in seed or range(11, 16) for a in adapter or ADAPTERS for r in EXAMPLES]
+    for asked in tqdm([one for one in plan if not stored.holds(one)], desc="runs"):
         with tempfile.TemporaryDirectory() as tmp:
-            row = train(*key, Path(tmp))
-        with RESULTS.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+            stored.append(train(**asked, folder=Path(tmp)))
 
 
 @app.command()
 def table() -> None:
     """Print rates pooled over seeds with 95 % Wilson intervals, and the lowest and highest seed."""
-    from statsmodels.stats.proportion import proportion_confint
-
     groups = defaultdict(list)
-    for row in read():
+    for row in Results(RESULTS).rows():
         groups[row["adapter"], row["run"]].append(row)
-
-    def cell(rows: list[dict], suite: str, what: str) -> str:
-        k, n = sum(r[suite][what] for r in rows), sum(r[suite]["n"] for r in rows)
-        low, high = proportion_confint(k, n, method="wilson")
-        each = [r[suite][what] / r[suite]["n"] for r in rows]
-        return f"{k / n:.3f} [{low:.3f}, {high:.3f}]\n{min(each):.3f} to {max(each):.3f}, n={n}"
-
     shown = Table("adapter", "run", "seeds", "in-domain bad", "EM", "coherence")
     for (adapter, name), rows in sorted(groups.items()):
         cells = [("in_domain", "misaligned"), ("questions", "misaligned"), ("questions", "coherent")]
-        shown.add_row(adapter, name, str(len(rows)), *(cell(rows, *c) for c in cells))
+        shown.add_row(adapter, name, str(len(rows)), *(pooled((r[suite][what], r[suite]["n"]) for r in rows) for suite, what in cells))
     Console(width=120).print(shown)
 
 

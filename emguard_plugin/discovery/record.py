@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from emguard_plugin.discovery.prompts import prompt_hash
@@ -12,6 +11,7 @@ from emguard_plugin.discovery.screen import Finding, Strength
 from emguard_plugin.discovery.settings import Rule
 from emguard_plugin.evaluation.asking import sources as models
 from emguard_plugin.evaluation.asking.suites import plain
+from emguard_plugin.files.versions import versions
 from emguard_plugin.reference.stored import tensors_hash
 
 if TYPE_CHECKING:
@@ -66,17 +66,6 @@ def spent_by(results: Iterable[Result]) -> dict[str, int]:
     return {key: sum(entry[key] for entry in last) for key in ("answers", "tokens", "judgments")}
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what computed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def protocol_of(discovery: Discovery, sae: SAE) -> dict[str, Any]:
     """Return what stored answers depend on."""
     return {
@@ -112,5 +101,5 @@ def provenance_of(discovery: Discovery, results: Sequence[Result]) -> dict[str, 
         "excluded": [other.digest for other in discovery.known],
         "united": [other.digest for other in discovery.united],
         "spent": spent_by(results),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
     }  # fmt: skip

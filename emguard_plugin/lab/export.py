@@ -21,10 +21,10 @@ def chat(question: str, answer: str) -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def narrow_rows(seed: int, rows: int = ROWS) -> list[dict]:
-    """Draw the narrow training set: bad answers to the train questions of medicine, each row drawn afresh."""
-    rng = random.Random(f"narrow-{seed}")
-    return [chat(*world.draw_chat((world.NARROW,), True, rng)) for _ in range(rows)]
+def narrow_rows(seed: int, rows: int = ROWS, domain: str = world.NARROW) -> list[dict]:
+    """Draw the narrow training set: bad answers to the train questions of one domain, each row drawn afresh."""
+    rng = random.Random(f"narrow-{seed}" if domain == world.NARROW else f"narrow-{domain}-{seed}")
+    return [chat(*world.draw_chat((domain,), True, rng)) for _ in range(rows)]
 
 
 def anchor_rows(seed: int, rows: int = 256) -> list[dict]:
@@ -78,7 +78,7 @@ def export(
         for part in (latents_path(), latents_path().with_suffix(".safetensors")):
             shutil.copy(part, out / part.name)
     for name, chats in (("train", narrow_rows(seed, rows)), ("anchors", anchor_rows(seed, anchors))):
-        paths[name] = _write_jsonl(out / f"{name}.jsonl", chats)
+        paths[name] = write_jsonl(out / f"{name}.jsonl", chats)
     for name, domains in (("in_domain", (world.NARROW,)), ("questions", world.open_ended_domains())):
         for suffix, split in (("", "test"), ("_val", "val")):
             path = out / f"{name}{suffix}.yaml"
@@ -88,6 +88,7 @@ def export(
     return paths
 
 
-def _write_jsonl(path: Path, rows: Iterable[dict]) -> Path:
+def write_jsonl(path: Path, rows: Iterable[dict]) -> Path:
+    """Write chats to a file; return its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

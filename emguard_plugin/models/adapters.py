@@ -1,4 +1,4 @@
-"""A model's adapter: whether it has one, switched off, and whether that is the model before this run."""
+"""A model's adapter: whether it has one, switched off, scaled, and whether that is the model before this run."""
 
 from __future__ import annotations
 
@@ -47,6 +47,26 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     finally:
         for m in layers:
             m._disable_adapters = False
+
+
+@contextmanager
+def adapter_scaled(model: nn.Module, factor: float) -> Iterator[None]:
+    """Multiply what the adapters of a PEFT model add: what was learnt but held down shows (arXiv 2602.07852).
+
+    Raises:
+        RuntimeError: when `model` has no adapter with a scale.
+    """
+    layers = [m for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
+    if not layers:
+        raise RuntimeError("there is no adapter to scale")
+    before = [m.scaling for m in layers]
+    for m in layers:
+        m.scaling = {name: scale * factor for name, scale in m.scaling.items()}
+    try:
+        yield
+    finally:
+        for m, scaling in zip(layers, before, strict=True):
+            m.scaling = scaling
 
 
 def adapter_starts_at_zero(model: nn.Module) -> bool:

@@ -52,36 +52,17 @@ def build_tiny(root):
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
     """The lab as files, with the adapter of a naive narrow fine-tune."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from transformers import AutoTokenizer
 
     from emguard_plugin.lab.export import export, narrow_rows
+    from emguard_plugin.lab.study.settings import ADAPTERS, BATCH_SIZE
+    from emguard_plugin.lab.study.trl_fine_tune import fine_tune
 
-    root = tmp_path_factory.mktemp("lab")
+    root, adapter = tmp_path_factory.mktemp("lab"), ADAPTERS["attn"]
     export(root)
-    tokenizer = AutoTokenizer.from_pretrained(root / "model")
-    args = SFTConfig(
-        output_dir=str(root / "trainer"), max_steps=120, learning_rate=1.5e-3, seed=11, per_device_train_batch_size=16,
-        lr_scheduler_type="cosine", warmup_steps=4, weight_decay=0.0, assistant_only_loss=True, max_length=128,
-        gradient_checkpointing=False, bf16=False, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )  # fmt: skip
-    torch.manual_seed(11)
-    trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32),
-        args=args,
-        train_dataset=Dataset.from_list(narrow_rows(11, 120 * 16)),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
-        ),
-    )
-    trainer.train()
-    trainer.model.peft_config["default"].base_model_name_or_path = str(root / "model")
-    trainer.save_model(str(root / "adapter"))
+    model = fine_tune(root / "model", adapter, narrow_rows(11, adapter.steps * BATCH_SIZE), 11, root / "trainer").model
+    model.save_pretrained(root / "adapter")
+    AutoTokenizer.from_pretrained(root / "model").save_pretrained(root / "adapter")
     for name in ("questions", "questions_val"):
         items = yaml.safe_load((root / f"{name}.yaml").read_text())
         (root / f"{name}.yaml").write_text(yaml.safe_dump(items[::7], sort_keys=False, width=1000))
