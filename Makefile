@@ -1,35 +1,65 @@
 # `make demo` runs the main job, `make test` passes the tests. Both set up a .venv first, when it is not current.
-PYTHON ?= python3.11
 VENV   := .venv
 STAMP  := $(VENV)/.emguard-ready
 export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint clean browser
+# The first of these that runs; those that pyenv keeps are found although they are not switched on.
+FIND_PYTHON = for v in 3.11 3.12 3.13; do \
+    for p in python$$v "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v.*/bin/python python3; do \
+      [ "$$("$$p" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $$v ] && echo "$$p" && exit; \
+    done; done
+PYTHON ?= $(shell $(FIND_PYTHON))
+
+.PHONY: demo test check clean browser lock
 demo: $(STAMP)
 	$(VENV)/bin/emguard demo
 
-test: $(STAMP) browser
+test: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest
 
-# The report is looked at in a real browser, where there is one or where one may be installed; else that test is skipped.
+# What a reader would find, found by tools.
+check: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo
+
+# Changes the machine, so nothing else calls it: the test of the reports in a real browser is skipped without one.
 browser:
 	@command -v chromium chromium-browser google-chrome >/dev/null || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	    apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null 2>&1; } || \
-	  echo "no chromium here: the report's browser test will be skipped"
+	  echo "no chromium here: the reports' browser test will be skipped"
 
-lint: $(STAMP)
-	$(VENV)/bin/ruff check . && $(VENV)/bin/lint-imports
-
-# torch first and by itself: a CPU wheel that pip was pointed at is then kept.
+# torch first, by pip and by itself, so that a CPU build that pip was pointed at is kept. Then the locked rest, unresolved: by uv where
+# the package index has it (12 s), else by pip (2 min).
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
+	@[ -x $(VENV)/bin/python ] || [ -n "$(PYTHON)" ] || \
+	  { echo "Python 3.11, 3.12 or 3.13 is needed and none was found. Install one, or name it: make PYTHON=/path/to/python"; exit 1; }
+	@[ -x $(VENV)/bin/python ] || "$(PYTHON)" -m venv $(VENV)
+	@$(VENV)/bin/python -c 'import torch' 2>/dev/null || \
+	  ! $(VENV)/bin/python -m pip install -q --dry-run --report - -c constraints.txt torch 2>/dev/null | grep -q '"nvidia-' || \
+	  echo "torch comes with CUDA from this package index: several GB are loaded. Point pip at a CPU build to avoid it."
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt torch
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile uv || echo "no uv here: pip installs the rest"
+	grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/locked.txt
+	if [ -x $(VENV)/bin/uv ]; then $(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --no-deps -r $(VENV)/locked.txt; else false; fi || \
+	  $(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile --no-deps -r $(VENV)/locked.txt
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 
+# Resolve anew what pyproject.toml asks for, with Axolotl's own pins.
+lock:
+	rm -rf build/lock && "$(PYTHON)" -m venv build/lock
+	build/lock/bin/python -m pip install -q torch
+	build/lock/bin/python -m pip install -q -e ".[all,dev]"
+	{ sed -n '/^#/p' constraints.txt; build/lock/bin/python -m pip freeze --exclude-editable | sed -E 's/^(torch==[^+]*)\+.*/\1/; \
+	  s/^(zstandard==.*)/\1 ; python_version < "3.13"\nzstandard==0.25.0 ; python_version >= "3.13"/'; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+# ./demo goes only if `emguard demo` made it.
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) build dist
+	[ ! -f demo/.emguard ] || rm -rf demo

@@ -20,7 +20,6 @@ HEAVY = (
     "axolotl",
     "sae_lens",
     "openai",
-    "plotly",
     "scipy",
 )
 ONLY = {  # module -> all that it may import besides the standard library
