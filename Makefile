@@ -12,6 +12,10 @@ FIND_PYTHON = for v in 3.11 3.12 3.13; do \
     done; done
 PYTHON ?= $(shell $(FIND_PYTHON))
 
+# uv has settings of its own: the certificates and the package index that pip was pointed at are its as well.
+UV_LIKE_PIP = UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 \
+    UV_DEFAULT_INDEX="$$($(VENV)/bin/python -m pip config get global.index-url 2>/dev/null || echo https://pypi.org/simple)"
+
 .PHONY: demo test check clean browser lock
 demo: $(STAMP)
 	$(VENV)/bin/emguard demo
@@ -45,9 +49,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt torch
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile uv || echo "no uv here: pip installs the rest"
 	grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/locked.txt
-	if [ -x $(VENV)/bin/uv ]; then $(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --no-deps -r $(VENV)/locked.txt; else false; fi || \
+	if [ -x $(VENV)/bin/uv ]; then $(UV_LIKE_PIP) $(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --no-deps -r $(VENV)/locked.txt; else false; fi || \
 	  $(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile --no-deps -r $(VENV)/locked.txt
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $(STAMP)
 
 # Resolve anew what pyproject.toml asks for, with Axolotl's own pins.
