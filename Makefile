@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "torch comes with CUDA from this package index: several GB are loaded. Point pip at a CPU build to avoid it."
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt torch
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile uv || echo "no uv here: pip installs the rest"
-	grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/locked.txt
+	grep -v '^torch==' constraints.txt > $(VENV)/locked.txt
 	if [ -x $(VENV)/bin/uv ]; then $(UV_LIKE_PIP) $(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --no-deps -r $(VENV)/locked.txt; else false; fi || \
 	  $(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile --no-deps -r $(VENV)/locked.txt
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
