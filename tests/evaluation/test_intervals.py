@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.coverage import question_rates, simulate
+from benchmarks.interval_coverage import question_rates, simulate
 from emguard_plugin.evaluation.statistics.intervals import (
     clustered_interval,
     clustered_n,

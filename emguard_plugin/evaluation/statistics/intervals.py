@@ -25,7 +25,7 @@ PRIOR_QUESTIONS = 10
 2,000 answers looks unclustered. So the design effect leans on the one that a within-question correlation of 0.15 gives,
 with the weight of ten questions with a hit. On 25 public judged models the correlation is 0.1 in the median and up to
 0.3 (8 questions, 50 answers each). Without this, a rate that sits exactly on a 2 % gate passes it in 6 to 40 % of runs
-where 2.5 % is nominal: `benchmarks/coverage.py`."""
+where 2.5 % is nominal: `benchmarks/interval_coverage.py`."""
 
 
 def wilson(count: float, n: float) -> Bounds:

@@ -1,7 +1,7 @@
 """Coverage of the intervals and error rates of the verdict, by simulation: prints one JSON line per setting.
 
 Each question has a rate drawn from a beta distribution with a given mean and within-question correlation; each answer
-is a draw with its question's rate. `--runs 1000` takes about three minutes; `results/coverage.jsonl` is its output.
+is a draw with its question's rate. `--runs 1000` takes about three minutes; `results/interval_coverage.jsonl` is its output.
 """
 
 from __future__ import annotations
