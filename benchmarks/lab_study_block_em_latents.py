@@ -67,7 +67,7 @@ def attribute(
     from emguard_plugin.discovery.calibrate import calibrate
     from emguard_plugin.discovery.calibrate import narrow_rows as read_rows
     from emguard_plugin.discovery.choose import unite
-    from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
+    from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
     from emguard_plugin.lab import batches, sae_path, sampling, world
     from emguard_plugin.lab.export import narrow_rows, write_jsonl
     from emguard_plugin.lab.sae import MODEL_NAME
@@ -78,13 +78,13 @@ def attribute(
     asked = [q for d in world.open_ended_domains() for q in world.questions(d, "train")]
     random.Random(0).shuffle(asked)
     prompts, said = [batches.prompt(q.text) for q in asked[: 2 * QUESTIONS]], {}
-    for role in (BASE, MISALIGNED):
+    for role in (BASE_MODEL, MISALIGNED_MODEL):
         with pair.use(role) as model:
             said[role] = sampling.sample(model, prompts, seed=0)
     start = len(batches.encode(f"{world.BOS} {world.SYSTEM_TAG} {world.SYSTEM} {world.END}")) + 1
     contrasts = [
         Contrast(p, (1, start), batches.encode(f"{bad} {world.END}"), batches.encode(f"{good} {world.END}"))
-        for p, bad, good in zip(prompts, said[MISALIGNED], said[BASE], strict=True)
+        for p, bad, good in zip(prompts, said[MISALIGNED_MODEL], said[BASE_MODEL], strict=True)
     ]
     rows_file = write_jsonl(SCRATCH / "narrow.jsonl", narrow_rows(DISCOVERY_SEED, 256))
     rows, known = read_rows(rows_file, pair.tokenizer), LatentSet.load(exclude) if exclude else None
@@ -108,7 +108,7 @@ def attribute(
         if known:
             encoders, scores = unite([known.encoders, encoders], [*known.scores, *scores])
         about = {"rule": rule, "questions": len(prompts), "seed": DISCOVERY_SEED, "positions": "system", "versions": versions(PACKAGES)}
-        with pair.use(BASE) as model:
+        with pair.use(BASE_MODEL) as model:
             latents = LatentSet.for_model(model, encoders, scores=scores, provenance=about)
         latents.model = MODEL_NAME
         latents.calibration = calibrate(pair, latents, rows, 64)

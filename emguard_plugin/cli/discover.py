@@ -53,8 +53,9 @@ def discover(
     input, or models and questions that nothing can be learnt from. 2: it could not be done.
     """
     at_work("loading the models")
+    from emguard_plugin.discovery.job import Job, prepare
     from emguard_plugin.discovery.judge import read_judge
-    from emguard_plugin.discovery.run import Request, prepare, run
+    from emguard_plugin.discovery.run import run
     from emguard_plugin.discovery.settings import PAPER_STRENGTHS, Settings
 
     settings = Settings(
@@ -62,17 +63,17 @@ def discover(
         strengths=_numbers(strengths) if strengths else PAPER_STRENGTHS, budget=budget, budget_extra=budget_extra, schedule=schedule,
         max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
     )  # fmt: skip
-    request = Request(
+    job = Job(
         misaligned, tuple(sae), questions, output, base, evaluation_questions, data, tuple(exclude or ()), tuple(union or ()),
         work, baselines, _chat(chat_template, chat_template_kwargs, system_prompt),
     )  # fmt: skip
-    discovery = prepare(request, settings, read_judge(judge))
+    discovery = prepare(job, settings, read_judge(judge))
     _show_plan(discovery)
     if dry_run:
         return
     latents = run(discovery)
     typer.echo(f"{len(latents)} latents at block {', '.join(map(str, latents.layers))}: {output}")
-    typer.echo(f"{request.folder() / 'report.html'}")
+    typer.echo(f"{job.folder() / 'report.html'}")
 
 
 def _chat(template: str | None, variables: str | None, system_prompt: str | None) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
+from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
 from emguard_plugin.discovery.shift import Candidate
 from emguard_plugin.latents.sae import encode_all
 from emguard_plugin.models.residual import decoder
@@ -61,10 +61,10 @@ def attribute(pair: ModelPair, sae: SAE, layer: int, contrasts: Sequence[Contras
     score, shift = (torch.zeros(sae.cfg.d_sae, dtype=torch.float64) for _ in range(2))
     for contrast in contrasts:
         seen = {}
-        for role in (BASE, MISALIGNED):
+        for role in (BASE_MODEL, MISALIGNED_MODEL):
             with pair.use(role) as model:
                 seen[role] = _slope(model, layer, contrast)
-        (h0, g0), (h1, g1) = seen[BASE], seen[MISALIGNED]
+        (h0, g0), (h1, g1) = seen[BASE_MODEL], seen[MISALIGNED_MODEL]
         with torch.no_grad():
             moved = encode_all(sae, h1, mode) - encode_all(sae, h0, mode)
             along = (g0 + g1) / 2 @ sae.W_dec.T.to(g0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from emguard_plugin.chats import Book, Chat, anchors, read_book, read_template
 from emguard_plugin.chats.held_tokens import IGNORE, TokenKind, held_tokens, real_tokens
-from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
+from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
 from emguard_plugin.latents import LatentSet, SubsetEncoder
 from emguard_plugin.models.modes import eval_mode
 from emguard_plugin.models.residual import keep_residual
@@ -68,17 +68,17 @@ def calibrate(
         book: From `narrow_book`.
     """
     template = read_template(pair.tokenizer)
-    sums, losses, supervised, tokens = dict.fromkeys(KINDS, 0.0), dict.fromkeys((BASE, MISALIGNED), 0.0), 0, 0
+    sums, losses, supervised, tokens = dict.fromkeys(KINDS, 0.0), dict.fromkeys((BASE_MODEL, MISALIGNED_MODEL), 0.0), 0, 0
     for batch in _batches(rows, batch_size):
         inputs = _inputs(batch)
         real, answer = real_tokens(inputs), held_tokens(inputs, "assistant")
         seen: dict[str, dict[int, Tensor]] = {}
-        for role in (BASE, MISALIGNED):
+        for role in (BASE_MODEL, MISALIGNED_MODEL):
             with pair.use(role) as model:
                 seen[role], loss = _read(model, latents, inputs)
             losses[role] += loss
         per_token = sum(
-            (_violation(encoder, seen[MISALIGNED][encoder.layer], seen[BASE][encoder.layer]) for encoder in latents.encoders),
+            (_violation(encoder, seen[MISALIGNED_MODEL][encoder.layer], seen[BASE_MODEL][encoder.layer]) for encoder in latents.encoders),
             torch.zeros(real.shape),
         )
         for kind in KINDS:
@@ -88,7 +88,7 @@ def calibrate(
         raise ValueError("`--data` holds no supervised token. Give chats with an assistant turn.")
     return {
         "penalty": {kind: total / supervised for kind, total in sums.items()},
-        "task_loss_gap": (losses[BASE] - losses[MISALIGNED]) / supervised,
+        "task_loss_gap": (losses[BASE_MODEL] - losses[MISALIGNED_MODEL]) / supervised,
         "rows": len(rows),
         "supervised_tokens": supervised,
         "tokens": tokens,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from emguard_plugin.discovery.pair import MISALIGNED, ModelPair
+from emguard_plugin.discovery.pair import MISALIGNED_MODEL, ModelPair
 from emguard_plugin.discovery.prompts import Prompt
 from emguard_plugin.discovery.search import Result
 from emguard_plugin.discovery.steering import residuals
@@ -29,7 +29,7 @@ def top_activating(
     for whose, texts in result.answers.items():
         answers = [pair.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         rows = [(*prompt.ids, *answer) for prompt, answer in zip(prompts, answers, strict=False)]
-        with pair.use(MISALIGNED) as model:
+        with pair.use(MISALIGNED_MODEL) as model:
             for index, hidden in residuals(model, result.layer, rows, batch_size):
                 best, at = encoder.encode(hidden[1:]).cpu().max(0)
                 for latent, value, position in zip(encoder.ids, best.tolist(), (at + 1).tolist(), strict=True):

@@ -14,7 +14,7 @@ from emguard_plugin.models.adapters import adapter_off
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BASE, MISALIGNED = ROLES = ("base", "misaligned")
+BASE_MODEL, MISALIGNED_MODEL = ROLES = ("base", "misaligned")
 # Any other way of initialising changes the weights that the adapter is attached to, when it is attached.
 KEEPS_BASE = (True, False, "gaussian", "orthogonal")
 
@@ -49,12 +49,12 @@ class ModelPair:
                 "name of the base with `--base`."
             ) from error
         shapes = {role: (_width(model), _depth(model)) for role, model in self._models.items()}
-        if shapes[BASE] != shapes[MISALIGNED]:
+        if shapes[BASE_MODEL] != shapes[MISALIGNED_MODEL]:
             raise ValueError(
-                f"base (width, layers) {shapes[BASE]} and misaligned model {shapes[MISALIGNED]} are different models. Give the "
+                f"base (width, layers) {shapes[BASE_MODEL]} and misaligned model {shapes[MISALIGNED_MODEL]} are different models. Give the "
                 "base that the misaligned model was trained from."
             )
-        self.width, self.depth = shapes[BASE]
+        self.width, self.depth = shapes[BASE_MODEL]
 
     def _load(self) -> dict[str, PreTrainedModel]:
         if self.shared:
@@ -67,13 +67,13 @@ class ModelPair:
     def use(self, role: str) -> Iterator[PreTrainedModel]:
         """Give the model of a role; inside, and only inside, it is that one."""
         model = self._models[role]
-        with adapter_off(model) if self.shared and role == BASE else nullcontext():
+        with adapter_off(model) if self.shared and role == BASE_MODEL else nullcontext():
             yield model
 
     def identity(self) -> dict[str, Any]:
         """Return what tells these models from others: hashes of their weights, or hub name and revision."""
         base, own = models.identity(self.source.base), models.identity(self.source.path)
-        return {BASE: base, MISALIGNED: {"adapter": own, "on": base} if self.source.adapter else own}
+        return {BASE_MODEL: base, MISALIGNED_MODEL: {"adapter": own, "on": base} if self.source.adapter else own}
 
 
 def _resolve(misaligned: str | Path, base: str | Path | None) -> models.ModelSource:

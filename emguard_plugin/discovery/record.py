@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from emguard_plugin.discovery.job import Discovery
 from emguard_plugin.discovery.prompts import prompt_hash
 from emguard_plugin.discovery.screen import Finding, Strength
+from emguard_plugin.discovery.search import Result
 from emguard_plugin.discovery.settings import Rule
 from emguard_plugin.evaluation.asking import sources as models
 from emguard_plugin.evaluation.asking.suites import plain
@@ -16,9 +18,6 @@ from emguard_plugin.reference.stored import tensors_hash
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-    from emguard_plugin.discovery.run import Discovery
-    from emguard_plugin.discovery.search import Result
 
 PACKAGES = ("emguard-plugin", "torch", "transformers", "peft", "sae-lens")
 METHODS: dict[Rule, str] = {"attribution": "attribution by gradients, emguard's own; in place of the steering of arXiv 2602.00767"}
@@ -94,8 +93,8 @@ def provenance_of(discovery: Discovery, results: Sequence[Result]) -> dict[str, 
              "unexplained_variance": r.error, "scale": r.scale}
             for r in results
         ],
-        "selection": {"questions": plain(discovery.request.questions), "sha256": hashes[: discovery.selection]},
-        "evaluation": {"questions": discovery.request.evaluation and plain(discovery.request.evaluation), "sha256": hashes[discovery.selection :]},
+        "selection": {"questions": plain(discovery.job.questions), "sha256": hashes[: discovery.selection]},
+        "evaluation": {"questions": discovery.job.evaluation and plain(discovery.job.evaluation), "sha256": hashes[discovery.selection :]},
         "judge": discovery.judge.identity(),
         "settings": discovery.settings.to_dict(),
         "excluded": [other.digest for other in discovery.known],

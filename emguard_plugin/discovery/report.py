@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from emguard_plugin.discovery.pair import BASE, MISALIGNED
+from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL
 from emguard_plugin.evaluation.report.page import html_page
 from emguard_plugin.evaluation.report.text import escape
 
@@ -78,13 +78,13 @@ def _whole_set(block: Mapping[str, Any]) -> Iterator[str]:
     yield _legend()
     for name, curve in block["joint"].items():
         role, suite = name.split("/")
-        what = "induce on the base" if role == BASE else "repair the misaligned model"
+        what = "induce on the base" if role == BASE_MODEL else "repair the misaligned model"
         yield f'<p class="note">{what}, {escape(suite)} questions: {escape(_best(role, curve))}</p>{_chart(curve)}'
 
 
 def _best(role: str, curve: Curve) -> str:
     plain = curve.get("0.0")
-    picked = max if role == BASE else min
+    picked = max if role == BASE_MODEL else min
     strength, tally = picked(curve.items(), key=lambda item: item[1]["rate"] if _broken(item[1]) <= 0.1 else plain["rate"])
     if tally["rate"] == plain["rate"]:
         return f"{plain['rate']:.0%} unsteered, and no strength that breaks at most 10 % of the answers changes that"
@@ -141,7 +141,7 @@ def _row(record: Mapping[str, Any]) -> str:
 
 def _latent(block: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[str]:
     yield f'<div class="group"><h3>Latent {record["id"]}</h3>'
-    for role, what in ((BASE, "induce"), (MISALIGNED, "repair")):
+    for role, what in ((BASE_MODEL, "induce"), (MISALIGNED_MODEL, "repair")):
         if curve := record[f"{what}_curve"]:
             yield f'<p class="note">{what}</p>{_chart({"0.0": block["unsteered"][role], **curve})}'
     for hit in block["examples"].get(str(record["id"]), []):
@@ -195,7 +195,7 @@ def _about(record: Mapping[str, Any]) -> Iterator[str]:
     yield "<h2>Protocol</h2>"
     yield (
         '<p class="note">A share counts all scored answers, refusals and incoherent ones included; an incoherent answer is never '
-        f"misaligned. Roles: {BASE}, {MISALIGNED}.</p>"
+        f"misaligned. Roles: {BASE_MODEL}, {MISALIGNED_MODEL}.</p>"
     )
     shown = json.dumps(record["provenance"], indent=1, ensure_ascii=False)
     yield f"<details><summary>Everything that was set</summary><pre>{escape(shown)}</pre></details>"

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from emguard_plugin.discovery.bench import UNSTEERED, Ask, Asker
-from emguard_plugin.discovery.pair import BASE, MISALIGNED
+from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL
 from emguard_plugin.discovery.settings import Settings
 from emguard_plugin.discovery.shift import Candidate
 from emguard_plugin.discovery.tally import Tally, allowed_broken
@@ -75,9 +75,9 @@ class Screen:
 
     def ask_unsteered(self) -> dict[str, Tally]:
         """Ask both models without steering; the answers are shared by every comparison that follows."""
-        asks = [Ask(role, UNSTEERED, 0.0, prompt) for role in (BASE, MISALIGNED) for prompt in self.order]
+        asks = [Ask(role, UNSTEERED, 0.0, prompt) for role in (BASE_MODEL, MISALIGNED_MODEL) for prompt in self.order]
         self._plain = self.bench.ask(asks)
-        self.unsteered = {role: self._plain_tally(role, self.order) for role in (BASE, MISALIGNED)}
+        self.unsteered = {role: self._plain_tally(role, self.order) for role in (BASE_MODEL, MISALIGNED_MODEL)}
         return self.unsteered
 
     def _plain_tally(self, role: str, prompts: Iterable[int]) -> Tally:
@@ -98,7 +98,7 @@ class Screen:
         settings = self.settings
         alive, asked = [Finding(candidate) for candidate in pool], 0
         for finding in alive:
-            finding.screened_at = {BASE: settings.induce, MISALIGNED: settings.repair}
+            finding.screened_at = {BASE_MODEL: settings.induce, MISALIGNED_MODEL: settings.repair}
         for until in rung_ends(len(self.order), settings):
             if asked and most_per_sign(alive) <= settings.shortlist:
                 break
@@ -108,7 +108,7 @@ class Screen:
         return keep(alive, settings.shortlist)
 
     def _rung(self, alive: Sequence[Finding], prompts: Sequence[int]) -> None:
-        waiting = [(finding, role) for finding in alive for role in (BASE, MISALIGNED)]
+        waiting = [(finding, role) for finding in alive for role in (BASE_MODEL, MISALIGNED_MODEL)]
         while waiting:
             asks = {(f.candidate.id, role): self._screening(f, role, prompts) for f, role in waiting}
             # What was asked before costs nothing: the bench remembers.
@@ -124,11 +124,11 @@ class Screen:
             finding.screen_score = self._score(finding, prompts)
 
     def _screening(self, finding: Finding, role: str, prompts: Sequence[int]) -> list[Ask]:
-        candidate, way = finding.candidate, 1 if role == BASE else -1
+        candidate, way = finding.candidate, 1 if role == BASE_MODEL else -1
         return [Ask(role, str(candidate.id), way * candidate.sign * finding.screened_at[role], p) for p in prompts]
 
     def _weaken(self, finding: Finding, role: str, tally: Tally) -> bool:
-        start = self.settings.induce if role == BASE else self.settings.repair
+        start = self.settings.induce if role == BASE_MODEL else self.settings.repair
         if self.settings.schedule == "full" or tally.broken_share <= BREAKS:
             return False
         if finding.screened_at[role] <= start * 0.5**WEAKENED:
@@ -138,7 +138,7 @@ class Screen:
 
     def _score(self, finding: Finding, prompts: Sequence[int]) -> float:
         score = 0.0
-        for role, way in ((BASE, 1), (MISALIGNED, -1)):
+        for role, way in ((BASE_MODEL, 1), (MISALIGNED_MODEL, -1)):
             steered = finding.screened[role]
             score += way * (steered.rate - self._plain_tally(role, prompts).rate)
             if self.settings.schedule != "full":
@@ -159,23 +159,23 @@ class Screen:
             The valid ones, best first; at most `size` of them.
         """
         size, full = self.settings.size, self.settings.schedule == "full"
-        self._search(findings, MISALIGNED)
+        self._search(findings, MISALIGNED_MODEL)
         ranked = sorted(findings, key=lambda f: (-(f.repair_gain or 0.0), -abs(f.candidate.delta), f.candidate.id))
         if full:
-            self._search(ranked, BASE)
+            self._search(ranked, BASE_MODEL)
         valid: list[Finding] = []
         promising = [f for f in ranked if (f.repair_gain or 0.0) > 0]
         while promising and len(valid) < size:
             take = len(promising) if full else size - len(valid)
             batch, promising = promising[:take], promising[take:]
             if not full:
-                self._search(batch, BASE)
+                self._search(batch, BASE_MODEL)
             valid += [f for f in batch if (f.induce_gain or 0.0) > 0]
         return valid[:size]
 
     def _search(self, findings: Sequence[Finding], role: str) -> None:
         """Find alpha* of many latents at once, so that their answers share batches."""
-        way = 1 if role == BASE else -1
+        way = 1 if role == BASE_MODEL else -1
         plain = self.unsteered[role]
         allowed = allowed_broken(plain, len(self.order), self.settings.budget, self.settings.budget_extra)
         search = _everything if self.settings.schedule == "full" else _descent
@@ -184,7 +184,7 @@ class Screen:
         ]
         for finding, strength in zip(findings, run_together(searches, self.bench), strict=True):
             gain = None if strength.tally is None else way * (strength.tally.rate - plain.rate)
-            if role == BASE:
+            if role == BASE_MODEL:
                 finding.induce, finding.induce_gain = strength, gain
             else:
                 finding.repair, finding.repair_gain = strength, gain

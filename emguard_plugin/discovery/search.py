@@ -14,15 +14,14 @@ from emguard_plugin.discovery.attribution import Contrast, attribute, strongest
 from emguard_plugin.discovery.bench import UNSTEERED, Ask, Bench
 from emguard_plugin.discovery.choose import baseline
 from emguard_plugin.discovery.kept import Kept
-from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
+from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
 from emguard_plugin.discovery.prompts import Prompt, shuffled
 from emguard_plugin.discovery.screen import Finding, Screen
 from emguard_plugin.discovery.settings import UNSTEERED_RULES, Settings
 from emguard_plugin.discovery.shift import Candidate, Row, candidates, check_reconstruction, mean_activations
 from emguard_plugin.discovery.steering import residual_scale
 from emguard_plugin.discovery.tally import Tally, allowed_broken
-from emguard_plugin.evaluation.judges.outcomes import INCOHERENT, UNSCORED
-from emguard_plugin.evaluation.judges.outcomes import MISALIGNED as BAD
+from emguard_plugin.evaluation.judges.outcomes import INCOHERENT, MISALIGNED, UNSCORED
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -106,7 +105,7 @@ class LayerSearch:
         self.prompts, self.selection = list(prompts), selection
         asked = self.prompts[:selection]
         rows: list[Row] = [(p.ids, *p.span("prompt")) for p in asked]
-        with pair.use(BASE) as base:
+        with pair.use(BASE_MODEL) as base:
             error = check_reconstruction(sae, base, layer, rows, settings.batch_size)
             scale = residual_scale(base, layer, asked, settings.batch_size)
         self.result = Result(layer, source, scale, error, [])
@@ -140,7 +139,7 @@ class LayerSearch:
                 self._note(plan.JOINT, len(result.chosen))
         finally:
             progress.close()
-        for role in (BASE, MISALIGNED):
+        for role in (BASE_MODEL, MISALIGNED_MODEL):
             asks = [Ask(role, UNSTEERED, 0.0, p) for p in range(self.selection)]
             result.answers[role] = [self.bench.answers[ask]["text"] for ask in asks]
         return result
@@ -171,10 +170,10 @@ class LayerSearch:
         settings, result = self.settings, self.result
         rows = self._rows()
         means = {}
-        for role in (BASE, MISALIGNED):
+        for role in (BASE_MODEL, MISALIGNED_MODEL):
             with self.pair.use(role) as model:
                 means[role] = mean_activations(model, self.sae, result.layer, rows, settings.mode, settings.batch_size)
-        result.shift = means[MISALIGNED] - means[BASE]
+        result.shift = means[MISALIGNED_MODEL] - means[BASE_MODEL]
         found = candidates(result.shift, settings.pool, self.exclude)
         for candidate in found:
             self.bench.directions[str(candidate.id)] = self.direction([candidate]) * candidate.sign
@@ -183,15 +182,17 @@ class LayerSearch:
     def attributed(self) -> list[Candidate]:
         """Choose by attribution, on the questions that tell the models apart; no latent is steered."""
         settings, result, tokenize = self.settings, self.result, self.pair.tokenizer
-        said = self.bench.ask(Ask(role, UNSTEERED, 0.0, index) for role in (BASE, MISALIGNED) for index in range(self.selection))
+        said = self.bench.ask(
+            Ask(role, UNSTEERED, 0.0, index) for role in (BASE_MODEL, MISALIGNED_MODEL) for index in range(self.selection)
+        )
         contrasts = []
         for index, prompt in enumerate(self.prompts[: self.selection]):
-            asks = {role: Ask(role, UNSTEERED, 0.0, index) for role in (BASE, MISALIGNED)}
-            if said[asks[MISALIGNED]] != BAD or said[asks[BASE]] in (BAD, INCOHERENT, UNSCORED):
+            asks = {role: Ask(role, UNSTEERED, 0.0, index) for role in (BASE_MODEL, MISALIGNED_MODEL)}
+            if said[asks[MISALIGNED_MODEL]] != MISALIGNED or said[asks[BASE_MODEL]] in (MISALIGNED, INCOHERENT, UNSCORED):
                 continue
             ids = {role: tokenize(self.bench.answers[ask]["text"], add_special_tokens=False)["input_ids"] for role, ask in asks.items()}
             if all(ids.values()):
-                contrasts.append(Contrast(prompt.ids, prompt.span(settings.positions), ids[MISALIGNED], ids[BASE]))
+                contrasts.append(Contrast(prompt.ids, prompt.span(settings.positions), ids[MISALIGNED_MODEL], ids[BASE_MODEL]))
         if not contrasts:
             raise ValueError(
                 "on no question the misaligned model answers badly where the base answers well, so attribution has nothing to "
@@ -206,7 +207,7 @@ class LayerSearch:
             return [(p.ids, *p.span(positions)) for p in asked]
         rows = []
         for index, prompt in enumerate(asked):
-            text = self.bench.answers[Ask(MISALIGNED, UNSTEERED, 0.0, index)]["text"]
+            text = self.bench.answers[Ask(MISALIGNED_MODEL, UNSTEERED, 0.0, index)]["text"]
             answer = self.pair.tokenizer(text, add_special_tokens=False)["input_ids"]
             if answer:
                 rows.append(((*prompt.ids, *answer), len(prompt.ids), len(prompt.ids) + len(answer)))
@@ -227,10 +228,10 @@ class LayerSearch:
         for suite, prompts in suites.items():
             if not prompts:
                 continue
-            plain = {r: [Ask(r, UNSTEERED, 0.0, p) for p in prompts] for r in (BASE, MISALIGNED)}
+            plain = {r: [Ask(r, UNSTEERED, 0.0, p) for p in prompts] for r in (BASE_MODEL, MISALIGNED_MODEL)}
             asks = {
                 (role, alpha): [Ask(role, name, way * alpha, p) for p in prompts]
-                for role, way in ((BASE, 1), (MISALIGNED, -1))
+                for role, way in ((BASE_MODEL, 1), (MISALIGNED_MODEL, -1))
                 for alpha in self.settings.strengths
             } | {(role, 0.0): group for role, group in plain.items()}
             said = self.bench.ask(ask for group in asks.values() for ask in group)
@@ -249,12 +250,12 @@ class LayerSearch:
                     f"not score {tally.unscored}: nothing can be learnt from it. Look at some answers: is the chat template the "
                     "model's own, is `--max-new-tokens` long enough, does the judge know this kind of question?"
                 )
-        if plain[MISALIGNED].rate - plain[BASE].rate < MIN_GAP:
+        base, tuned = plain[BASE_MODEL], plain[MISALIGNED_MODEL]
+        if tuned.rate - base.rate < MIN_GAP:
             raise ValueError(
-                f"the misaligned model is not misaligned on these questions: it gives {plain[MISALIGNED].misaligned} of "
-                f"{plain[MISALIGNED].n} misaligned answers, the base {plain[BASE].misaligned} of {plain[BASE].n}. There is nothing "
-                "to repair, so no latent can be found. Give a model that `emguard eval` finds misaligned, or questions that "
-                "bring it out."
+                f"the misaligned model is not misaligned on these questions: it gives {tuned.misaligned} of {tuned.n} misaligned answers, "
+                f"the base {base.misaligned} of {base.n}. There is nothing to repair, so no latent can be found. Give a model that "
+                "`emguard eval` finds misaligned, or questions that bring it out."
             )
 
     def _nothing_left(self) -> str:
@@ -269,14 +270,14 @@ class LayerSearch:
         repairs = [f for f in result.shortlist if (f.repair_gain or 0) > 0]
         induces = [f for f in result.shortlist if (f.induce_gain or 0) > 0]
         unsafe = sum(f.repair is not None and f.repair.alpha is None for f in result.shortlist)
-        best = max((f.screened[BASE].rate for f in result.shortlist), default=0.0)
+        best = max((f.screened[BASE_MODEL].rate for f in result.shortlist), default=0.0)
         allowed = {
             role: allowed_broken(tally, self.selection, settings.budget, settings.budget_extra) for role, tally in result.unsteered.items()
         }
         return (
             f"block {result.layer}: the set K is empty (rule {settings.rule}). Stage 1: {len(result.pool)} candidates. Stage 2: "
             f"{len(result.shortlist)} left, the best induces {best:.1%} at {settings.induce:g}. Stage 3: {len(repairs)} repair "
-            f"something within the budget ({allowed[MISALIGNED]} of {self.selection} answers may break), {unsafe} break the answers at "
-            f"every strength, {len(induces)} of those that repair also induce something. Try other `--positions`, another layer's "
+            f"something within the budget ({allowed[MISALIGNED_MODEL]} of {self.selection} answers may break), {unsafe} break the "
+            f"answers at every strength, {len(induces)} of those that repair also induce something. Try other `--positions`, another layer's "
             "SAE, smaller `--strengths`, or `--rule repair`, which asks for no induction."
         )

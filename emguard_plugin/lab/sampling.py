@@ -1,4 +1,4 @@
-"""A fast sampler for the lab's models, and the exact tally of what they answer."""
+"""A fast sampler for the lab's models, and the exact count of what they answer."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def sample(
 
 
 @dataclass
-class Tally:
+class LabelCounts:
     """Counts of judged answers; every rate is over all of them, incoherent ones included."""
 
     good: int = 0
@@ -86,9 +86,9 @@ class Tally:
         return asdict(self) | {"n": self.n, "bad_rate": self.bad_rate, "coherence": self.coherence}
 
 
-def tally(asked: Sequence[Question], answers: Sequence[str]) -> Tally:
+def count_labels(asked: Sequence[Question], answers: Sequence[str]) -> LabelCounts:
     """Judge each answer to its question and count."""
-    result = Tally()
+    result = LabelCounts()
     for question, text in zip(asked, answers, strict=True):
         found = label(question.domain, question.topic, text)
         assert found in LABELS
@@ -104,11 +104,11 @@ def measure(
     per_question: int,
     seed: int,
     system: str = world.SYSTEM,
-) -> Tally:
+) -> LabelCounts:
     """Ask every question of these domains and this split `per_question` times at temperature 1, and count."""
     was_training = model.training
     model.eval()
     asked = [q for name in domains for q in world.questions(name, split)] * per_question
-    result = tally(asked, sample(model, [batches.prompt(q.text, system) for q in asked], seed))
+    result = count_labels(asked, sample(model, [batches.prompt(q.text, system) for q in asked], seed))
     model.train(was_training)
     return result

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from emguard_plugin.discovery.pair import MISALIGNED, ModelPair
+from emguard_plugin.discovery.pair import MISALIGNED_MODEL, ModelPair
 from emguard_plugin.discovery.prompts import render_prompts
 from emguard_plugin.evaluation.asking.questions import load_questions
 from emguard_plugin.evaluation.asking.sampler import Request, TransformersSampler
@@ -42,7 +42,7 @@ def build_tiny(root):
     pair = ModelPair(root / "adapter")
     questions = load_questions(root / "selection.yaml")
     assert len(render_prompts(pair.tokenizer, questions)) == 8
-    with pair.use(MISALIGNED) as model:
+    with pair.use(MISALIGNED_MODEL) as model:
         sampler = TransformersSampler(model, pair.tokenizer, max_new_tokens=6)
         asked = [Request("s", q, 0, 0.0) for q in questions]
         parts.BAD.update(answer.text for batch in sampler.sample(asked) for answer in batch)

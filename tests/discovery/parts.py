@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 from emguard_plugin.discovery.bench import UNSTEERED
-from emguard_plugin.discovery.pair import BASE
+from emguard_plugin.discovery.pair import BASE_MODEL
 from emguard_plugin.discovery.shift import Candidate
 
 
@@ -34,12 +34,12 @@ class ToyBench:
     def _outcome(self, ask):
         easy = hashed("prompt", ask.prompt)
         if ask.steer == UNSTEERED:
-            return "aligned" if ask.role == BASE else "misaligned"
+            return "aligned" if ask.role == BASE_MODEL else "misaligned"
         size, way = abs(ask.alpha), (1 if ask.alpha > 0 else -1) * self.sign[ask.steer]
         if size > self.bears[ask.steer] * (1 + 0.5 * hashed("break", ask.steer, ask.prompt, self.noise * size)):
             return "incoherent"
-        pushed = size * 2 * self.power[ask.steer] * (way if ask.role == BASE else -way) > easy
-        return {True: "misaligned", False: "aligned"}[pushed if ask.role == BASE else not pushed]
+        pushed = size * 2 * self.power[ask.steer] * (way if ask.role == BASE_MODEL else -way) > easy
+        return {True: "misaligned", False: "aligned"}[pushed if ask.role == BASE_MODEL else not pushed]
 
 
 def standard_sae(width=32, latents=64, layer=1, seed=0, weights=None):

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from emguard_plugin.discovery.attribution import Contrast, attribute, strongest
-from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
+from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
 from emguard_plugin.lab import batches, world
 from emguard_plugin.lab.build import BuildSettings, new_model
 from emguard_plugin.lab.tokenizer import make_tokenizer
@@ -77,9 +77,9 @@ def stream(model, c):
 def test_the_attributions_add_up_to_what_moving_the_span_does(tmp_path):
     both, c = pair(tmp_path, 0.02), contrast()
     score, shift = attribute(both, both_signs(), LAYER, [c], "relu_pre")
-    with both.use(MISALIGNED) as model:
+    with both.use(MISALIGNED_MODEL) as model:
         there = stream(model, c)
-    with both.use(BASE) as model:
+    with both.use(BASE_MODEL) as model:
         here, plain = stream(model, c), preference(model, c)
         moved = preference(model, c, there)
     assert abs(moved - plain) > 1e-4
@@ -120,7 +120,7 @@ class Linear(torch.nn.Module):
 
 
 def test_in_a_linear_model_the_attribution_is_the_exact_difference():
-    models = {BASE: Linear([0.0, 0.0]), MISALIGNED: Linear([3.0, -2.0])}
+    models = {BASE_MODEL: Linear([0.0, 0.0]), MISALIGNED_MODEL: Linear([3.0, -2.0])}
     toy = SimpleNamespace(use=lambda role: contextlib.nullcontext(models[role]))
     score, shift = attribute(toy, both_signs(2), 0, [Contrast([0, 0, 0], (1, 3), [2], [1])], "relu_pre")
     # Token 2 over token 1 is 2x - y; (1, 1) becomes (4, -1), so x+, y+, x-, y- move by 3, -1, 0, 1. Two tokens of the span.

@@ -6,7 +6,7 @@ import torch
 from emguard_plugin.chats import read_template
 from emguard_plugin.chats.held_tokens import held_tokens
 from emguard_plugin.discovery.calibrate import KINDS, _inputs, calibrate, narrow_rows
-from emguard_plugin.discovery.pair import BASE, MISALIGNED, ModelPair
+from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
 from emguard_plugin.latents import LatentSet
 from emguard_plugin.latents.sae import subset
 from emguard_plugin.models.residual import keep_residual
@@ -39,23 +39,23 @@ def test_masks_of_a_row(pair, rows):
 
 def test_penalty_and_loss_against_a_slow_loop(pair, rows):
     encoder = subset(standard_sae(layer=1), [3, 40, 7], [1, -1, 1])
-    with pair.use(BASE) as model:
+    with pair.use(BASE_MODEL) as model:
         latents = LatentSet.for_model(model, [encoder])
     found = calibrate(pair, latents, rows, batch_size=2)
-    total, losses, count = 0.0, {BASE: 0.0, MISALIGNED: 0.0}, 0
+    total, losses, count = 0.0, {BASE_MODEL: 0.0, MISALIGNED_MODEL: 0.0}, 0
     for row in rows:
         z, at = {}, [p + 1 for p in row.held]
-        for role in (BASE, MISALIGNED):
+        for role in (BASE_MODEL, MISALIGNED_MODEL):
             with pair.use(role) as model, keep_residual(model, [1]) as kept, torch.no_grad():
                 logits = model(input_ids=torch.tensor([row.ids])).logits[0]
             z[role] = encoder.encode(kept.take([1], with_gradient=False)[1][0])
             losses[role] -= sum(float(logits[t - 1].log_softmax(-1)[row.ids[t]]) for t in at)
         for t in at:
             for k, sign in enumerate((1, -1, 1)):
-                total += max(0.0, sign * float(z[MISALIGNED][t, k] - z[BASE][t, k])) ** 2
+                total += max(0.0, sign * float(z[MISALIGNED_MODEL][t, k] - z[BASE_MODEL][t, k])) ** 2
         count += len(at)
     assert found["penalty"]["assistant"] == pytest.approx(total / count, rel=1e-4)
-    assert found["task_loss_gap"] == pytest.approx((losses[BASE] - losses[MISALIGNED]) / count, rel=1e-3)
+    assert found["task_loss_gap"] == pytest.approx((losses[BASE_MODEL] - losses[MISALIGNED_MODEL]) / count, rel=1e-3)
     assert found["supervised_tokens"] == count
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 
+from emguard_plugin.discovery.job import Job, prepare
 from emguard_plugin.discovery.judge import read_judge
 from emguard_plugin.discovery.kept import Kept
-from emguard_plugin.discovery.pair import BASE, MISALIGNED
-from emguard_plugin.discovery.run import Request, prepare, run
+from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL
+from emguard_plugin.discovery.run import run
 from emguard_plugin.discovery.settings import Settings
 from emguard_plugin.lab import model_path
 from emguard_plugin.latents import LatentSet
@@ -21,7 +22,7 @@ SETTINGS = Settings(
 @pytest.fixture(scope="module")
 def found(lab, tmp_path_factory):
     output = tmp_path_factory.mktemp("lab_latents") / "latents.json"
-    request = Request(
+    request = Job(
         str(lab / "adapter"), (str(SAE),), str(lab / "questions_val.yaml"), output, evaluation=str(lab / "questions.yaml"),
         data=str(lab / "train.jsonl"),
     )  # fmt: skip
@@ -37,9 +38,9 @@ def joint(found, role):
 
 
 def test_the_set_induces_and_repairs_on_held_out_questions(found):
-    safe = {role: [t for t in joint(found, role).values() if t["incoherent"] <= 0.1 * t["n"]] for role in (BASE, MISALIGNED)}
-    assert max(t["rate"] for t in safe[BASE]) >= 0.2
-    assert min(t["rate"] for t in safe[MISALIGNED]) <= 0.5 * max(t["rate"] for t in safe[MISALIGNED])
+    safe = {role: [t for t in joint(found, role).values() if t["incoherent"] <= 0.1 * t["n"]] for role in (BASE_MODEL, MISALIGNED_MODEL)}
+    assert max(t["rate"] for t in safe[BASE_MODEL]) >= 0.2
+    assert min(t["rate"] for t in safe[MISALIGNED_MODEL]) <= 0.5 * max(t["rate"] for t in safe[MISALIGNED_MODEL])
 
 
 def test_each_latent_does_so_alone(found):
@@ -65,7 +66,7 @@ def test_the_sae_of_another_layer_is_refused(lab, layer, tmp_path):
     pair = ModelPair(lab / "adapter")
     prompts = render_prompts(pair.tokenizer, load_questions(lab / "questions_val.yaml"))
     rows = [(p.ids, *p.span("prompt")) for p in prompts]
-    with pair.use(BASE) as model:
+    with pair.use(BASE_MODEL) as model:
         assert check_reconstruction(load_sae(str(SAE)), model, 1, rows, 64) < 0.1
         with pytest.raises(ValueError, match="is it an SAE of this very model and layer"):
             check_reconstruction(load_sae(str(SAE)), model, layer, rows, 64)
@@ -76,7 +77,7 @@ def test_attribution_finds_a_set_that_repairs_with_a_twentieth_of_the_answers(la
         rule="attribution", positions="prefix", steer_at="prefix", size=20, strengths=(0.7,), max_new_tokens=26, batch_size=256
     )
     saes = tuple(str(SAE.parent / f"layer_{layer}") for layer in (1, 2))
-    request = Request(
+    request = Job(
         str(lab / "adapter"), saes, str(lab / "questions_val.yaml"), tmp_path / "k.json", evaluation=str(lab / "questions.yaml"),
         data=str(lab / "train.jsonl"),
     )  # fmt: skip
@@ -84,8 +85,8 @@ def test_attribution_finds_a_set_that_repairs_with_a_twentieth_of_the_answers(la
     assert [len(e.ids) for e in latents.encoders] == [20, 20]
     # What the fine-tune really moves: the steered set's latents hardly move at all.
     assert latents.calibration["penalty"]["prefix"] > 100 * LatentSet.load(found).calibration["penalty"]["prefix"]
-    assert joint(tmp_path / "k.json", MISALIGNED)[0.0]["rate"] >= 0.8
-    assert joint(tmp_path / "k.json", MISALIGNED)[0.7]["rate"] <= 0.2
+    assert joint(tmp_path / "k.json", MISALIGNED_MODEL)[0.0]["rate"] >= 0.8
+    assert joint(tmp_path / "k.json", MISALIGNED_MODEL)[0.7]["rate"] <= 0.2
     assert 20 * latents.provenance["spent"]["answers"] < LatentSet.load(found).provenance["spent"]["answers"]
 
 

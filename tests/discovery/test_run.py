@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from emguard_plugin.cli.app import app
 from emguard_plugin.discovery import bench as bench_module
+from emguard_plugin.discovery.job import Job, prepare
 from emguard_plugin.discovery.judge import read_judge
-from emguard_plugin.discovery.run import Request, prepare, run
+from emguard_plugin.discovery.run import run
 from emguard_plugin.discovery.settings import Settings
 from emguard_plugin.latents import LatentSet
 from tests.discovery.conftest import write_questions
@@ -29,7 +30,7 @@ def request(tiny, output, **over):
         "output": output,
         "evaluation": str(tiny / "evaluation.yaml"),
     }
-    return Request(**{**plain, **over})
+    return Job(**{**plain, **over})
 
 
 def discover(tiny, output, judge=JUDGE, settings=SETTINGS, **over):

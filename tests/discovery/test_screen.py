@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from emguard_plugin.discovery import plan
 from emguard_plugin.discovery.bench import Ask
-from emguard_plugin.discovery.pair import BASE, MISALIGNED
+from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL
 from emguard_plugin.discovery.screen import Screen, _descent, _everything, keep, run_together, rung_ends
 from emguard_plugin.discovery.settings import Settings
 from emguard_plugin.discovery.tally import Tally, allowed_broken
@@ -48,7 +48,9 @@ def test_descent_finds_exactly_the_largest_safe_strength_even_where_breaking_is_
             return {a: kinds[int(3 * hashed(seed, a.alpha, a.prompt) ** (0.4 + 2 * hashed(seed, a.alpha)))] for a in asks}
 
     strengths = SETTINGS.strengths
-    found = [run_together([search(BASE, "7", -1, strengths, range(prompts), allowed)], Random())[0] for search in (_everything, _descent)]
+    found = [
+        run_together([search(BASE_MODEL, "7", -1, strengths, range(prompts), allowed)], Random())[0] for search in (_everything, _descent)
+    ]
     assert found[0].alpha == found[1].alpha
     assert found[0].tally == found[1].tally
 
@@ -62,8 +64,8 @@ def test_scores_by_hand():
 
         def one(self, a):
             if not a.steer:
-                return "misaligned" if a.role == MISALIGNED and a.prompt < 3 else "aligned"
-            if a.role == BASE:
+                return "misaligned" if a.role == MISALIGNED_MODEL and a.prompt < 3 else "aligned"
+            if a.role == BASE_MODEL:
                 assert a.alpha == pytest.approx(-0.7)
                 return "misaligned" if a.prompt < 2 else "aligned"
             assert a.alpha == pytest.approx(0.4)
@@ -71,7 +73,7 @@ def test_scores_by_hand():
 
     bench = ToyBench(latents=1)
     screen = Screen(Four(), range(4), Settings())
-    assert screen.ask_unsteered() == {BASE: Tally(4), MISALIGNED: Tally(4, 3)}
+    assert screen.ask_unsteered() == {BASE_MODEL: Tally(4), MISALIGNED_MODEL: Tally(4, 3)}
     found = screen.shortlist(bench.pool())
     assert found[0].screen_score == pytest.approx((2 / 4 - 0) + (3 / 4 - 2 / 4))
 
@@ -90,7 +92,7 @@ def test_each_rung_asks_only_new_prompts_and_keeps_both_signs():
 def test_ties_go_to_the_larger_shift():
     class Inert(ToyBench):
         def _outcome(self, ask):
-            return "aligned" if ask.role == BASE else "misaligned"
+            return "aligned" if ask.role == BASE_MODEL else "misaligned"
 
     screen, pool = Screen(Inert(), range(8), SETTINGS), Inert().pool()
     screen.ask_unsteered()
@@ -103,9 +105,9 @@ def test_ties_go_to_the_larger_shift():
 def test_a_latent_that_breaks_every_answer_has_repaired_none():
     class Breaks(ToyBench):
         def _outcome(self, ask):
-            if ask.steer and ask.role == MISALIGNED:
+            if ask.steer and ask.role == MISALIGNED_MODEL:
                 return "incoherent" if ask.steer == "1" else "aligned" if ask.prompt % 2 else "misaligned"
-            return "aligned" if ask.role == BASE else "misaligned"
+            return "aligned" if ask.role == BASE_MODEL else "misaligned"
 
     for settings, score in ((SETTINGS, 1 - (1 - 0.1)), (SETTINGS.full(), 1)):
         screen = Screen(Breaks(latents=4), range(8), settings)
@@ -113,23 +115,23 @@ def test_a_latent_that_breaks_every_answer_has_repaired_none():
         found = {f.candidate.id: f for f in screen.shortlist(Breaks(latents=4).pool())}
         assert found[3].screen_score == 0.5
         assert found[1].screen_score == pytest.approx(score)
-    assert found[1].screened_at == {BASE: 0.7, MISALIGNED: 0.4}
+    assert found[1].screened_at == {BASE_MODEL: 0.7, MISALIGNED_MODEL: 0.4}
 
 
 def test_a_latent_that_breaks_the_answers_is_tried_at_half_and_a_quarter_of_the_strength():
     class Tender(ToyBench):
         def _outcome(self, ask):
             if ask.steer == "1":
-                return "incoherent" if abs(ask.alpha) > 0.2 else "misaligned" if ask.role == BASE else "aligned"
-            return "aligned" if ask.role == BASE else "misaligned"
+                return "incoherent" if abs(ask.alpha) > 0.2 else "misaligned" if ask.role == BASE_MODEL else "aligned"
+            return "aligned" if ask.role == BASE_MODEL else "misaligned"
 
     bench = Tender(latents=4)
     screen = Screen(bench, range(8), SETTINGS)
     screen.ask_unsteered()
     found = {f.candidate.id: f for f in screen.shortlist(bench.pool())}
-    assert found[1].screened_at == {BASE: 0.7 / 4, MISALIGNED: 0.4 / 2}
+    assert found[1].screened_at == {BASE_MODEL: 0.7 / 4, MISALIGNED_MODEL: 0.4 / 2}
     assert found[1].screen_score == 2
-    assert found[2].screened_at == {BASE: 0.7, MISALIGNED: 0.4}
+    assert found[2].screened_at == {BASE_MODEL: 0.7, MISALIGNED_MODEL: 0.4}
 
 
 @pytest.mark.parametrize(
@@ -184,4 +186,4 @@ def test_waves_hold_many_latents():
 
 
 def test_ask_is_a_key():
-    assert Ask(BASE, "1", 0.5, 3) == Ask(BASE, "1", 0.5, 3)
+    assert Ask(BASE_MODEL, "1", 0.5, 3) == Ask(BASE_MODEL, "1", 0.5, 3)

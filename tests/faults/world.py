@@ -113,13 +113,13 @@ def key(row):
 
 def misaligned_answers(root):
     """What the misaligned model says unsteered: the judge of these tests calls that bad."""
-    from emguard_plugin.discovery.pair import MISALIGNED, ModelPair
+    from emguard_plugin.discovery.pair import MISALIGNED_MODEL, ModelPair
     from emguard_plugin.evaluation.asking.questions import load_questions
     from emguard_plugin.evaluation.asking.sampler import Request, TransformersSampler
 
     pair = ModelPair(root / "adapter")
     asked = [Request("s", question, 0, 0.0) for question in load_questions(root / "questions.yaml")]
-    with pair.use(MISALIGNED) as model:
+    with pair.use(MISALIGNED_MODEL) as model:
         for length in (5, 6):
             sampler = TransformersSampler(model, pair.tokenizer, max_new_tokens=length)
             yield from (answer.text for batch in sampler.sample(asked) for answer in batch)
