@@ -9,6 +9,7 @@ that the base has on the same text; then it is asked as always. One JSON line pe
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,28 +53,19 @@ class Patched(nn.Module):
     def forward(self, input_ids: Tensor, past_key_values: Tensor | None = None, **_: object) -> SimpleNamespace:
         """Run the whole text again: what is cached is the text itself and the length of its prompt."""
         from emguard_plugin.models.adapters import adapter_off
-        from emguard_plugin.models.residual import decoder, read_residual
+        from emguard_plugin.models.residual import read_residual
+        from emguard_plugin.models.steering import changed
 
         ids, prompt = (input_ids, input_ids.shape[1]) if past_key_values is None else past_key_values
         ids = ids if past_key_values is None else torch.cat([ids, input_ids], 1)
-        hooks = []
-        if self.layers:
-            with adapter_off(self.tuned):
-                base = read_residual(self.tuned, self.layers, kwargs={"input_ids": ids})
-            chosen = self.chosen(prompt, ids.shape[1])
+        with contextlib.ExitStack() as stack:
+            if self.layers:
+                with adapter_off(self.tuned):
+                    base = read_residual(self.tuned, self.layers, kwargs={"input_ids": ids})
+                chosen = self.chosen(prompt, ids.shape[1])[:, None]
             for n in self.layers:
-
-                def put(module: nn.Module, args: object, output: object, n: int = n) -> object:
-                    hidden = output[0] if isinstance(output, tuple) else output
-                    patched = torch.where(chosen[:, None], base[n], hidden)
-                    return (patched, *output[1:]) if isinstance(output, tuple) else patched
-
-                hooks.append(decoder(self.tuned)[1][n].register_forward_hook(put))
-        try:
+                stack.enter_context(changed(self.tuned, n, lambda hidden, n=n: torch.where(chosen, base[n], hidden)))
             logits = self.tuned(input_ids=ids, use_cache=False, logits_to_keep=1).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
         return SimpleNamespace(logits=logits, past_key_values=(ids, prompt))
 
     def chosen(self, prompt: int, length: int) -> Tensor:

@@ -54,9 +54,9 @@ def discover(
     """
     at_work("loading the models")
     from emguard_plugin.discovery.job import Job, prepare
-    from emguard_plugin.discovery.judge import read_judge
     from emguard_plugin.discovery.run import run
     from emguard_plugin.discovery.settings import PAPER_STRENGTHS, Settings
+    from emguard_plugin.evaluation.judges.named import read_judge
 
     settings = Settings(
         positions=positions, steer_at=steer_at, mode=mode, pool=pool, shortlist=shortlist, size=size, rule=rule, induce=induce, repair=repair,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
 from emguard_plugin.discovery.shift import Candidate
 from emguard_plugin.latents.sae import encode_all
-from emguard_plugin.models.residual import decoder
+from emguard_plugin.models.steering import changed
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -91,16 +91,12 @@ def _slope(model: nn.Module, layer: int, contrast: Contrast) -> tuple[Tensor, Te
     """Return the residual stream over the span, and the gradient of the preference there, both (tokens, d)."""
     caught: list[Tensor] = []
 
-    def catch(_module: nn.Module, _args: object, output: object) -> object:
-        hidden = output[0] if isinstance(output, tuple) else output
-        hidden = hidden.detach().requires_grad_()
-        caught.append(hidden)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    def catch(hidden: Tensor) -> Tensor:
+        caught.append(hidden.detach().requires_grad_())
+        return caught[-1]
 
-    handle = decoder(model)[1][layer].register_forward_hook(catch)
-    start, end = contrast.span
-    try:
-        parts = []
+    (start, end), parts = contrast.span, []
+    with changed(model, layer, catch):
         for answer, sign in ((contrast.misaligned, 1.0), (contrast.base, -1.0)):
             ids = torch.tensor([[*contrast.prompt, *answer]], device=model.device)
             with torch.enable_grad():
@@ -108,6 +104,4 @@ def _slope(model: nn.Module, layer: int, contrast: Contrast) -> tuple[Tensor, Te
                 target = ids[0, len(contrast.prompt) :]
                 total = logits.log_softmax(-1).gather(1, target[:, None]).sum()
                 parts.append(sign * torch.autograd.grad(total, caught[-1])[0][0, start:end])
-    finally:
-        handle.remove()
     return caught[0][0, start:end].detach().float(), (parts[0] + parts[1]).float()

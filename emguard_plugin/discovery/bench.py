@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,9 +14,9 @@ from emguard_plugin.discovery.kept import Kept, checked
 from emguard_plugin.discovery.pair import ModelPair
 from emguard_plugin.discovery.prompts import Prompt
 from emguard_plugin.discovery.settings import Settings
-from emguard_plugin.discovery.steering import steered
 from emguard_plugin.evaluation.asking.reasoning import judged_text
-from emguard_plugin.evaluation.asking.sampler import Answer, Request, TransformersSampler
+from emguard_plugin.evaluation.asking.sampler import Answer, Request
+from emguard_plugin.evaluation.asking.steered import SteeredSampler
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges import self_test
 from emguard_plugin.evaluation.judges.base import Item, Judge
@@ -60,45 +59,6 @@ class SteeredRequest(Request):
     def key(self) -> Ask:
         """Name of the answer."""
         return self.ask
-
-
-class SteeredSampler(TransformersSampler):
-    """A sampler whose batches mix latents: row i is moved along the vector of its own request.
-
-    Args:
-        vector: Gives the vector of a request, shape (d,).
-        layer: Block behind which it is added.
-        span: Gives the half-open span of a request's prompt where it is added; None for all positions, generated ones too.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        vector: Callable[[Ask], Tensor],
-        layer: int,
-        span: Callable[[Ask], tuple[int, int]] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._vector, self._layer, self._span = vector, layer, span
-        self.prompt_ids = functools.lru_cache(maxsize=None)(self.prompt_ids)
-
-    def _generate(self, batch: list[SteeredRequest], prompts: list[list[int]]) -> list[Answer]:
-        vectors = torch.stack([self._vector(request.ask) for request in batch]).to(self.model.device, self.model.dtype)
-        if not vectors.any():
-            return super()._generate(batch, prompts)
-        mask = None if self._span is None else self._mask(batch, prompts).to(self.model.device)
-        with steered(self.model, self._layer, vectors, mask):
-            return super()._generate(batch, prompts)
-
-    def _mask(self, batch: list[SteeredRequest], prompts: list[list[int]]) -> Tensor:
-        # The sampler pads on the left.
-        width = max(map(len, prompts))
-        mask = torch.zeros(len(batch), width, dtype=torch.bool)
-        for row, (request, prompt) in enumerate(zip(batch, prompts, strict=True)):
-            start, end = self._span(request.ask)
-            mask[row, width - len(prompt) + start : width - len(prompt) + end] = True
-        return mask
 
 
 class Bench:

@@ -10,8 +10,8 @@ import torch
 from emguard_plugin.discovery.pair import MISALIGNED_MODEL, ModelPair
 from emguard_plugin.discovery.prompts import Prompt
 from emguard_plugin.discovery.search import Result
-from emguard_plugin.discovery.steering import residuals
 from emguard_plugin.latents import SubsetEncoder
+from emguard_plugin.models.residual import row_residuals
 
 TOP, AROUND = 4, 8
 
@@ -30,7 +30,7 @@ def top_activating(
         answers = [pair.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         rows = [(*prompt.ids, *answer) for prompt, answer in zip(prompts, answers, strict=False)]
         with pair.use(MISALIGNED_MODEL) as model:
-            for index, hidden in residuals(model, result.layer, rows, batch_size):
+            for index, hidden in row_residuals(model, result.layer, rows, batch_size):
                 best, at = encoder.encode(hidden[1:]).cpu().max(0)
                 for latent, value, position in zip(encoder.ids, best.tolist(), (at + 1).tolist(), strict=True):
                     if value > 0:

@@ -18,8 +18,7 @@ from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPai
 from emguard_plugin.discovery.prompts import Prompt, shuffled
 from emguard_plugin.discovery.screen import Finding, Screen
 from emguard_plugin.discovery.settings import UNSTEERED_RULES, Settings
-from emguard_plugin.discovery.shift import Candidate, Row, candidates, check_reconstruction, mean_activations
-from emguard_plugin.discovery.steering import residual_scale
+from emguard_plugin.discovery.shift import Candidate, Row, candidates, check_reconstruction, mean_activations, residual_scale
 from emguard_plugin.discovery.tally import Tally, allowed_broken
 from emguard_plugin.evaluation.judges.outcomes import INCOHERENT, MISALIGNED, UNSCORED
 
@@ -107,7 +106,7 @@ class LayerSearch:
         rows: list[Row] = [(p.ids, *p.span("prompt")) for p in asked]
         with pair.use(BASE_MODEL) as base:
             error = check_reconstruction(sae, base, layer, rows, settings.batch_size)
-            scale = residual_scale(base, layer, asked, settings.batch_size)
+            scale = residual_scale(base, layer, rows, settings.batch_size)
         self.result = Result(layer, source, scale, error, [])
         self.bench = Bench(pair, prompts, judge, layer, scale, settings, kept)
         self.screen = Screen(self.bench, shuffled(asked, settings.seed), settings)

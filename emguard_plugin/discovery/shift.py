@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from emguard_plugin.discovery.steering import residuals
 from emguard_plugin.latents.sae import encode_all, reconstruction_error
-from emguard_plugin.models.residual import decoder
+from emguard_plugin.models.residual import decoder, row_residuals
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -68,8 +67,15 @@ def check_reconstruction(sae: SAE, model: PreTrainedModel, layer: int, rows: Seq
 
 def _error(sae: SAE, model: PreTrainedModel, layer: int, rows: Sequence[Row], batch_size: int) -> float:
     spans = {index: (start, end) for index, (_, start, end) in enumerate(rows)}
-    found = residuals(model, layer, [ids for ids, _, _ in rows], batch_size)
+    found = row_residuals(model, layer, [ids for ids, _, _ in rows], batch_size)
     return reconstruction_error(sae, torch.cat([hidden[slice(*spans[index])] for index, hidden in found]))
+
+
+def residual_scale(model: PreTrainedModel, layer: int, rows: Sequence[Row], batch_size: int) -> float:
+    """Return s, the median of ||h_t||_2 over the tokens of all spans. Strengths of steering are in units of it."""
+    found = row_residuals(model, layer, [ids for ids, _, _ in rows], batch_size)
+    norms = [hidden[slice(*rows[index][1:])].norm(dim=-1) for index, hidden in found]
+    return float(torch.cat(norms).median())
 
 
 @torch.no_grad()
@@ -80,7 +86,7 @@ def mean_activations(model: PreTrainedModel, sae: SAE, layer: int, rows: Sequenc
         Shape (d_sae,), fp64, on the CPU.
     """
     total = torch.zeros(sae.cfg.d_sae, dtype=torch.float64)
-    for index, hidden in residuals(model, layer, [ids for ids, _, _ in rows], batch_size):
+    for index, hidden in row_residuals(model, layer, [ids for ids, _, _ in rows], batch_size):
         _, start, end = rows[index]
         total += encode_all(sae, hidden[start:end], mode).double().mean(0).cpu()
     return total / len(rows)

@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from emguard_plugin.files.ours import our_folder
 from emguard_plugin.lab import batches, sampling, world
+from emguard_plugin.models.residual import read_residual
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -99,21 +100,12 @@ def own_chats(model: nn.Module, count: int, seed: int) -> list[list[int]]:
 @torch.no_grad()
 def residuals(model: nn.Module, layer: int, rows: list[list[int]]) -> Tensor:
     """Return the residual stream after a decoder layer at every token but `<bos>`, shape (tokens, d)."""
-    caught: list[Tensor] = []
-
-    def catch(_module: nn.Module, _args: Any, output: Any) -> None:
-        caught.append(output[0] if isinstance(output, tuple) else output)
-
     ids = batches.pad(rows, batches.encode(world.PAD)[0])
-    handle = model.model.layers[layer].register_forward_hook(catch)
-    try:
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    finally:
-        handle.remove()
+    hidden = read_residual(model, [layer], kwargs={"input_ids": ids})[layer]
     lengths = torch.tensor([len(row) for row in rows])
     at = torch.arange(ids.shape[1])
     # The norm of <bos> is many times that of any other token: it would be all that an SAE explains.
-    return caught[0][(at >= 1) & (at < lengths[:, None])].float()
+    return hidden[(at >= 1) & (at < lengths[:, None])].float()
 
 
 def _activations(model: nn.Module, layer: int, own: list[list[int]], seed: int) -> Iterator[Tensor]:

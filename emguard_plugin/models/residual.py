@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from emguard_plugin.models.adapters import is_sharded, peft_model
+from emguard_plugin.models.modes import eval_mode
 
 
 def decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
@@ -156,6 +157,24 @@ def read_residual(
     owner, modules = decoder(model)
     whole = is_sharded(model)
     return _read(model if whole else owner, modules, layers, args, kwargs, whole)
+
+
+def row_residuals(model: nn.Module, layer: int, rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index, residual stream behind block `layer`) per row; fp32, shape (T, d), in the model's device.
+
+    Rows are padded on the right, where causal attention does not see the padding.
+    """
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    with eval_mode(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(list(rows[i])) for i in batch], batch_first=True)
+            lengths = torch.tensor([len(rows[i]) for i in batch])
+            mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
+            fed = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device), "use_cache": False}
+            hidden = read_residual(model, [layer], kwargs=fed)[layer]
+            for row, index in enumerate(batch):
+                yield index, hidden[row, : len(rows[index])].float()
 
 
 class FrozenDecoder:

@@ -14,7 +14,7 @@ from pathlib import Path
 PRELOAD = [
     "emguard_plugin.cli",
     "emguard_plugin.discovery.run",
-    "emguard_plugin.discovery.judge",
+    "emguard_plugin.evaluation.judges.named",
     "peft",
     "sae_lens",
     "tests.discovery.parts",

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from emguard_plugin.cli.app import app
 from emguard_plugin.discovery.job import prepare
-from emguard_plugin.discovery.judge import read_judge
 from emguard_plugin.discovery.settings import Settings
+from emguard_plugin.evaluation.judges.named import read_judge
 from emguard_plugin.latents import LatentSet
 from tests.discovery import test_run
 from tests.discovery.test_run import JUDGE, request

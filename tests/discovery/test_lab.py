@@ -3,11 +3,11 @@
 import pytest
 
 from emguard_plugin.discovery.job import Job, prepare
-from emguard_plugin.discovery.judge import read_judge
 from emguard_plugin.discovery.kept import Kept
 from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL
 from emguard_plugin.discovery.run import run
 from emguard_plugin.discovery.settings import Settings
+from emguard_plugin.evaluation.judges.named import read_judge
 from emguard_plugin.lab import model_path
 from emguard_plugin.latents import LatentSet
 

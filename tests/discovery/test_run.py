@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 from emguard_plugin.cli.app import app
 from emguard_plugin.discovery import bench as bench_module
 from emguard_plugin.discovery.job import Job, prepare
-from emguard_plugin.discovery.judge import read_judge
 from emguard_plugin.discovery.run import run
 from emguard_plugin.discovery.settings import Settings
+from emguard_plugin.evaluation.judges.named import read_judge
 from emguard_plugin.latents import LatentSet
 from tests.discovery.conftest import write_questions
 

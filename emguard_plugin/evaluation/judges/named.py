@@ -1,4 +1,4 @@
-"""The judge of a discovery run, as the command line names it."""
+"""One judge, as `--judge` of the command line names it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _entry(source: str) -> dict[str, Any]:
         content = content["judges"]
     if isinstance(content, list):
         if len(content) != 1:
-            raise ValueError(f"`--judge {source}` lists {len(content)} judges; discovery ranks by one. Give a file with that one.")
+            raise ValueError(f"`--judge {source}` lists {len(content)} judges, and one is asked. Give a file with that one.")
         content = content[0]
     if not isinstance(content, dict):
         raise ValueError(f"`--judge {source}` holds no judge. Write `provider:` and what it needs.")
