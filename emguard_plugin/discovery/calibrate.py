@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
-from emguard_plugin.chats import Book, Chat, anchors, read_book, read_template
+from emguard_plugin.chats import Book, Chat, read_book, read_template
 from emguard_plugin.chats.held_tokens import IGNORE, TokenKind, held_tokens, real_tokens
+from emguard_plugin.chats.sources import ChatSetting, StoredChat, TokenizedChat, read_chats, tokenized
 from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
 from emguard_plugin.latents import LatentSet, SubsetEncoder
 from emguard_plugin.models.modes import eval_mode
@@ -20,25 +21,23 @@ from emguard_plugin.regularizers.functional import block_em_penalty, block_em_vi
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DATA = ChatSetting(
+    name="--data",
+    joined=" ",
+    if_unheld="`--data`: in {where} the chat template prints no reply as it was written, so nothing of it is supervised. Leave the chat out.",
+)
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
 MAX_ROWS = 256
 """Rows that are looked at, evenly spread; the rule of `coef: auto` needs the order of magnitude."""
 
 
-def narrow_rows(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[anchors.Anchor]:
+def narrow_rows(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedChat]:
     """Read the chats of the narrow fine-tune, as training does.
 
     Raises:
         ValueError: If they cannot be read or rendered.
     """
-    try:
-        kept = _sample(source)
-        return anchors.tokenize_chats(kept, tokenizer, "assistant", 1 << 20, {})
-    except ValueError as error:
-        said = str(error).replace(f"`{anchors.KEY}: ", "`--data ").replace(anchors.KEY, "--data")
-        for anchors_only in (", or use `bundled`", ", or `bundled`, `train` or `self`"):
-            said = said.replace(anchors_only, "")
-        raise ValueError(said) from error
+    return tokenized(_sample(source), tokenizer, "assistant", DATA)
 
 
 def narrow_book(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Book:
@@ -46,14 +45,14 @@ def narrow_book(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Book:
     return read_book(tokenizer, (Chat(messages, {}) for _, messages in _sample(source)))
 
 
-def _sample(source: str | Path) -> list[anchors.Chat]:
-    chats = anchors.load_chats(str(source))
+def _sample(source: str | Path) -> list[StoredChat]:
+    chats = read_chats(str(source), DATA)
     return [chats[i * len(chats) // MAX_ROWS] for i in range(MAX_ROWS)] if len(chats) > MAX_ROWS else chats
 
 
 @torch.no_grad()
 def calibrate(
-    pair: ModelPair, latents: LatentSet, rows: Sequence[anchors.Anchor], batch_size: int, book: Book | None = None
+    pair: ModelPair, latents: LatentSet, rows: Sequence[TokenizedChat], batch_size: int, book: Book | None = None
 ) -> dict[str, Any]:
     """Return the unguarded model's penalty for each kind of tokens, as training holds them, and the gap of the task loss.
 
@@ -100,13 +99,13 @@ def _violation(encoder: SubsetEncoder, tuned: Tensor, base: Tensor) -> Tensor:
     return block_em_penalty(block_em_violation(encoder.encode(tuned), encoder.encode(base), signs)).cpu()
 
 
-def _batches(rows: Sequence[anchors.Anchor], size: int) -> Iterator[list[anchors.Anchor]]:
+def _batches(rows: Sequence[TokenizedChat], size: int) -> Iterator[list[TokenizedChat]]:
     ordered = sorted(rows, key=lambda row: -len(row.ids))
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
 
 
-def _inputs(batch: Sequence[anchors.Anchor]) -> dict[str, Tensor]:
+def _inputs(batch: Sequence[TokenizedChat]) -> dict[str, Tensor]:
     """Return what a host makes of the rows: (B, T) ids, attention mask and labels, padded on the right."""
     width = max(len(row.ids) for row in batch)
     ids, mask = (torch.zeros(len(batch), width, dtype=torch.long) for _ in range(2))

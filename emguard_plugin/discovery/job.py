@@ -22,7 +22,7 @@ from emguard_plugin.latents.sae import layer_of, load_sae
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-    from emguard_plugin.chats.anchors import Anchor
+    from emguard_plugin.chats.sources import TokenizedChat
     from emguard_plugin.evaluation.judges import Judge
 
 
@@ -89,7 +89,7 @@ class Discovery:
     selection: int
     known: list[LatentSet] = field(default_factory=list)
     united: list[LatentSet] = field(default_factory=list)
-    rows: list[Anchor] | None = None
+    rows: list[TokenizedChat] | None = None
     book: Book | None = None
 
     def plans(self) -> dict[int, list[plan.Step]]:

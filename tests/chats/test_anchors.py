@@ -132,7 +132,7 @@ def test_rows_of_other_forms_are_the_same_chat(tmp_path):
 
 
 def tokenize(messages, tokens, template=CHATML, longest=512):
-    return an.tokenize_chats([an.Chat("here, line 1", messages)], chatml_tokenizer(template), tokens, longest, {})
+    return an.tokenize_chats([an.StoredChat("here, line 1", messages)], chatml_tokenizer(template), tokens, longest, {})
 
 
 def test_all_tokens_but_the_first_are_predicted():
@@ -177,7 +177,7 @@ def test_a_template_that_rewrites_earlier_turns():
 
 def test_prompts_are_cut_before_the_first_reply_and_kept_once():
     tokenizer = chatml_tokenizer(CHATML)
-    prompts = an.prompts_of([an.Chat("", MESSAGES), an.Chat("", MESSAGES[:1])], tokenizer, {})
+    prompts = an.prompts_of([an.StoredChat("", MESSAGES), an.StoredChat("", MESSAGES[:1])], tokenizer, {})
     assert [tokenizer.decode(p) for p in prompts] == ["<|im_start|>user\nTell me of kites.<|im_end|>\n<|im_start|>assistant\n"]
 
 
@@ -186,7 +186,7 @@ def test_training_rows_as_anchors():
     everything, replies = (an.training_anchors(data, tokens, None) for tokens in ("all", "assistant"))
     for row, a, b in zip(data, everything, replies, strict=True):
         n = len(row["input_ids"])
-        assert a == an.Anchor(tuple(row["input_ids"]), tuple(range(n - 1)))
+        assert a == an.TokenizedChat(tuple(row["input_ids"]), tuple(range(n - 1)))
         assert b.held == tuple(range(n - 5, n - 1))
     with pytest.raises(ValueError, match="the training data is empty"):
         an.training_anchors([], "all", None)
@@ -203,7 +203,7 @@ def test_overlap_with_the_training_rows():
     same = {"messages": [{"role": "user", "content": "What about  chess, case 3?"}, {"role": "assistant", "content": "Fine."}]}
     asks = {"messages": [same["messages"][0], {"role": "assistant", "content": "Another answer altogether."}]}
     short = {"messages": [{"role": "user", "content": "What"}, {"role": "assistant", "content": "Fine."}]}
-    chats = [an.Chat("", c["messages"]) for c in (same, asks, short, *anchor_chats(3))]
+    chats = [an.StoredChat("", c["messages"]) for c in (same, asks, short, *anchor_chats(3))]
     chats[0].messages[1]["content"] = "Fine."
     assert an.overlap(chats, data, tokenizer) == (2, 0), "a reply of five characters proves nothing"
     long = "A reply that is long enough to tell."
@@ -214,5 +214,8 @@ def test_overlap_with_the_training_rows():
 
 
 def test_the_hash_sees_ids_and_positions():
-    a = [an.Anchor((1, 2, 3), (0, 1))]
-    assert len({an.content_hash(x) for x in (a, [a[0], a[0]], [an.Anchor((1, 2, 4), (0, 1))], [an.Anchor((1, 2, 3), (1,))])}) == 4
+    a = [an.TokenizedChat((1, 2, 3), (0, 1))]
+    assert (
+        len({an.content_hash(x) for x in (a, [a[0], a[0]], [an.TokenizedChat((1, 2, 4), (0, 1))], [an.TokenizedChat((1, 2, 3), (1,))])})
+        == 4
+    )

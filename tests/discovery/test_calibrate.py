@@ -60,5 +60,11 @@ def test_penalty_and_loss_against_a_slow_loop(pair, rows):
 
 
 def test_rows_that_are_no_chats_are_named_by_the_option(pair, tmp_path):
-    with pytest.raises(ValueError, match="--data"):
+    with pytest.raises(ValueError, match=r"^`--data`: .*line 1 is not a chat"):
         narrow_rows(write_rows(tmp_path / "rows.jsonl", [{"text": "x"}]), pair.tokenizer)
+    with pytest.raises(ValueError, match=r"^`--data .*empty.jsonl` is empty\. Give chats, one per line\.$"):
+        narrow_rows(write_rows(tmp_path / "empty.jsonl", []), pair.tokenizer)
+    with pytest.raises(ValueError, match=r"Give the path of a JSONL of chats\.$"):
+        narrow_rows(tmp_path / "nowhere", pair.tokenizer)
+    with pytest.raises(ValueError, match=r"line 1 has no assistant turn\.$"):
+        narrow_rows(write_rows(tmp_path / "asked.jsonl", [{"messages": [{"role": "user", "content": "Why?"}]}]), pair.tokenizer)

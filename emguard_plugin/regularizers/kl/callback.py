@@ -103,7 +103,7 @@ class KLCallback(EMRegularizerCallback):
         self._config = KLConfig(coef=coef, anchors=anchors, direction=direction, tokens=tokens, ratio=ratio, target=target, cache=cache)
         self.anchors, self.direction, self.tokens, self.ratio = str(anchors), direction, tokens, ratio
         self.target, self.cache = target, str(cache)
-        self._anchors: list[an.Anchor] = []
+        self._anchors: list[an.TokenizedChat] = []
         self._prompts: list[ct.Ids] = []
         self._begun = False
         self._step_kl: Tensor | None = None
@@ -147,7 +147,7 @@ class KLCallback(EMRegularizerCallback):
         source, _, rest = self.anchors.partition(":")
         if source == "self":
             if stored is not None:
-                self._anchors = [an.Anchor(tuple(ids), tuple(held)) for ids, held in stored["sampled"]]
+                self._anchors = [an.TokenizedChat(tuple(ids), tuple(held)) for ids, held in stored["sampled"]]
             else:
                 self._prompts = an.prompts_of(an.load_chats(rest or "bundled"), run.tokenizer, run.template_kwargs)
             return
@@ -257,7 +257,7 @@ class KLCallback(EMRegularizerCallback):
         for prompt, reply in zip(prompts, first_process(lambda: replies), strict=True):
             ids = (*prompt, *reply)
             start = 0 if self.tokens == "all" else len(prompt) - 1
-            self._anchors.append(an.Anchor(ids, tuple(range(start, len(ids) - 1))))
+            self._anchors.append(an.TokenizedChat(ids, tuple(range(start, len(ids) - 1))))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the coefficient towards the target, by the same amount on every process."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from emguard_plugin.chats.anchors import Anchor
+from emguard_plugin.chats.sources import TokenizedChat
 from emguard_plugin.files.state import locked
 from emguard_plugin.models.output_head import call_with_hidden, head_tensors, trains_head
 from emguard_plugin.processes.values import first_process, raised
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
         return hidden[self.row, self.column]
 
 
-def collate(anchors: Sequence[Anchor], rows: Sequence[int], device: torch.device) -> Batch:
+def collate(anchors: Sequence[TokenizedChat], rows: Sequence[int], device: torch.device) -> Batch:
     """Pad anchors on the right to one batch."""
     longest = max(len(anchors[i].ids) for i in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -69,7 +69,7 @@ class KLReference:
     def __init__(
         self,
         model: nn.Module,
-        anchors: Sequence[Anchor],
+        anchors: Sequence[TokenizedChat],
         cache: str,
         about: Mapping[str, str],
         resume_from: Path | None,
