@@ -24,9 +24,9 @@ RESULTS = Path(__file__).parent / "results" / "discovery.jsonl"
 def search(adapter: Path, sae_folder: Path, work: Path, settings, prompts: int, every: int, questions: list):
     """Run both schedules on one pool. Returns {schedule: (set, spent)}."""
     from emguard_plugin.discovery.kept import Kept
-    from emguard_plugin.discovery.pair import ModelPair
-    from emguard_plugin.discovery.prompts import render_prompts
     from emguard_plugin.discovery.search import LayerSearch
+    from emguard_plugin.evaluation.asking.pair import ModelPair
+    from emguard_plugin.evaluation.asking.prompts import render_prompts
     from emguard_plugin.evaluation.judges.named import read_judge
     from emguard_plugin.latents.sae import layer_of, load_sae
 

@@ -67,7 +67,7 @@ def attribute(
     from emguard_plugin.discovery.calibrate import calibrate
     from emguard_plugin.discovery.calibrate import narrow_rows as read_rows
     from emguard_plugin.discovery.choose import unite
-    from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
+    from emguard_plugin.evaluation.asking.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
     from emguard_plugin.lab import batches, sae_path, sampling, world
     from emguard_plugin.lab.export import narrow_rows, write_jsonl
     from emguard_plugin.lab.sae import MODEL_NAME

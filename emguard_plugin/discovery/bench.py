@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from emguard_plugin.discovery.kept import Kept, checked
-from emguard_plugin.discovery.pair import ModelPair
-from emguard_plugin.discovery.prompts import Prompt
 from emguard_plugin.discovery.settings import Settings
+from emguard_plugin.evaluation.asking.pair import ModelPair
+from emguard_plugin.evaluation.asking.prompts import Prompt
 from emguard_plugin.evaluation.asking.reasoning import judged_text
 from emguard_plugin.evaluation.asking.sampler import Answer, Request
 from emguard_plugin.evaluation.asking.steered import SteeredSampler

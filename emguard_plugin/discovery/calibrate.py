@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from emguard_plugin.chats import Book, Chat, read_book, read_template
 from emguard_plugin.chats.held_tokens import IGNORE, TokenKind, held_tokens, real_tokens
 from emguard_plugin.chats.sources import ChatSetting, StoredChat, TokenizedChat, read_chats, tokenized
-from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
+from emguard_plugin.evaluation.asking.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
 from emguard_plugin.latents import LatentSet, SubsetEncoder
 from emguard_plugin.models.modes import eval_mode
 from emguard_plugin.models.residual import keep_residual

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from emguard_plugin.discovery.pair import MISALIGNED_MODEL, ModelPair
-from emguard_plugin.discovery.prompts import Prompt
 from emguard_plugin.discovery.search import Result
+from emguard_plugin.evaluation.asking.pair import MISALIGNED_MODEL, ModelPair
+from emguard_plugin.evaluation.asking.prompts import Prompt
 from emguard_plugin.latents import SubsetEncoder
 from emguard_plugin.models.residual import row_residuals
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from emguard_plugin.chats import Book
 from emguard_plugin.discovery import plan
 from emguard_plugin.discovery.calibrate import narrow_book, narrow_rows
-from emguard_plugin.discovery.pair import BASE_MODEL, ModelPair
-from emguard_plugin.discovery.prompts import Prompt, refuse_overlap, render_prompts
+from emguard_plugin.discovery.prompts import refuse_overlap
 from emguard_plugin.discovery.settings import Settings
+from emguard_plugin.evaluation.asking.pair import BASE_MODEL, ModelPair
+from emguard_plugin.evaluation.asking.prompts import Prompt, render_prompts
 from emguard_plugin.evaluation.asking.questions import load_questions
 from emguard_plugin.evaluation.asking.rendering import Chat
 from emguard_plugin.latents import LatentSet

@@ -16,7 +16,7 @@ from typing import Any, NotRequired
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from emguard_plugin.discovery.pair import ROLES
+from emguard_plugin.evaluation.asking.pair import ROLES
 from emguard_plugin.evaluation.judges.base import FINAL, UNSCORED, Judgment, contradiction
 from emguard_plugin.files import EXACT, read_records, seal_of
 from emguard_plugin.files.result_folder import JsonLines

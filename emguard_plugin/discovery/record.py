@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from emguard_plugin.discovery.job import Discovery
-from emguard_plugin.discovery.prompts import prompt_hash
 from emguard_plugin.discovery.screen import Finding, Strength
 from emguard_plugin.discovery.search import Result
 from emguard_plugin.discovery.settings import Rule
 from emguard_plugin.evaluation.asking import sources as models
+from emguard_plugin.evaluation.asking.prompts import prompt_hash
 from emguard_plugin.evaluation.asking.suites import plain
 from emguard_plugin.files.versions import versions
 from emguard_plugin.reference.stored import tensors_hash

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL
+from emguard_plugin.evaluation.asking.pair import BASE_MODEL, MISALIGNED_MODEL
 from emguard_plugin.evaluation.report.page import html_page
 from emguard_plugin.evaluation.report.text import escape
 

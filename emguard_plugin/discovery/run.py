@@ -11,13 +11,13 @@ from emguard_plugin.discovery.choose import baseline, unite
 from emguard_plugin.discovery.examples import top_activating
 from emguard_plugin.discovery.job import Discovery
 from emguard_plugin.discovery.kept import Kept, run_id
-from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL
 from emguard_plugin.discovery.record import protocol_of, provenance_of, record_of
 from emguard_plugin.discovery.report import write_report
 from emguard_plugin.discovery.screen import Finding
 from emguard_plugin.discovery.search import LayerSearch, Result
 from emguard_plugin.discovery.settings import Rule
 from emguard_plugin.discovery.shift import Candidate
+from emguard_plugin.evaluation.asking.pair import BASE_MODEL, MISALIGNED_MODEL
 from emguard_plugin.files import result_folder as store
 from emguard_plugin.latents import LatentSet, SubsetEncoder
 from emguard_plugin.latents.sae import subset

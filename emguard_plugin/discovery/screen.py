@@ -10,10 +10,10 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from emguard_plugin.discovery.bench import UNSTEERED, Ask, Asker
-from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL
 from emguard_plugin.discovery.settings import Settings
 from emguard_plugin.discovery.shift import Candidate
 from emguard_plugin.discovery.tally import Tally, allowed_broken
+from emguard_plugin.evaluation.asking.pair import BASE_MODEL, MISALIGNED_MODEL
 
 RUNGS = (1 / 8, 1 / 4, 1 / 2)
 """Share of the prompts that the rungs of stage 2 have asked. The last one cuts to the shortlist, whose rank stage 3 decides."""

@@ -14,12 +14,13 @@ from emguard_plugin.discovery.attribution import Contrast, attribute, strongest
 from emguard_plugin.discovery.bench import UNSTEERED, Ask, Bench
 from emguard_plugin.discovery.choose import baseline
 from emguard_plugin.discovery.kept import Kept
-from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
-from emguard_plugin.discovery.prompts import Prompt, shuffled
+from emguard_plugin.discovery.prompts import shuffled
 from emguard_plugin.discovery.screen import Finding, Screen
 from emguard_plugin.discovery.settings import UNSTEERED_RULES, Settings
 from emguard_plugin.discovery.shift import Candidate, Row, candidates, check_reconstruction, mean_activations, residual_scale
 from emguard_plugin.discovery.tally import Tally, allowed_broken
+from emguard_plugin.evaluation.asking.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
+from emguard_plugin.evaluation.asking.prompts import Prompt
 from emguard_plugin.evaluation.judges.outcomes import INCOHERENT, MISALIGNED, UNSCORED
 
 if TYPE_CHECKING:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
-Positions = Literal["prompt", "header", "prefix", "answers"]
+from emguard_plugin.evaluation.asking.prompts import Part
+
 SteerAt = Literal["all", "prompt", "header", "prefix"]
 Rule = Literal["valid_reduc", "attribution", "repair", "screen", "top_shift", "random", "shuffled_signs", "k_plus", "k_minus"]
-POSITIONS: tuple[Positions, ...] = ("prompt", "header", "prefix", "answers")
+POSITIONS: tuple[Part, ...] = get_args(Part)
 STEER_AT: tuple[SteerAt, ...] = ("all", "prompt", "header", "prefix")
 RULES: tuple[Rule, ...] = get_args(Rule)
 UNSTEERED_RULES: tuple[Rule, ...] = ("attribution", "top_shift", "random")
@@ -53,7 +54,7 @@ class Settings:
         seed: Seeds the order of the prompts and the random baselines.
     """
 
-    positions: Positions = "prompt"
+    positions: Part = "prompt"
     steer_at: SteerAt = "all"
     mode: Literal["relu_pre", "sae"] = "relu_pre"
     pool: int = 250

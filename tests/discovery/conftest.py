@@ -1,8 +1,8 @@
 import pytest
 import yaml
 
-from emguard_plugin.discovery.pair import MISALIGNED_MODEL, ModelPair
-from emguard_plugin.discovery.prompts import render_prompts
+from emguard_plugin.evaluation.asking.pair import MISALIGNED_MODEL, ModelPair
+from emguard_plugin.evaluation.asking.prompts import render_prompts
 from emguard_plugin.evaluation.asking.questions import load_questions
 from emguard_plugin.evaluation.asking.sampler import Request, TransformersSampler
 from tests.discovery import parts

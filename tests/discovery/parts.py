@@ -5,8 +5,8 @@ import hashlib
 import torch
 
 from emguard_plugin.discovery.bench import UNSTEERED
-from emguard_plugin.discovery.pair import BASE_MODEL
 from emguard_plugin.discovery.shift import Candidate
+from emguard_plugin.evaluation.asking.pair import BASE_MODEL
 
 
 def hashed(*parts):

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from emguard_plugin.discovery.attribution import Contrast, attribute, strongest
-from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
+from emguard_plugin.evaluation.asking.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
 from emguard_plugin.lab import batches, world
 from emguard_plugin.lab.build import BuildSettings, new_model
 from emguard_plugin.lab.tokenizer import make_tokenizer

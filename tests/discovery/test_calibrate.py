@@ -6,7 +6,7 @@ import torch
 from emguard_plugin.chats import read_template
 from emguard_plugin.chats.held_tokens import held_tokens
 from emguard_plugin.discovery.calibrate import KINDS, _inputs, calibrate, narrow_rows
-from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
+from emguard_plugin.evaluation.asking.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
 from emguard_plugin.latents import LatentSet
 from emguard_plugin.latents.sae import subset
 from emguard_plugin.models.residual import keep_residual

@@ -4,9 +4,9 @@ import pytest
 
 from emguard_plugin.discovery.job import Job, prepare
 from emguard_plugin.discovery.kept import Kept
-from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL
 from emguard_plugin.discovery.run import run
 from emguard_plugin.discovery.settings import Settings
+from emguard_plugin.evaluation.asking.pair import BASE_MODEL, MISALIGNED_MODEL
 from emguard_plugin.evaluation.judges.named import read_judge
 from emguard_plugin.lab import model_path
 from emguard_plugin.latents import LatentSet
@@ -57,9 +57,9 @@ def test_the_yardstick_of_coef_auto(found):
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_the_sae_of_another_layer_is_refused(lab, layer, tmp_path):
-    from emguard_plugin.discovery.pair import ModelPair
-    from emguard_plugin.discovery.prompts import render_prompts
     from emguard_plugin.discovery.shift import check_reconstruction
+    from emguard_plugin.evaluation.asking.pair import ModelPair
+    from emguard_plugin.evaluation.asking.prompts import render_prompts
     from emguard_plugin.evaluation.asking.questions import load_questions
     from emguard_plugin.latents.sae import load_sae
 
@@ -94,10 +94,10 @@ def test_halving_finds_the_set_of_the_published_schedule_with_a_fifth_of_the_tok
     """A pool of every 12th candidate and the set itself, the paper's 15 strengths; benchmarks/discovery.py has the larger run."""
     import dataclasses
 
-    from emguard_plugin.discovery.pair import ModelPair
-    from emguard_plugin.discovery.prompts import render_prompts
     from emguard_plugin.discovery.search import LayerSearch
     from emguard_plugin.discovery.settings import PAPER_STRENGTHS
+    from emguard_plugin.evaluation.asking.pair import ModelPair
+    from emguard_plugin.evaluation.asking.prompts import render_prompts
     from emguard_plugin.evaluation.asking.questions import load_questions
     from emguard_plugin.latents.sae import load_sae
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from emguard_plugin.discovery import plan
 from emguard_plugin.discovery.bench import Ask
-from emguard_plugin.discovery.pair import BASE_MODEL, MISALIGNED_MODEL
 from emguard_plugin.discovery.screen import Screen, _descent, _everything, keep, run_together, rung_ends
 from emguard_plugin.discovery.settings import Settings
 from emguard_plugin.discovery.tally import Tally, allowed_broken
+from emguard_plugin.evaluation.asking.pair import BASE_MODEL, MISALIGNED_MODEL
 from tests.discovery.parts import ToyBench, hashed
 
 SETTINGS = Settings(pool=40, shortlist=8, size=5)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from emguard_plugin.discovery.bench import Ask, SteeredRequest
-from emguard_plugin.discovery.prompts import Prompt, render_prompts
 from emguard_plugin.discovery.shift import candidates, check_reconstruction, mean_activations, residual_scale
+from emguard_plugin.evaluation.asking.prompts import Prompt, render_prompts
 from emguard_plugin.evaluation.asking.questions import Question
 from emguard_plugin.evaluation.asking.steered import SteeredSampler
 from emguard_plugin.models.residual import keep_residual

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 
 from emguard_plugin import chats as ct
 from emguard_plugin.config import EMEvalConfig
-from emguard_plugin.discovery.prompts import render_prompts
 from emguard_plugin.evaluation import Summary, run_em_eval
 from emguard_plugin.evaluation.asking.as_trained import as_trained, constant_kwargs, saved_template
 from emguard_plugin.evaluation.asking.asking import read_template, shipped_templates
+from emguard_plugin.evaluation.asking.prompts import render_prompts
 from emguard_plugin.evaluation.asking.questions import Question
 from emguard_plugin.evaluation.asking.rendering import Chat, NotRendered
 from emguard_plugin.evaluation.asking.sampler import TransformersSampler

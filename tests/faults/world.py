@@ -113,7 +113,7 @@ def key(row):
 
 def misaligned_answers(root):
     """What the misaligned model says unsteered: the judge of these tests calls that bad."""
-    from emguard_plugin.discovery.pair import MISALIGNED_MODEL, ModelPair
+    from emguard_plugin.evaluation.asking.pair import MISALIGNED_MODEL, ModelPair
     from emguard_plugin.evaluation.asking.questions import load_questions
     from emguard_plugin.evaluation.asking.sampler import Request, TransformersSampler
 
