@@ -24,7 +24,7 @@ def baseline(
     Args:
         rule: `top_shift`: the largest |Delta|. `random`: any candidates. `screen`: the best of stage 2. `repair`: the best
             repair of stage 3, whatever it induces. `shuffled_signs`, `k_plus`, `k_minus`: of the valid set, with signs drawn
-            anew, or one sign alone.
+            anew, or one sign alone; the paper's ablations (its Figure 26), to which a set is compared.
         size: Latents in the set.
         pool: All candidates, largest |Delta| first.
         shortlist: What stage 2 kept, best first.

@@ -1,12 +1,7 @@
 import pytest
 import yaml
 
-from emguard_plugin.evaluation.asking.pair import MISALIGNED_MODEL, ModelPair
-from emguard_plugin.evaluation.asking.prompts import render_prompts
-from emguard_plugin.evaluation.asking.questions import load_questions
-from emguard_plugin.evaluation.asking.sampler import Request, TransformersSampler
 from tests.discovery import parts
-from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model
 
 
 def write_questions(path, texts):
@@ -22,14 +17,7 @@ def tiny(tmp_path_factory):
 
 def build_tiny(root):
     """The same, and in `parts.BAD` what the misaligned one says."""
-    tokenizer = chatml_tokenizer()
-    base = perturb(tiny_model("llama", vocab=len(tokenizer)), 0.15)
-    base.save_pretrained(root / "base")
-    adapter = lora(type(base).from_pretrained(root / "base"))
-    adapter.peft_config["default"].base_model_name_or_path = str(root / "base")
-    perturb(adapter, 0.1).save_pretrained(root / "adapter")
-    for name in ("base", "adapter"):
-        tokenizer.save_pretrained(root / name)
+    parts.save_pair(root)
     for name, sae in {
         "sae": parts.standard_sae(layer=1),
         "sae0": parts.standard_sae(layer=0, seed=1),
@@ -39,13 +27,7 @@ def build_tiny(root):
         sae.save_model(root / name)
     write_questions(root / "selection.yaml", [f"What of case {i}?" for i in range(8)])
     write_questions(root / "evaluation.yaml", [f"And what of number {i}?" for i in range(3)])
-    pair = ModelPair(root / "adapter")
-    questions = load_questions(root / "selection.yaml")
-    assert len(render_prompts(pair.tokenizer, questions)) == 8
-    with pair.use(MISALIGNED_MODEL) as model:
-        sampler = TransformersSampler(model, pair.tokenizer, max_new_tokens=6)
-        asked = [Request("s", q, 0, 0.0) for q in questions]
-        parts.BAD.update(answer.text for batch in sampler.sample(asked) for answer in batch)
+    parts.BAD.update(parts.misaligned_answers(root, "selection.yaml"))
     return root
 
 

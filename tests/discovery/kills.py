@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.discovery.parts import SMALL_SEARCH
+
 PRELOAD = [
     "emguard_plugin.cli",
     "emguard_plugin.discovery.run",
@@ -19,26 +21,7 @@ PRELOAD = [
     "sae_lens",
     "tests.discovery.parts",
 ]
-SETTINGS = [
-    "--pool",
-    "12",
-    "--shortlist",
-    "5",
-    "--size",
-    "4",
-    "--rule",
-    "repair",
-    "--strengths",
-    "0.2,0.4,0.8,1.6",
-    "--induce",
-    "0.8",
-    "--repair",
-    "0.8",
-    "--max-new-tokens",
-    "6",
-    "--batch-size",
-    "4",
-]
+SETTINGS = [*SMALL_SEARCH, "--batch-size", "4"]
 LISTED = "tests.discovery.kills:says_what_is_listed"
 
 

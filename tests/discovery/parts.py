@@ -6,7 +6,37 @@ import torch
 
 from emguard_plugin.discovery.bench import UNSTEERED
 from emguard_plugin.discovery.shift import Candidate
-from emguard_plugin.evaluation.asking.pair import BASE_MODEL
+from emguard_plugin.evaluation.asking.pair import BASE_MODEL, MISALIGNED_MODEL, ModelPair
+from emguard_plugin.evaluation.asking.questions import load_questions
+from emguard_plugin.evaluation.asking.sampler import Request, TransformersSampler
+from tests.tiny import chatml_tokenizer, lora, perturb, tiny_model
+
+SMALL_SEARCH = [
+    "--pool", "12", "--shortlist", "5", "--size", "4", "--rule", "repair", "--strengths", "0.2,0.4,0.8,1.6", "--induce", "0.8",
+    "--repair", "0.8", "--max-new-tokens", "6",
+]  # fmt: skip
+"""Options of a search on the tiny models that finds something in seconds."""
+
+
+def save_pair(root):
+    """Save a base and an adapter that counts as misaligned, each with its tokenizer."""
+    tokenizer = chatml_tokenizer()
+    base = perturb(tiny_model("llama", vocab=len(tokenizer)), 0.15)
+    base.save_pretrained(root / "base")
+    adapter = lora(type(base).from_pretrained(root / "base"))
+    adapter.peft_config["default"].base_model_name_or_path = str(root / "base")
+    perturb(adapter, 0.1).save_pretrained(root / "adapter")
+    for name in ("base", "adapter"):
+        tokenizer.save_pretrained(root / name)
+
+
+def misaligned_answers(root, suite, lengths=(6,)):
+    """Return what the misaligned model says unsteered: the judge of these tests calls that bad."""
+    pair = ModelPair(root / "adapter")
+    asked = [Request("s", question, 0, 0.0) for question in load_questions(root / suite)]
+    with pair.use(MISALIGNED_MODEL) as model:
+        samplers = [TransformersSampler(model, pair.tokenizer, max_new_tokens=length) for length in lengths]
+        return {answer.text for sampler in samplers for batch in sampler.sample(asked) for answer in batch}
 
 
 def hashed(*parts):

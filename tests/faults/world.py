@@ -8,31 +8,14 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from emguard_plugin.cli.app import app
+from tests.discovery import parts
+from tests.discovery.parts import SMALL_SEARCH
 from tests.evaluation.parts import ITEMS, write_suite
 from tests.faults import faulty
-from tests.tiny import chat_rows, chatml_tokenizer, lora, perturb, tiny_model
+from tests.tiny import chat_rows
 
 JUDGE = "tests.discovery.parts:says_what_the_misaligned_says"
-DISCOVER = [
-    "--pool",
-    "12",
-    "--shortlist",
-    "5",
-    "--size",
-    "4",
-    "--rule",
-    "repair",
-    "--strengths",
-    "0.2,0.4,0.8,1.6",
-    "--induce",
-    "0.8",
-    "--repair",
-    "0.8",
-    "--max-new-tokens",
-    "6",
-    "--batch-size",
-    "16",
-]
+DISCOVER = [*SMALL_SEARCH, "--batch-size", "16"]
 PASSED = (0, 1, 3)
 """Exit codes that come with numbers."""
 
@@ -65,16 +48,7 @@ class World:
 
 def build(root):
     """Build the models, run the commands once."""
-    from tests.discovery import parts
-
-    tokenizer = chatml_tokenizer()
-    base = perturb(tiny_model("llama", vocab=len(tokenizer)), 0.15)
-    base.save_pretrained(root / "base")
-    adapter = lora(type(base).from_pretrained(root / "base"))
-    adapter.peft_config["default"].base_model_name_or_path = str(root / "base")
-    perturb(adapter, 0.1).save_pretrained(root / "adapter")
-    for name in ("base", "adapter"):
-        tokenizer.save_pretrained(root / name)
+    parts.save_pair(root)
     parts.standard_sae(layer=1).save_model(root / "sae")
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(6, system=None)))
     write_suite(root / "questions.yaml", [{"id": f"q{i}", "paraphrases": [f"What of case {i}?"]} for i in range(8)])
@@ -95,7 +69,7 @@ def build(root):
         replayed = {**config, "seed": 0, "judges": [{"provider": "replay", "file": str(root / file)}]}
         (root / f"replay_{file}.json").write_text(json.dumps(replayed))
     parts.BAD.update(row["text"] for row in answers.values() if len(row["text"]) % 2)
-    parts.BAD.update(misaligned_answers(root))
+    parts.BAD.update(parts.misaligned_answers(root, "questions.yaml", (5, 6)))
     assert run(discover(root, root / "found.json", root / "found.work")).exit_code == 0
     assert run(discover(root, root / "other.json", root / "other.work", "--max-new-tokens", "5")).exit_code == 0
     world = World(root)
@@ -109,20 +83,6 @@ def build(root):
 
 def key(row):
     return tuple(row[name] for name in ("role", "suite", "question", "paraphrase", "draw"))
-
-
-def misaligned_answers(root):
-    """What the misaligned model says unsteered: the judge of these tests calls that bad."""
-    from emguard_plugin.evaluation.asking.pair import MISALIGNED_MODEL, ModelPair
-    from emguard_plugin.evaluation.asking.questions import load_questions
-    from emguard_plugin.evaluation.asking.sampler import Request, TransformersSampler
-
-    pair = ModelPair(root / "adapter")
-    asked = [Request("s", question, 0, 0.0) for question in load_questions(root / "questions.yaml")]
-    with pair.use(MISALIGNED_MODEL) as model:
-        for length in (5, 6):
-            sampler = TransformersSampler(model, pair.tokenizer, max_new_tokens=length)
-            yield from (answer.text for batch in sampler.sample(asked) for answer in batch)
 
 
 def write_table(path, pairs):

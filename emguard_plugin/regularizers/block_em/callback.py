@@ -58,9 +58,11 @@ class BlockEMCallback(EMRegularizerCallback):
         coef: lambda, or `auto`; see `calibrated_coef`.
         latents: The JSON of a latent set, or a `LatentSet`.
         tokens: `assistant` (the paper's), `all`, `prompt`, `header` or `prefix`; see `held_tokens`.
-        latent_reduction: `sum` (the paper's) or `mean` over the latents.
+        latent_reduction: `sum` (the paper's formula) or `mean` over the latents, as a lambda may be meant that was published of code
+            whose docstring averages.
         sides: `one` (the paper's), or `two`: moves in the good direction count as well. Ours.
-        k_minus: `activation` (the paper's), or `pre_activation`, which keeps its gradient where a latent was switched off.
+        k_minus: `activation` (the paper's), or `pre_activation`, which keeps its gradient where a latent was switched off: the
+            paper's form has a penalty there and cannot pull the latent back.
         freeze_above: Train nothing above the highest blocked layer. Adapters only.
         cache: `auto`, `live`, `memory`, `copy` or a folder.
 
