@@ -18,9 +18,9 @@ from emguard_plugin.evaluation.asking.reasoning import judged_text
 from emguard_plugin.evaluation.asking.sampler import Answer, Request
 from emguard_plugin.evaluation.asking.steered import SteeredSampler
 from emguard_plugin.evaluation.calls.faults import Stopped
-from emguard_plugin.evaluation.judges import self_test
 from emguard_plugin.evaluation.judges.base import Item, Judge
 from emguard_plugin.evaluation.judges.outcomes import UNSCORED, outcome
+from emguard_plugin.evaluation.judges.session import Session
 from emguard_plugin.files.secrets import redact
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Bench:
         self.answers: dict[Ask, dict[str, Any]] = {_ask_of(row): row for row in kept.answers(len(self.prompts))}
         self._said: dict[str, dict[str, Any]] = {row["item_sha256"]: row for row in kept.verdicts(judge.name)}
         self._asked: set[Ask] = set()
-        self._open = False
+        self._session = Session(judge)
 
     def spent(self) -> dict[str, int]:
         """Return what the whole search took, earlier sittings included: distinct answers asked for, their tokens, judgments."""
@@ -164,8 +164,7 @@ class Bench:
             return
         records: list[dict[str, Any]] = []
         try:
-            self._open_judge()
-            for index, verdict in self.judge.judge(missing):
+            for index, verdict in self._session.ask(missing):
                 content = asdict(verdict) | {"detail": redact(verdict.detail)}
                 records.append(checked({"judge": self.judge.name, "item_sha256": missing[index].sha256, **content}))
         except Stopped as error:
@@ -178,19 +177,9 @@ class Bench:
             self._said.update({record["item_sha256"]: record for record in records})
             self.judged += len(records)
 
-    def _open_judge(self) -> None:
-        if self._open:
-            return
-        self.judge.open()
-        if self.judge.self_tested:
-            self_test.run(self.judge)
-        self._open = True
-
     def close(self) -> None:
         """Free what the judge took."""
-        if self._open:
-            self.judge.close()
-            self._open = False
+        self._session.close()
 
     def __enter__(self) -> Bench:
         return self

@@ -7,7 +7,6 @@ computed.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Collection, Mapping
@@ -17,8 +16,8 @@ from typing import Any
 
 from emguard_plugin.evaluation.asking.reasoning import judged_text, reads_of
 from emguard_plugin.evaluation.calls.faults import Stopped
-from emguard_plugin.evaluation.judges import self_test
-from emguard_plugin.evaluation.judges.base import FINAL, Item, Judge, Judgment, checked
+from emguard_plugin.evaluation.judges.base import FINAL, Item, Judge, Judgment
+from emguard_plugin.evaluation.judges.session import Session
 from emguard_plugin.evaluation.plan import Plan
 from emguard_plugin.evaluation.run_folder import records
 from emguard_plugin.files import result_folder as store
@@ -45,13 +44,12 @@ def preflight(plan: Plan) -> None:
     for entry in plan.judges:
         if not entry.quick_to_open:
             continue
+        known = known_of(plan, entry)
         try:
-            known = known_of(plan, entry)
-            _note(plan, entry, {**known, **_ready(entry, known)})
+            with Session(entry, known) as session:
+                _note(plan, entry, {**known, **session.open().record()})
         except Stopped as error:
             stopped[entry.name] = redact(error)
-        finally:
-            entry.close()
     if len(stopped) == len(plan.judges):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in stopped.items())
         raise RuntimeError(f"no judge of `em_eval.judges` can judge, so no answer was drawn. {reasons}")
@@ -80,13 +78,14 @@ def judge(plan: Plan, stored: Mapping[str, Any], rejudge: Collection[str] = ()) 
         if "found" in known and not present.missing(entry, known["found"]):
             continue
         try:
-            record = _ready(entry, known)
-            if anew:
-                _set_aside(plan, entry, record["found"])
-                present = Present(plan, stored)
-            _note(plan, entry, record)
-            _judge(plan, entry, present, record["found"])
-            _note(plan, entry, {**record, **_served(entry), "stopped": None})
+            with Session(entry, known) as session:
+                record = session.open().record()
+                if anew:
+                    _set_aside(plan, entry, record["found"])
+                    present = Present(plan, stored)
+                _note(plan, entry, record)
+                _judge(plan, session, present)
+                _note(plan, entry, {**record, **_served(entry), "stopped": None})
         except Stopped as error:
             reason = redact(error)
             _note(plan, entry, {**known_of(plan, entry), **_served(entry), "stopped": reason})
@@ -96,8 +95,6 @@ def judge(plan: Plan, stored: Mapping[str, Any], rejudge: Collection[str] = ()) 
                 reason,
                 plan.folder,
             )
-        finally:
-            entry.close()
 
 
 @dataclass(frozen=True)
@@ -206,19 +203,10 @@ def _tied_to(plan: Plan, entry: Judge) -> dict[str, Any] | None:
     return own if own in store.claimed(plan.folder)["protocol"].get("judges", ()) else None
 
 
-def _ready(entry: Judge, known: dict[str, Any]) -> dict[str, Any]:
-    found = entry.open(known.get("found"))
-    tested = known.get("self_test")
-    if entry.self_tested and not (isinstance(tested, dict) and tested.get("items_sha256") == self_test.sha256()):
-        logger.info("em_eval: %s judges the fixed items of the self-test", entry.name)
-        tested = self_test.run(entry)
-        tested = json.loads(redact(json.dumps(tested)))
-    return {"found": found, "self_test": tested}
-
-
-def _judge(plan: Plan, entry: Judge, present: Present, found: Mapping[str, Any]) -> None:
+def _judge(plan: Plan, session: Session, present: Present) -> None:
     from tqdm.auto import tqdm
 
+    entry, found = session.judge, session.found
     keys = present.missing(entry, found)
     if not keys:
         return
@@ -229,7 +217,7 @@ def _judge(plan: Plan, entry: Judge, present: Present, found: Mapping[str, Any])
     bar = tqdm(total=len(items), desc=f"em_eval: judging by {entry.name}", unit="answer", disable=None)
     try:
         with bar:
-            for index, verdict in entry.judge(items):
+            for index, verdict in session.ask(items):
                 row = _record(entry, by, keys[index], items[index], verdict)
                 lines.append(records.sealed(row, present.stored.get("run")))
                 bar.update()
@@ -244,7 +232,7 @@ def _judge(plan: Plan, entry: Judge, present: Present, found: Mapping[str, Any])
 
 
 def _record(entry: Judge, by: str, key: records.Key, item: Item, verdict: Judgment) -> dict[str, Any]:
-    content = asdict(checked(verdict, entry.name))
+    content = asdict(verdict)
     role, answer = key
     return {"judge": entry.name, "by": by, "role": role, **answer._asdict(), "item_sha256": item.sha256, **content}
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation.asking.asking import Asking, prepare_live
@@ -15,8 +15,8 @@ from emguard_plugin.evaluation.asking.questions import load_questions
 from emguard_plugin.evaluation.asking.reasoning import UNFINISHED, judged_text, readers, reads_of
 from emguard_plugin.evaluation.asking.sampler import Answer, TransformersSampler
 from emguard_plugin.evaluation.calls.faults import Stopped
-from emguard_plugin.evaluation.judges import Item, Judge, Judgment, build_judges, self_test
-from emguard_plugin.evaluation.judges.base import checked
+from emguard_plugin.evaluation.judges import Item, Judgment, build_judges
+from emguard_plugin.evaluation.judges.session import Session
 from emguard_plugin.evaluation.plan import requests
 from emguard_plugin.evaluation.statistics.figures import SuiteRates, trainer_metrics
 from emguard_plugin.evaluation.statistics.rates import Scored, suite_rates, why_unscored
@@ -62,12 +62,10 @@ class LiveEvaluation:
         self.suites = {name: load_questions(source) for name, source in config.suites().items()}
         self.requests = requests(config, self.suites)
         self.asking = Asking()
-        self._judge: Judge = readers(build_judges(config.judges[:1]), config.reasoning)[0]
-        self.judge = self._judge.name
+        self._session = Session(readers(build_judges(config.judges[:1]), config.reasoning)[0])
+        self.judge = self._session.judge.name
         if len(config.judges) > 1:
             logger.warning("em_eval: during training only the first judge of `em_eval.judges` is asked, %s", self.judge)
-        self._found: dict[str, Any] | None = None
-        self._tested = False
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Find out which questions the chat template takes; the others are not asked, and named.
@@ -98,21 +96,17 @@ class LiveEvaluation:
 
     def rates(self, answers: list[Answer]) -> LiveRates:
         """Judge the answers. A judge that stops, or fails its self-test, leaves them unscored; it never raises."""
-        texts = [judged_text(answer.stored(), reads_of(self._judge)) for answer in answers]
+        texts = [judged_text(answer.stored(), reads_of(self._session.judge)) for answer in answers]
         asked = [index for index, text in enumerate(texts) if text is not None]
         items = [Item(answers[index].request.question, texts[index]) for index in asked]
         said = {index: Judgment.unscored(UNFINISHED if text is None else "not judged") for index, text in enumerate(texts)}
         try:
             with untouched_rng():
-                self._found = self._judge.open(self._found)
-                if self._judge.self_tested and not self._tested:
-                    self_test.run(self._judge)
-                    self._tested = True
-                said.update((asked[index], checked(found, self.judge)) for index, found in self._judge.judge(items))
+                said.update((asked[index], found) for index, found in self._session.ask(items))
         except Stopped as error:
             logger.error("em_eval: judging by %s stopped: %s", self.judge, redact(error))
         finally:
-            self._judge.close()
+            self._session.close()
         scored: dict[str, list[Scored]] = {name: [] for name in self.suites}
         for index, answer in enumerate(answers):
             question, found = answer.request.question, said[index]

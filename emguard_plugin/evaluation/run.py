@@ -115,8 +115,6 @@ def _check_done(plan: Plan, stored: dict[str, Any], phases: Collection[str]) -> 
 
 def generate(plan: Plan, stored: dict[str, Any], try_judges: bool = False) -> None:
     """Draw the answers that `responses.jsonl` lacks, after a look whether any judge can judge them."""
-    from tqdm.auto import tqdm
-
     requests, file = plan.requests(), plan.responses
     done: dict[str, set[AnswerKey]] = {role: set() for role in plan.roles}
     answers, left = read_answers(plan.folder, stored.get("run"))
@@ -130,24 +128,7 @@ def generate(plan: Plan, stored: dict[str, Any], try_judges: bool = False) -> No
     if try_judges:
         preflight(plan)
     for role, sampler in samplers(plan, roles):
-        suspects: Counter[Marks] = Counter()
-        present = sum(request.key in done[role] for request in requests)
-        with tqdm(total=len(requests), initial=present, desc=f"em_eval: {role} answers", unit="answer") as bar:
-            for batch in sampler.sample(requests, done[role]):
-                begin(plan, stored)
-                rows = (
-                    {
-                        "role": role,
-                        **answer.request.key._asdict(),
-                        "asked": answer.request.question.text,
-                        **answer.stored(),
-                    }
-                    for answer in batch
-                )
-                file.append(sealed(row, stored.get("run")) for row in rows)
-                bar.update(len(batch))
-                progress.tell(f"{role} answers", int(bar.n), len(requests))
-                suspects.update(marks for answer in batch if (marks := looks_like_trace(answer.stored())))
+        suspects = _draw(plan, stored, role, sampler, done[role])
         for marks, count in suspects.items():
             logger.warning(
                 "em_eval: %d answers of the %s model look like reasoning traces, and are judged as answers: neither tokenizer "
@@ -156,6 +137,37 @@ def generate(plan: Plan, stored: dict[str, Any], try_judges: bool = False) -> No
             )  # fmt: skip
         # The next model is loaded when the loop asks for it; this one must be gone by then.
         del sampler
+
+
+def _draw(
+    plan: Plan, stored: dict[str, Any], role: str, sampler: TransformersSampler | EndpointSampler, done: set[AnswerKey]
+) -> Counter[Marks]:
+    """Draw and store what one model has not answered; return which marks of a trace its answers show that nobody knows."""
+    from tqdm.auto import tqdm
+
+    requests, longest, suspects = plan.requests(), plan.config.max_new_tokens, Counter[Marks]()
+    present = sum(request.key in done for request in requests)
+    with tqdm(total=len(requests), initial=present, desc=f"em_eval: {role} answers", unit="answer") as bar:
+
+        def within(finished: int, token: int) -> None:  # a batch may take minutes
+            bar.set_postfix_str(f"token {token} of at most {longest}", refresh=False)
+            bar.update(present + finished - bar.n)
+            bar.refresh()
+
+        if isinstance(sampler, TransformersSampler):
+            sampler.progress = within
+        for batch in sampler.sample(requests, done):
+            begin(plan, stored)
+            rows = (
+                {"role": role, **answer.request.key._asdict(), "asked": answer.request.question.text, **answer.stored()} for answer in batch
+            )
+            plan.responses.append(sealed(row, stored.get("run")) for row in rows)
+            present += len(batch)
+            bar.set_postfix_str("", refresh=False)
+            bar.update(present - bar.n)
+            progress.tell(f"{role} answers", present, len(requests))
+            suspects.update(marks for answer in batch if (marks := looks_like_trace(answer.stored())))
+    return suspects
 
 
 def samplers(plan: Plan, roles: tuple[str, ...]) -> Iterator[tuple[str, TransformersSampler | EndpointSampler]]:

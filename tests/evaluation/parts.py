@@ -12,6 +12,16 @@ def by_hash(question, answer):
     return {"aligned": 100 * a / 255, "coherent": 100 if c > 40 else 0, "label": "hashed"}
 
 
+def mild(question, answer):
+    found = by_hash(question, answer)
+    return {**found, "aligned": 50 + found["aligned"] / 2}
+
+
+def stern(question, answer):
+    found = by_hash(question, answer)
+    return {**found, "aligned": found["aligned"] / 2}
+
+
 def dead(question, answer):
     raise ConnectionError("nobody there")
 

@@ -214,3 +214,42 @@ def test_bad_settings_are_refused_before_a_model_is_loaded(make_config, checkpoi
     chatml_tokenizer(None).save_pretrained(bare)
     with pytest.raises(ValueError, match="no chat template"):
         run_em_eval(make_config(evaluate_base=False), bare, tmp_path / "c")
+
+
+def test_the_bar_of_answers_moves_within_a_batch(make_config, checkpoints, tmp_path, monkeypatch, capsys):
+    from emguard_plugin.evaluation.asking import sampler
+
+    monkeypatch.setattr(sampler, "TELL_EVERY", 0.0)
+    run_em_eval(make_config(), checkpoints / "adapter", tmp_path / "run", phases=("generate",))
+    bars = capsys.readouterr().err
+    shown = [
+        int(part.rsplit("|", 1)[1].split("/")[0])
+        for part in bars.replace("\n", "\r").split("\r")
+        if "base answers" in part and "of at most" in part
+    ]
+    assert shown
+    assert shown == sorted(shown), "it never goes back"
+    assert 0 < max(shown) <= ANSWERS
+
+
+@pytest.mark.parametrize("judges", [1, 3])
+def test_each_file_of_a_run_is_read_once_for_all_that_ask_for_it(make_config, checkpoints, tmp_path, monkeypatch, judges):
+    """With three judges the answers were parsed eight times."""
+    from emguard_plugin.files.result_folder import JsonLines
+
+    reads, read = Counter(), JsonLines.read
+
+    def counted(self, *args):
+        reads[self.path.name] += self.path.exists()
+        return read(self, *args)
+
+    monkeypatch.setattr(JsonLines, "read", counted)
+    config = make_config()
+    others = [config.judges[0].model_copy(update={"function": f"tests.evaluation.parts:{name}"}) for name in ("by_hash", "mild", "stern")]
+    config = config.model_copy(update={"judges": others[:judges]})
+    run_em_eval(config, checkpoints / "adapter", tmp_path / "run")
+    assert reads["responses.jsonl"] == 1
+    assert reads["judgments.jsonl"] <= judges + 1, "once, and again after each judge that has added to it"
+    reads.clear()
+    run_em_eval(config, checkpoints / "adapter", tmp_path / "run")
+    assert reads == {}, "nothing has changed since"

@@ -187,3 +187,23 @@ def test_a_tokenizer_without_chat_template_or_of_another_model_is_refused(llama)
         TransformersSampler(llama, chatml_tokenizer(None))
     with pytest.raises(ValueError, match="the model embeds only 40 tokens"):
         texts(sampler(tiny_model("llama", vocab=40)), requests(draws=1))
+
+
+def test_a_batch_tells_how_far_it_is_and_the_answers_are_the_same(llama, monkeypatch):
+    """A bar stood at 0 for its whole first batch, minutes on a slow machine."""
+    from emguard_plugin.evaluation.asking import sampler as module
+
+    plain, told = texts(sampler(llama), requests()), []
+    monkeypatch.setattr(module, "TELL_EVERY", 0.0)
+    telling = sampler(llama)
+    telling.progress = lambda finished, token: told.append((finished, token))
+    assert texts(telling, requests()) == plain
+    assert [token for _, token in told] == list(range(len(told)))
+    assert len(told) > 3
+    assert [n for n, _ in told] == sorted(n for n, _ in told)
+    ended = sum(answer.finish == "stop" for batch in telling.sample(requests()) for answer in batch)
+    assert told[len(told) // 2 :][-1][0] <= ended
+    done = {request.key for request in requests()[:10]}
+    told.clear()
+    texts(telling, requests(), done)
+    assert max(n for n, _ in told) <= 6, "answers that exist already are not counted again"

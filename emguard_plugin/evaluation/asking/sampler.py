@@ -8,7 +8,8 @@ neither the batch it is computed in nor the global RNG, and two models asked the
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+TELL_EVERY = 0.5
+"""Seconds between two looks at how far a batch is; a look waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,9 @@ class TransformersSampler:
         self._fits, self._alone = batch_size, alone
         self.marks = marks_of(tokenizer, self.chat.template_of(tokenizer), reasoning_marks)
         self._opened: dict[Question, Marks | None] = {}
+        self._done: Collection[AnswerKey] = ()
+        self.progress: Callable[[int, int], None] = lambda finished, token: None
+        """Called within a batch, at most twice a second: answers of it that are finished and new, and tokens so far."""
 
     def prompt_ids(self, question: Question) -> list[int]:
         """Return the token ids of the rendered conversation, up to where the answer begins."""
@@ -134,6 +140,7 @@ class TransformersSampler:
             requests: All answers of the run.
             done: Answers that exist already; they are not yielded again.
         """
+        self._done = done
         prompts = {request.question: None for request in requests}
         prompts = {question: self.prompt_ids(question) for question in prompts}
         # Longest first, so that a batch that does not fit shows at once.
@@ -185,7 +192,15 @@ class TransformersSampler:
         table = torch.from_numpy(np.stack([uniforms(self.seed, request.key, self.max_new_tokens) for request in batch])).to(device)
         temperature = torch.tensor([request.temperature for request in batch], dtype=torch.float64, device=device)
 
+        new = torch.tensor([request.key not in self._done for request in batch], device=device)
+        ends, told = torch.tensor(stops, device=device), time.monotonic()
+
         def pick(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            nonlocal told
+            if time.monotonic() - told > TELL_EVERY:
+                told = time.monotonic()
+                said = tokens[:, width:]
+                self.progress(int((torch.isin(said, ends).any(1) & new).sum()), said.shape[1])
             chosen = inverse_cdf(scores, table[:, tokens.shape[1] - width], temperature)
             return torch.full_like(scores, -torch.inf).scatter_(1, chosen.unsqueeze(1), 0.0)
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from emguard_plugin.evaluation.asking.sampler import AnswerKey
 from emguard_plugin.evaluation.judges.base import FINAL, UNSCORED, Judgment, contradiction
 from emguard_plugin.files import seal_of
 from emguard_plugin.files.result_folder import JsonLines
 
+T = TypeVar("T")
 Key = tuple[str, AnswerKey]
 RESPONSES, JUDGMENTS = "responses.jsonl", "judgments.jsonl"
 OTHER_RUN = "of another run"
@@ -59,15 +60,40 @@ def read_answers(folder: Path, run: str | None) -> tuple[dict[Key, dict[str, Any
     Raises:
         ValueError: If a line is no answer.
     """
-    found: dict[Key, dict[str, Any]] = {}
-    left: Counter[str] = Counter()
-    for row in JsonLines(folder / RESPONSES).read(_answer_fault):
-        reason = _foreign(row, run)
-        if reason:
-            left[reason] += 1
-        else:
-            found[key_of(row)] = row
-    return found, left
+
+    def read() -> tuple[dict[Key, dict[str, Any]], Counter[str]]:
+        found: dict[Key, dict[str, Any]] = {}
+        left: Counter[str] = Counter()
+        for row in JsonLines(folder / RESPONSES).read(_answer_fault):
+            reason = _foreign(row, run)
+            if reason:
+                left[reason] += 1
+            else:
+                found[key_of(row)] = row
+        return found, left
+
+    return _once(folder / RESPONSES, run, read)
+
+
+_read: dict[tuple[Path, str | None], tuple[tuple[int, ...], Any]] = {}
+KEPT_FILES = 4
+"""Files whose rows stay in memory: both of a run, and of one beside it."""
+
+
+def _once(path: Path, run: str | None, read: Callable[[], T]) -> T:
+    """Return what `read` makes of a file, read again only when the file is another or has grown: every phase asks for it."""
+    try:
+        stat = path.stat()
+        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    except OSError:
+        stamp = ()
+    key = (path.absolute(), run)
+    if key not in _read or _read[key][0] != stamp:
+        _read.pop(key, None)
+        _read[key] = (stamp, read())
+        while len(_read) > KEPT_FILES:
+            _read.pop(next(iter(_read)))
+    return _read[key][1]
 
 
 @dataclass
@@ -112,10 +138,13 @@ def read_judgments(
         ValueError: If a line is no judgment.
     """
     found = Judgments()
-    for row in JsonLines(folder / JUDGMENTS).read(_judgment_fault):
-        key = key_of(row)
+
+    def read() -> list[tuple[Key, dict[str, Any], str | None]]:
+        return [(key_of(row), row, _foreign(row, run)) for row in JsonLines(folder / JUDGMENTS).read(_judgment_fault)]
+
+    for key, row, foreign in _once(folder / JUDGMENTS, run, read):
         other = items is not None and row["item_sha256"] not in items.get(key, ())
-        reason = _foreign(row, run) or (OTHER_ANSWER if other else None)
+        reason = foreign or (OTHER_ANSWER if other else None)
         if reason:
             found.left_out[reason] += 1
             found.unused[row["judge"], key] = f"the stored judgment is left out as {reason}"
