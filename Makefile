@@ -16,13 +16,19 @@ PYTHON ?= $(shell $(FIND_PYTHON))
 UV_LIKE_PIP = UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 \
     UV_DEFAULT_INDEX="$$($(VENV)/bin/python -m pip config get global.index-url 2>/dev/null || echo https://pypi.org/simple)"
 
-.PHONY: demo test check clean browser lock
+.PHONY: demo test test-all check clean browser lock
 demo: $(STAMP)
 	$(VENV)/bin/emguard demo
 
+# Two processes with a thread each; a file stays in one of them, so that Axolotl is imported once in each.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
 test: $(STAMP)
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: $(STAMP)
+	$(PYTEST)
 
 # What a reader would find, found by tools.
 check: $(STAMP)

@@ -7,6 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from emguard_plugin.config import METHODS
+from emguard_plugin.regularizers.preview import preview_of
+
 PLUGIN_NAMES = ("emguard_plugin.EMGuardPlugin", "emguard_plugin.axolotl_plugin.plugin.EMGuardPlugin")
 # Plugins that bring a trainer class of their own, and the key that switches it on (None: always).
 TRAINER_PLUGINS = {
@@ -63,12 +66,10 @@ def find_conflicts(cfg: Mapping[str, Any], world_size: int | None = None) -> lis
     if cfg.get("adapter") in ("prompt", "prefix", "p-tuning", "ptuning", "llama-adapter"):
         found.append(f"`adapter: {cfg['adapter']}` adds virtual tokens before the chat template. Use `lora` or `qlora`.")
     block = cfg["em_regularizer"]
-    for method, what in {"kl": "KL's reference", "block_em": "BLOCK-EM's base model"}.items():
-        if cfg.get("relora") and isinstance(block, Mapping) and block.get(method) is not None:
-            found.append(f"`relora` merges the adapter into the base, which then is {what} no more. Remove `relora` or `{method}`.")
-    for key in ("neftune_noise_alpha", "noisy_embedding_alpha"):
-        if cfg.get(key) and isinstance(block, Mapping) and block.get("block_em") is not None:
-            found.append(f"`{key}` adds noise that `block_em` would take for a change of the model. Remove `{key}`.")
+    for name in METHODS if isinstance(block, Mapping) else ():
+        own = block.get(name)
+        if own is not None:
+            found += preview_of(name).conflicts(own if isinstance(own, Mapping) else {}, cfg)
     world = world_size if world_size is not None else int(os.environ.get("WORLD_SIZE", "1"))
     kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
     reentrant = isinstance(kwargs, Mapping) and kwargs.get("use_reentrant")

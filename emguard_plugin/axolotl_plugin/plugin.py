@@ -79,7 +79,7 @@ class EMGuardPlugin(BasePlugin):
             return
         search_beside(_folder(cfg))
         if cfg.em_regularizer:
-            from emguard_plugin.regularizers.ready import check_inputs
+            from emguard_plugin.regularizers.preview import check_inputs
 
             check_inputs(EMRegularizerConfig.model_validate(_block(cfg, "em_regularizer")))
         if cfg.em_eval:

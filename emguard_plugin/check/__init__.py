@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from emguard_plugin.axolotl_plugin.conflicts import PLUGIN_NAMES, find_conflicts, listed_plugins
-from emguard_plugin.check import data, methods
-from emguard_plugin.check.report import Report, is_trl
+from emguard_plugin.check import data
+from emguard_plugin.check.facts import YamlFacts
+from emguard_plugin.check.host import is_trl
 from emguard_plugin.config import (
     BLOCKS,
     EMEvalConfig,
@@ -22,52 +24,55 @@ from emguard_plugin.config import (
 )
 from emguard_plugin.config.settings_file import read_settings, search_beside
 from emguard_plugin.files.secrets import SecretInConfigError, redact, refuse_keys, shown
+from emguard_plugin.regularizers.preview import Findings, asked
 
-__all__ = ["Report", "check_config"]
+__all__ = ["Findings", "check_config"]
 
 
-def check_config(path: str | Path) -> Report:
+def check_config(path: str | Path) -> Findings:
     """Check an Axolotl YAML or a file for `emguard sft`.
 
     Args:
         path: The YAML.
 
     Returns:
-        The report; nothing is raised for a faulty YAML, and no key of an API is repeated.
+        What was found; nothing is raised for a faulty YAML, and no key of an API is repeated.
     """
-    report = Report()
+    found = Findings()
     try:
         cfg = read_settings(path)
         for name in BLOCKS:
             refuse_keys(cfg.get(name), name)
     except (ValueError, SecretInConfigError) as exc:
-        report.problems.append(redact(exc))
-        return report
+        found.problems.append(redact(exc))
+        return found
     search_beside(Path(path).parent)
     with _environment(cfg):
-        _check(cfg, report)
-    for lines in (report.active, report.notes, report.problems):
+        _check(cfg, found)
+    for lines in (found.active, found.notes, found.problems):
         lines[:] = [redact(line).encode("utf-8", "backslashreplace").decode() for line in dict.fromkeys(lines)]
-    return report
+    return found
 
 
-def _check(cfg: Mapping[str, Any], report: Report) -> None:
+def _check(cfg: Mapping[str, Any], found: Findings) -> None:
     for key, meant in misspelt_blocks(list(cfg)).items():
-        report.problems.append(f"unknown key `{shown(str(key))}:`. Did you mean `{meant}:`?")
+        found.problems.append(f"unknown key `{shown(str(key))}:`. Did you mean `{meant}:`?")
     for place in misplaced_blocks(cfg):
-        report.problems.append(f"`{place}` stands where nothing reads it. Move it to the top level of the file, without indentation.")
+        found.problems.append(f"`{place}` stands where nothing reads it. Move it to the top level of the file, without indentation.")
     if not is_trl(cfg):
-        _check_plugin(cfg, report)
-        report.problems += find_conflicts(cfg)
-    regularizer = _validate("em_regularizer", EMRegularizerConfig, cfg, report)
-    evaluation = _validate("em_eval", EMEvalConfig, cfg, report)
+        _check_plugin(cfg, found)
+        found.problems += find_conflicts(cfg)
+    regularizer = _validate("em_regularizer", EMRegularizerConfig, cfg, found)
+    evaluation = _validate("em_eval", EMEvalConfig, cfg, found)
     if regularizer is not None:
-        data.check(cfg, regularizer, report)
-        methods.check(cfg, regularizer, report)
-    elif not report.problems:
-        report.notes.append("no `em_regularizer:` block: the run is not regularized.")
+        data.check(cfg, regularizer, found)
+        facts = YamlFacts(cfg, found)
+        for preview, block in asked(regularizer):
+            preview.preview(block, facts)
+    elif not found.problems:
+        found.notes.append("no `em_regularizer:` block: the run is not regularized.")
     if evaluation is not None:
-        _check_eval(evaluation, cfg, report)
+        _check_eval(evaluation, cfg, found)
 
 
 @contextmanager
@@ -89,25 +94,25 @@ def _environment(cfg: Mapping[str, Any]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _validate(name: str, model: Any, cfg: Mapping[str, Any], report: Report) -> Any:
+def _validate(name: str, model: Any, cfg: Mapping[str, Any], found: Findings) -> Any:
     if name not in cfg:
         return None
     try:
         return read_block(model, cfg[name], name)
     except (ValueError, SecretInConfigError) as exc:
-        report.problems += str(exc).split(" | ")
+        found.problems += str(exc).split(" | ")
         return None
 
 
-def _check_plugin(cfg: Mapping[str, Any], report: Report) -> None:
+def _check_plugin(cfg: Mapping[str, Any], found: Findings) -> None:
     if not isinstance(cfg.get("plugins") or [], list):
-        report.problems.append(
+        found.problems.append(
             f"`plugins: {cfg['plugins']}` is not a list, and Axolotl reads it as one. Write `plugins: [emguard_plugin.EMGuardPlugin]`."
         )
     plugins = listed_plugins(cfg)
     asked = [b for b in BLOCKS if b in cfg]
     if asked and not set(plugins) & set(PLUGIN_NAMES):
-        report.problems.append(
+        found.problems.append(
             f"`{asked[0]}:` is set but the plugin is not listed, so Axolotl drops the block without a word. Add "
             "`plugins: [emguard_plugin.EMGuardPlugin]`."
         )
@@ -115,44 +120,51 @@ def _check_plugin(cfg: Mapping[str, Any], report: Report) -> None:
         module = plugin.rpartition(".")[0]
         names = [module, f"axolotl.integrations.{module}"]
         if not any(_importable(name) for name in names if name):
-            report.problems.append(f"the plugin `{shown(plugin)}` cannot be imported; Axolotl would go on without it.")
+            found.problems.append(f"the plugin `{shown(plugin)}` cannot be imported; Axolotl would go on without it.")
     if asked and not _importable("axolotl"):
-        report.notes.append("axolotl is not installed here.")
+        found.notes.append("axolotl is not installed here.")
 
 
 def _importable(module: str) -> bool:
+    """Return whether a module is there, without importing anything: the hosts take seconds to import."""
+    top, *rest = module.split(".")
     try:
-        return importlib.util.find_spec(module) is not None
+        spec = importlib.util.find_spec(top)
     except (ImportError, ValueError, AttributeError):
         return False
+    places = [] if spec is None else list(spec.submodule_search_locations or ())
+    for part in rest:
+        spec = importlib.machinery.PathFinder.find_spec(part, places)
+        places = [] if spec is None else list(spec.submodule_search_locations or ())
+    return spec is not None
 
 
-def _check_eval(config: EMEvalConfig, cfg: Mapping[str, Any], report: Report) -> None:
+def _check_eval(config: EMEvalConfig, cfg: Mapping[str, Any], found: Findings) -> None:
     from emguard_plugin.evaluation.ready import get_ready
 
     out = cfg.get("output_dir")
     try:
         ready = get_ready(config, Path(out) / "em_eval" if isinstance(out, str) else None)
     except (ValueError, ImportError, SecretInConfigError) as exc:
-        report.problems.append(f"em_eval: {exc}")
+        found.problems.append(f"em_eval: {exc}")
         return
     n = len(ready.requests) * (2 if config.evaluate_base else 1)
     sizes = ", ".join(f"{len(q)} in {k}" for k, q in ready.suites.items())
     judges = ", ".join(judge.name for judge in ready.judges)
     gate = "" if config.fail_above is None else f"; the gate is an EM rate of {config.fail_above:g}"
-    report.active.append(f"em_eval: {sizes}; {n} answers in all; judged by {judges}{gate}")
-    report.notes += ready.warnings
-    _check_prompts(config, cfg, ready.suites, report)
+    found.active.append(f"em_eval: {sizes}; {n} answers in all; judged by {judges}{gate}")
+    found.notes += ready.warnings
+    _check_prompts(config, cfg, ready.suites, found)
 
 
-def _check_prompts(config: EMEvalConfig, cfg: Mapping[str, Any], suites: Mapping[str, Any], report: Report) -> None:
+def _check_prompts(config: EMEvalConfig, cfg: Mapping[str, Any], suites: Mapping[str, Any], found: Findings) -> None:
     """Say which questions the chat template refuses, where the tokenizer is here."""
     from emguard_plugin.check.model import load_tokenizer
     from emguard_plugin.evaluation.asking.as_trained import as_trained
     from emguard_plugin.evaluation.asking.asking import chat_of
     from emguard_plugin.evaluation.asking.rendering import not_asked
 
-    aside = Report()  # what is wrong with the tokenizer is said where a method needs it
+    aside = Findings()  # what is wrong with the tokenizer is said where a method needs it
     tokenizer = load_tokenizer(cfg, aside) if config.sampler.provider != "openai" else None
     if tokenizer is None or not tokenizer.chat_template:
         return
@@ -160,6 +172,6 @@ def _check_prompts(config: EMEvalConfig, cfg: Mapping[str, Any], suites: Mapping
     refused = not_asked(chat_of(config), tokenizer, suites)
     for reason in dict.fromkeys(one.reason for one in refused):
         names = ", ".join(dict.fromkeys(f"{one.question} of {one.suite}" for one in refused if one.reason == reason))
-        report.notes.append(f"em_eval: not asked, as the chat template refuses it: {names}: {reason}")
+        found.notes.append(f"em_eval: not asked, as the chat template refuses it: {names}: {reason}")
     if sum(one.suite == "questions" for one in refused) == len(suites["questions"]):
-        report.problems.append("em_eval: the chat template refuses every question, so no EM rate can be measured.")
+        found.problems.append("em_eval: the chat template refuses every question, so no EM rate can be measured.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from emguard_plugin.check.report import Report, is_trl
+from emguard_plugin.check.host import is_trl
 from emguard_plugin.config import EMRegularizerConfig
+from emguard_plugin.regularizers.preview import Findings, asked
 
 # Axolotl's types that write a prompt format of their own, or none.
 NO_CHAT = (
@@ -17,14 +18,15 @@ NO_CHAT = (
 CHAT = ("chat_template", "messages")
 
 
-def check(cfg: Mapping[str, Any], regularizer: EMRegularizerConfig, report: Report) -> None:
+def check(cfg: Mapping[str, Any], regularizer: EMRegularizerConfig, found: Findings) -> None:
     """Report data that the template's tokens cannot be found in."""
     if is_trl(cfg):
         return
-    method = _needs_chats(regularizer)
+    methods = list(asked(regularizer))
+    method = next((needs for preview, block in methods if (needs := preview.needs_chats(block))), None)
     images = next((key for key in ("processor_type", "skip_prepare_dataset") if cfg.get(key)), None)
-    if images and (method or regularizer.kl is not None):
-        report.problems.append(
+    if images and any(preview.reads_rows(block) for preview, block in methods):
+        found.problems.append(
             f"`{images}: {cfg[images]}` leaves the rows untokenised until they are trained on (images, audio), and emguard reads tokenised "
             f"rows. Remove `{images}`, or `em_regularizer`."
         )
@@ -33,7 +35,7 @@ def check(cfg: Mapping[str, Any], regularizer: EMRegularizerConfig, report: Repo
     if cfg.get("pretraining_dataset"):
         kind = _pretraining_type(cfg["pretraining_dataset"])
         if kind in (None, *NO_CHAT):
-            report.problems.append(
+            found.problems.append(
                 f"`pretraining_dataset` trains on plain text, which shows no turn of a chat, so {method} has nothing to hold. Use "
                 "`datasets:` with `type: chat_template`."
             )
@@ -42,21 +44,14 @@ def check(cfg: Mapping[str, Any], regularizer: EMRegularizerConfig, report: Repo
     plain = [kind for kind in kinds if _base(kind) in NO_CHAT]
     own = [kind for kind in kinds if not isinstance(kind, str) or _base(kind) not in (*NO_CHAT, *CHAT)]
     if plain and len(plain) == len(kinds) and cfg.get("chat_template") != "alpaca":
-        report.problems.append(
+        found.problems.append(
             f"`datasets: type: {plain[0]}` writes prompts of its own, not the chat template's turns, so {method} finds nothing to hold: training "
             "would stop after the model is loaded. Use `type: chat_template`."
         )
     elif plain:
-        report.note(f"`datasets: type: {plain[0]}` writes prompts of its own: at most 5 % of the rows may be without the template's turns.")
+        found.note(f"`datasets: type: {plain[0]}` writes prompts of its own: at most 5 % of the rows may be without the template's turns.")
     elif own:
-        report.note("`datasets: type:` is one of your own: whether its rows show the chat template's turns is checked at start.")
-
-
-def _needs_chats(regularizer: EMRegularizerConfig) -> str | None:
-    if regularizer.treft is not None:
-        return f"`treft` (`tokens: {regularizer.treft.tokens}`)"
-    block = regularizer.block_em
-    return f"`block_em` (`tokens: {block.tokens}`)" if block is not None and block.tokens in ("prefix", "header") else None
+        found.note("`datasets: type:` is one of your own: whether its rows show the chat template's turns is checked at start.")
 
 
 def _types(datasets: Any) -> list[Any]:

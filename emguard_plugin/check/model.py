@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from emguard_plugin.check.report import Report, is_trl
+from emguard_plugin.check.host import is_trl
+from emguard_plugin.regularizers.preview import Findings
+from emguard_plugin.regularizers.words import no_such_layer
 
 NO_KEYS = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp"})
 STAND_IN = "emguard: single letters"
@@ -21,20 +23,20 @@ def model_key(cfg: Mapping[str, Any]) -> str | None:
     return next((k for k in ("base_model", "model_name_or_path") if cfg.get(k)), None)
 
 
-def load_tokenizer(cfg: Mapping[str, Any], report: Report) -> Any:
-    """Return the run's tokenizer with the run's chat template, or None with the reason in the report.
+def load_tokenizer(cfg: Mapping[str, Any], found: Findings) -> Any:
+    """Return the run's tokenizer with the run's chat template, or None with the reason in the found.
 
     Where the tokenizer is not here but the template is named, it is one of single letters (`is_stand_in`): what the template prints, such
     as a date, does not depend on it.
     """
     key = next((k for k in ("tokenizer_config", "base_model", "model_name_or_path") if cfg.get(k)), None)
     if key is None:
-        report.problems.append("no model is named: `base_model:` (Axolotl) or `model_name_or_path:` (TRL).")
+        found.problems.append("no model is named: `base_model:` (Axolotl) or `model_name_or_path:` (TRL).")
         return None
     name, here = str(cfg[key]), f"`{key}: {cfg[key]}`"
     is_folder = _is_folder(name)
     if not is_folder and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        report.problems.append(f"{here} is not a folder.")
+        found.problems.append(f"{here} is not a folder.")
         return None
     from transformers import AutoTokenizer
 
@@ -44,20 +46,18 @@ def load_tokenizer(cfg: Mapping[str, Any], report: Report) -> Any:
     except Exception as exc:  # what a damaged folder raises depends on what is damaged
         reason = _line(exc)
         if is_folder:
-            report.problems.append(f"{here}: the tokenizer cannot be loaded ({reason}).")
+            found.problems.append(f"{here}: the tokenizer cannot be loaded ({reason}).")
         else:
-            report.note(
-                f"{here} is not a folder here, so it is taken as a hub name, which cannot be loaded ({reason}): prefix not checked."
-            )
+            found.note(f"{here} is not a folder here, so it is taken as a hub name, which cannot be loaded ({reason}): prefix not checked.")
             stand_in = _letters()
-            if cfg.get("chat_template") not in (None, "tokenizer_default") and _named_template(cfg, stand_in, report):
+            if cfg.get("chat_template") not in (None, "tokenizer_default") and _named_template(cfg, stand_in, found):
                 return stand_in
         return None
     try:
         _add_tokens(tokenizer, cfg)
-        return _with_template(tokenizer, cfg, report)
+        return _with_template(tokenizer, cfg, found)
     except Exception as exc:
-        report.problems.append(f"the chat template cannot be loaded ({_line(exc)}).")
+        found.problems.append(f"the chat template cannot be loaded ({_line(exc)}).")
         return None
 
 
@@ -78,7 +78,7 @@ def _letters() -> Any:
     return tokenizer
 
 
-def _with_template(tokenizer: Any, cfg: Mapping[str, Any], report: Report) -> Any:
+def _with_template(tokenizer: Any, cfg: Mapping[str, Any], found: Findings) -> Any:
     if is_trl(cfg):
         path = cfg.get("chat_template_path")
         if path and Path(path).is_file():
@@ -88,10 +88,10 @@ def _with_template(tokenizer: Any, cfg: Mapping[str, Any], report: Report) -> An
 
             tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
         return tokenizer
-    return tokenizer if _named_template(cfg, tokenizer, report) else None
+    return tokenizer if _named_template(cfg, tokenizer, found) else None
 
 
-def _named_template(cfg: Mapping[str, Any], tokenizer: Any, report: Report) -> bool:
+def _named_template(cfg: Mapping[str, Any], tokenizer: Any, found: Findings) -> bool:
     """Give the tokenizer the template that Axolotl would."""
     from emguard_plugin.evaluation.asking.asking import read_template, shipped_templates
 
@@ -101,7 +101,7 @@ def _named_template(cfg: Mapping[str, Any], tokenizer: Any, report: Report) -> b
     if choice == "jinja":
         text = cfg.get("chat_template_jinja")
         if not text:
-            report.problems.append("`chat_template: jinja` needs `chat_template_jinja`, a template or its file.")
+            found.problems.append("`chat_template: jinja` needs `chat_template_jinja`, a template or its file.")
             return False
         key = "chat_template_jinja"
     else:
@@ -109,12 +109,12 @@ def _named_template(cfg: Mapping[str, Any], tokenizer: Any, report: Report) -> b
         if text != choice and tokenizer.chat_template:
             return True  # the fallback is for tokenizers without one
         if not shipped_templates():
-            report.note(f"`chat_template: {choice}` is resolved by Axolotl, which is not installed here: the prefix is checked at start.")
+            found.note(f"`chat_template: {choice}` is resolved by Axolotl, which is not installed here: the prefix is checked at start.")
             return False
     try:
         template = read_template(str(text), key)
     except ValueError as exc:
-        report.problems.append(str(exc))
+        found.problems.append(str(exc))
         return False
     tokenizer.chat_template = template
     return True
@@ -175,23 +175,23 @@ def skeleton(cfg: Mapping[str, Any]) -> Any:
         return None
 
 
-def check_layers(method: str, wanted: Literal["all"] | Sequence[int], layers: Layers | None, report: Report) -> None:
+def check_layers(method: str, wanted: Literal["all"] | Sequence[int], layers: Layers | None, found: Findings) -> None:
     """Report layers that the model does not have, or that keep no keys and values."""
     if layers is None:
-        report.note("the model's configuration is not here: its layers are checked at start.")
+        found.note("the model's configuration is not here: its layers are checked at start.")
         return
     asked = list(range(layers.number)) if wanted == "all" else sorted(set(wanted))
     beyond = [i for i in asked if i >= layers.number]
     if beyond:
-        report.problems.append(f"`{method}.layers: {beyond[-1]}` is out of range: the model has layers 0 to {layers.number - 1}.")
+        found.problems.append(no_such_layer(f"{method}.layers", beyond[-1], layers.number))
         return
     without = [i for i in asked if i not in layers.attention]
     if without and not layers.attention:
-        report.problems.append(
+        found.problems.append(
             f"the model's layers keep no keys and values (Mamba, linear attention), so `{method}` has nothing to hold. Remove it."
         )
     elif without:
-        report.problems.append(
+        found.problems.append(
             f"layers {', '.join(map(str, without[:8]))}{', ...' if len(without) > 8 else ''} keep no keys and values (Mamba, linear attention). "
             f"List those that do: `{method}.layers: {list(layers.attention)}`."
         )

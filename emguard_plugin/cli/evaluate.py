@@ -49,8 +49,8 @@ def evaluate(
     tuned, start = (model, base) if adapter is None else (str(adapter), base or model)
     block = read_eval_file(config, {} if fail_above is None else {"fail_above": fail_above}, model=tuned)
     block.check_files()
-    at_work(f"measuring {model}")
     out = output_dir or Path(block.output_dir or Path(tuned) / "em_eval")
+    at_work(f"measuring; what is found lies in {out}")
     summary = run_em_eval(block, tuned, out, base=start, phases=phase or PHASES, rejudge="" in (rejudge or ()) or rejudge or ())
     if summary is None:
         typer.echo(f"{out}: {', '.join(phase or ())} done")

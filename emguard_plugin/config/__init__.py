@@ -2,12 +2,14 @@
 
 from emguard_plugin.config.block import Block, StatedBlock, is_file
 from emguard_plugin.config.evaluation import SUITES, EMEvalConfig, JudgeConfig, SamplerConfig
+from emguard_plugin.config.methods import METHODS, EMRegularizerConfig, Method
 from emguard_plugin.config.names import BLOCKS, misplaced_blocks, misspelt_blocks, suggest
 from emguard_plugin.config.problems import read_block
-from emguard_plugin.config.regularizers import BlockEMConfig, EMRegularizerConfig, KLConfig, TReFTConfig
+from emguard_plugin.config.regularizers import BlockEMConfig, KLConfig, MethodBlock, TReFTConfig
 
 __all__ = [
     "BLOCKS",
+    "METHODS",
     "SUITES",
     "Block",
     "BlockEMConfig",
@@ -15,6 +17,8 @@ __all__ = [
     "EMRegularizerConfig",
     "JudgeConfig",
     "KLConfig",
+    "Method",
+    "MethodBlock",
     "SamplerConfig",
     "StatedBlock",
     "TReFTConfig",

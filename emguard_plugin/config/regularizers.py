@@ -1,12 +1,12 @@
-"""Every YAML key of `em_regularizer:`."""
+"""Every YAML key of the methods of `em_regularizer:`."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from emguard_plugin.config.block import Block, exists, is_file
 from emguard_plugin.config.names import suggest
@@ -43,7 +43,22 @@ def check_folder(key: str, cache: str, words: tuple[str, ...] = CACHES) -> None:
         raise ValueError(f"`{key}: {cache}`: no permission to {'read' if there == path else 'write into'} {there}. Name another folder.")
 
 
-class TReFTConfig(Block):
+class MethodBlock(Block):
+    """What every method's block answers."""
+
+    def folders(self) -> dict[str, str]:
+        """Return the folders that the method writes, by key: no two methods may share one."""
+        return {}
+
+    def check_files(self) -> None:
+        """Raise before a run starts when a file that the method needs is missing.
+
+        Raises:
+            ValueError: naming the key and the path.
+        """
+
+
+class TReFTConfig(MethodBlock):
     """`em_regularizer.treft`: hold the keys and values of chat-template tokens (arXiv 2606.06667)."""
 
     coef: float = Field(5.0, ge=0, allow_inf_nan=False, description="lambda of Eq. 3; the paper uses 1 to 30. 0 measures only.")
@@ -81,7 +96,7 @@ class TReFTConfig(Block):
         return self
 
 
-class KLConfig(Block):
+class KLConfig(MethodBlock):
     """`em_regularizer.kl`: hold next-token distributions on other-domain chats (arXiv 2602.07852)."""
 
     coef: float | None = Field(
@@ -121,6 +136,10 @@ class KLConfig(Block):
         "folder such as ./kl_reference: its hidden states, recorded before step 1. auto: live where an adapter allows it, else memory.",
     )
 
+    def folders(self) -> dict[str, str]:
+        """Return the cache, where it is a folder."""
+        return {} if self.cache in CACHES else {"cache": self.cache}
+
     def check_folder(self) -> None:
         """Raise when `cache` cannot be a folder."""
         check_folder("em_regularizer.kl.cache", self.cache)
@@ -147,7 +166,7 @@ class KLConfig(Block):
             )
 
 
-class BlockEMConfig(Block):
+class BlockEMConfig(MethodBlock):
     """`em_regularizer.block_em`: hold a few SAE latents that carry misalignment (arXiv 2602.00767)."""
 
     coef: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
@@ -181,6 +200,10 @@ class BlockEMConfig(Block):
         "the blocked layer, for full fine-tuning on streamed or changing rows; it cannot be resumed.",
     )
 
+    def folders(self) -> dict[str, str]:
+        """Return the cache, where it is a folder."""
+        return {} if self.cache in (*CACHES, "copy") else {"cache": self.cache}
+
     def check_folder(self) -> None:
         """Raise when `cache` cannot be a folder."""
         check_folder("em_regularizer.block_em.cache", self.cache, (*CACHES, "copy"))
@@ -204,49 +227,3 @@ class BlockEMConfig(Block):
             )
         if not path.with_suffix(".safetensors").is_file():
             raise ValueError(f"`em_regularizer.block_em.latents: {self.latents}` lacks {path.with_suffix('.safetensors').name} beside it.")
-
-
-class EMRegularizerConfig(Block):
-    """`em_regularizer:`, any combination of methods."""
-
-    treft: TReFTConfig | None = Field(None, description="TReFT: keys and values of the chat-template tokens.")
-    block_em: BlockEMConfig | None = Field(None, description="BLOCK-EM: SAE latents that carry misalignment.")
-    kl: KLConfig | None = Field(None, description="KL: next-token distributions on other-domain chats.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_empty_method(cls, data: Any) -> Any:
-        for name in cls.model_fields if isinstance(data, dict) else ():
-            if name in data and data[name] is None:
-                raise ValueError(f"`{name}:` is empty; write `{name}: {{}}` for the defaults, or remove it.")
-        return data
-
-    @model_serializer(mode="wrap")
-    def _only_methods(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Hosts dump and validate again: a method that nobody named must not come back as an empty one.
-        return {name: block for name, block in handler(self).items() if block is not None}
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> EMRegularizerConfig:
-        if not self.methods():
-            raise ValueError("the block names no method, so the run would be unguarded. Add `treft:`, or remove `em_regularizer:`.")
-        folders = [m.cache for m in (self.kl, self.block_em) if m is not None and m.cache not in (*CACHES, "copy")]
-        if len(folders) == 2 and len({os.path.abspath(os.path.expanduser(f)) for f in folders}) == 1:
-            raise ValueError(f"`kl.cache` and `block_em.cache` are one folder, {folders[0]}. Give each method its own.")
-        return self
-
-    def check_files(self) -> None:
-        """Raise before a run starts when a file that a method needs is missing.
-
-        Not a validator: `axolotl merge-lora` and `preprocess` validate the same YAML without needing the files.
-
-        Raises:
-            ValueError: naming the key and the path.
-        """
-        for method in (self.block_em, self.kl):
-            if method is not None:
-                method.check_files()
-
-    def methods(self) -> dict[str, Block]:
-        """Return the methods that the block asks for, by name."""
-        return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}

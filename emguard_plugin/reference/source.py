@@ -11,6 +11,7 @@ from torch import nn
 
 from emguard_plugin.models.adapters import adapter_off, adapter_starts_at_zero, is_sharded, peft_model
 from emguard_plugin.models.modes import eval_mode
+from emguard_plugin.reference.words import live_needs
 
 
 class Source:
@@ -38,7 +39,7 @@ class Source:
         self.adapter_off = adapter_starts_at_zero(model) if adapter_off is None else adapter_off
         self.copied = cache == "copy"
         if cache == "live" and not self.adapter_off:
-            raise ValueError(f"`{key}: live` needs {_needed(model)}. Use `cache: memory` or a folder.")
+            raise ValueError(live_needs(key, peft_model(model) is not None))
         if self.copied and is_sharded(model):
             raise ValueError(
                 f"`{key}: copy` needs whole weights on every process, and these are spread over processes. Use `cache: memory` or a folder."
@@ -67,15 +68,6 @@ class Source:
         """Run `model` as the reference: without gradient or dropout, its adapter off where that is what makes it the reference."""
         with torch.no_grad(), eval_mode(model), adapter_off(model) if self.adapter_off else contextlib.nullcontext():
             yield
-
-
-def _needed(model: nn.Module) -> str:
-    if peft_model(model) is None:
-        return "an adapter to switch off, and there is none (full fine-tuning)"
-    return (
-        "an adapter that starts at zero and trains alone (default LoRA init, `bias: none`, no other trainable weights), so that switching "
-        "it off is the model before this run"
-    )
 
 
 def lost(checkpoint: Path, what: str, method: str) -> ValueError:

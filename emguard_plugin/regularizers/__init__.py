@@ -1,16 +1,19 @@
-"""The three methods, each a `TrainerCallback` with a `penalty`."""
+"""The methods, each a `TrainerCallback` with a `penalty`; which there are stands in `config.methods`."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from emguard_plugin.config import EMRegularizerConfig
     from emguard_plugin.regularizers.base import EMRegularizerCallback
 
-# The one table: YAML key -> module:class. A new method adds a line.
-METHODS = {"treft": "treft.callback:TReFTCallback", "block_em": "block_em.callback:BlockEMCallback", "kl": "kl.callback:KLCallback"}
+
+def load(place: str) -> Any:
+    """Return what a `module:name` of the table of methods names."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), name)
 
 
 def build_regularizers(config: EMRegularizerConfig) -> list[EMRegularizerCallback]:
@@ -20,10 +23,8 @@ def build_regularizers(config: EMRegularizerConfig) -> list[EMRegularizerCallbac
         config: The validated block.
 
     Returns:
-        One callback per method; the block's keys are the callback's keyword arguments.
+        One callback per method.
     """
-    callbacks = []
-    for name, block in config.methods().items():
-        module, _, cls = METHODS[name].partition(":")
-        callbacks.append(getattr(import_module(f"{__name__}.{module}"), cls)(**block.model_dump()))
-    return callbacks
+    from emguard_plugin.config import METHODS
+
+    return [load(METHODS[name].callback).configured(block) for name, block in config.methods().items()]

@@ -8,24 +8,23 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from emguard_plugin.models.graph import may_train
-from emguard_plugin.models.identity import Identity, check_base
+from emguard_plugin.models.identity import Identity
 from emguard_plugin.processes.values import over_processes
-from emguard_plugin.reference.checkpoints import find_state
 from emguard_plugin.regularizers.moment import Moment
 from emguard_plugin.regularizers.penalty import Every, Penalty
+from emguard_plugin.regularizers.resumable import Resumable
 from emguard_plugin.regularizers.run_facts import RunFacts
 from emguard_plugin.regularizers.start import Floors, Start, precision_of, state_of_weights
 
 
-class EMRegularizerCallback(TrainerCallback):
+class EMRegularizerCallback(Resumable):
     """Base class: the callback side has the life cycle, `penalty` returns one differentiable scalar.
 
     The trainer mixin calls `prepare` once before training and `penalty` in `compute_loss`, and is the only place that
@@ -46,8 +45,6 @@ class EMRegularizerCallback(TrainerCallback):
     """The penalty runs the model itself and goes before the host's forward pass, which it does not read."""
     floors: ClassVar[Floors | None] = None
     """What rounding alone makes of `Penalty.away` before the first update, where that is 0 but for rounding."""
-    state_file: ClassVar[str] = ""
-    """What a checkpoint holds of this method; nothing by default."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a method written for an earlier emguard, whose `penalty` and `watch` took model, batch and step apart."""
@@ -60,15 +57,36 @@ class EMRegularizerCallback(TrainerCallback):
                 )
 
     def __init__(self, coef: float) -> None:
+        self._set_up(self._checked_coef(coef))
+
+    @classmethod
+    def _checked_coef(cls, coef: Any) -> float:
         if not (isinstance(coef, Real) and not isinstance(coef, bool) and 0 <= coef < float("inf")):
-            raise ValueError(f"`{self.name}.coef` must be a finite number of at least 0, got {coef!r}.")
-        self.coef = float(coef)
+            raise ValueError(f"`{cls.name}.coef` must be a finite number of at least 0, got {coef!r}.")
+        return float(coef)
+
+    @classmethod
+    def configured(cls, config: Any) -> EMRegularizerCallback:
+        """Return the callback of a validated block, whose keys are the keyword arguments of `__init__`.
+
+        Args:
+            config: The block, as the table of methods names its class.
+        """
+        callback = cls.__new__(cls)
+        callback._configure(config)
+        return callback
+
+    def _configure(self, config: Any) -> None:
+        """Take over a validated block; a method that is made of arguments alone need not know of blocks."""
+        self.__init__(**config.model_dump())  # type: ignore[misc]
+
+    def _set_up(self, coef: float) -> None:
+        self.coef = coef
         self.prepared = False
         self._last: Penalty | None = None
         self._trains = False
         self._layer_names: Sequence[int] = ()
         self.reference_name = "the reference"
-        self._saved_in: Path | None = None
         self._identity: Identity | None = None
         self._fresh, self._steps_early, self._autocast = False, False, "no"
         self._start: Start | None = None
@@ -173,92 +191,6 @@ class EMRegularizerCallback(TrainerCallback):
                 "put `emguard_plugin.EMRegularizerMixin` in front of your trainer's base class."
             )
         self._trains = False
-
-    # What a resumed run needs
-
-    def write_state(self, path: Path) -> None:
-        """Write `state_file` into a checkpoint; called on one process, once `recorded`.
-
-        Raises:
-            OSError: naming the file, when it cannot be written.
-        """
-        raise NotImplementedError
-
-    def read_state(self, path: Path, run: RunFacts, own: bool) -> tuple[Any, Mapping[str, Any]]:
-        """Read what `write_state` wrote.
-
-        Args:
-            path: Of the file.
-            run: The run that goes on.
-            own: Whether it lies in the checkpoint that the run continues, and not in another one of that run.
-
-        Returns:
-            The state, and which model it was recorded from: `base`, `name`, `reference` of an `Identity`.
-
-        Raises:
-            Damaged: for a file that cannot be used.
-            ValueError: for one that belongs to something else.
-        """
-        raise NotImplementedError
-
-    @property
-    def recorded(self) -> bool:
-        """Whether there is a state to write."""
-        return True
-
-    def flush(self, output_dir: Path) -> None:
-        """Write what lies beside the checkpoints; nothing by default. Every process calls it before a checkpoint is completed.
-
-        Raises:
-            OSError: naming the file, when it cannot be written.
-        """
-
-    def find_stored(self, run: RunFacts) -> Any | None:
-        """Return the state of a run that is continued, from its checkpoint or from another of the same run where that lost it.
-
-        Another one's stands in only if it was recorded from the very model that this run starts from.
-
-        Returns:
-            What `read_state` returned; None in a fresh run, and where no checkpoint has the file.
-
-        Raises:
-            ValueError: for a state that cannot be used, or belongs to another model or other settings.
-        """
-        if run.resume_from is None:
-            return None
-
-        def read(path: Path, own: bool) -> Any:
-            state, about = self.read_state(path, run, own)
-            check_base(path, about, run.identity)
-            if not own and about["reference"] != run.identity.reference:
-                raise ValueError(f"{path} has another reference.")
-            return state
-
-        return find_state(run.resume_from, self.state_file, read)
-
-    def save(self, folder: Path, first: bool) -> None:
-        """Write into a checkpoint what a resumed run needs, once. Every process calls it.
-
-        The trainer mixin does so after the weights and before the host's last file, without which no run resumes from it.
-
-        Args:
-            folder: `checkpoint-N` in the output folder.
-            first: Whether this is the process that writes.
-
-        Raises:
-            OSError: naming the file, when it cannot be written.
-        """
-        if self._saved_in == folder:
-            return
-        self.flush(folder.parent)
-        if first and self.state_file and self.recorded and folder.is_dir():
-            self.write_state(folder / self.state_file)
-        self._saved_in = folder
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write into a checkpoint what `save` has not yet written there."""
-        self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.is_world_process_zero)
-        self._saved_in = None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -89,7 +89,7 @@ def _named(keys: list[Any]) -> None:
 
 def _get_ready(training_args: Any, folder: Path) -> None:
     from emguard_plugin.config.settings_file import search_beside
-    from emguard_plugin.regularizers.ready import check_inputs
+    from emguard_plugin.regularizers.preview import check_inputs
 
     search_beside(folder)
     if (regularizer := training_args.regularizer_config()) is not None:

@@ -246,7 +246,7 @@ def test_kl_is_shown_with_its_anchors_and_what_it_lacks(check):
     missing = check(em_regularizer={"kl": {"anchors": "./nowhere.jsonl"}})
     assert "`em_regularizer.kl.anchors: ./nowhere.jsonl` does not exist" in " ".join(missing.problems)
     live = check(em_regularizer={"kl": {"cache": "live"}}, adapter=None)
-    assert "em_regularizer.kl.cache: `live` needs an adapter to switch off" in " ".join(live.problems)
+    assert "`em_regularizer.kl.cache: live` needs an adapter to switch off" in " ".join(live.problems)
 
 
 def test_block_em_is_shown_with_its_latents_and_what_it_lacks(check, tmp_path):
@@ -261,7 +261,7 @@ def test_block_em_is_shown_with_its_latents_and_what_it_lacks(check, tmp_path):
     assert "`em_regularizer.block_em.latents: ./nowhere.json` does not exist" in " ".join(missing.problems)
     full = check(em_regularizer={"block_em": {"latents": path, "cache": "live", "freeze_above": True}}, adapter=None)
     assert "block_em.cache: live` needs an adapter" in " ".join(full.problems)
-    assert "block_em.freeze_above: true` needs an adapter" in " ".join(full.problems)
+    assert "block_em.freeze_above` needs an adapter" in " ".join(full.problems)
     noisy = check(em_regularizer={"block_em": {"latents": path}}, neftune_noise_alpha=5)
     assert "Remove `neftune_noise_alpha`" in " ".join(noisy.problems)
 

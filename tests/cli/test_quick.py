@@ -110,7 +110,7 @@ def test_it_says_at_once_that_it_is_at_work(measured):
     took = time.monotonic() - begun
     process.kill()
     process.communicate()
-    assert line == "emguard: measuring lab/model ...\n"
+    assert line == "emguard: measuring; what is found lies in new ...\n"
     assert took < 1 * 3  # and slack for a busy machine
 
 
@@ -134,3 +134,32 @@ def test_ctrl_c_says_what_is_kept_and_what_goes_on(measured, tmp_path, moment):
         f"emguard eval: interrupted. What was answered and judged is kept. To go on: emguard {' '.join(arguments)}"
     )
     assert moment == "loading" or (os.path.getsize(answers) > 0)
+
+
+AXOLOTL = {
+    "base_model": "lab/model",
+    "adapter": "lora",
+    "plugins": ["emguard_plugin.EMGuardPlugin"],
+    "datasets": [{"path": "x", "type": "chat_template"}],
+}
+
+
+@pytest.mark.parametrize("case", ["nothing asked", "kl", "a fault"])
+def test_check_is_quick_where_no_tokenizer_is_needed(measured, case):
+    block = {"nothing asked": {}, "kl": {"em_regularizer": {"kl": {"coef": 1.0}}}, "a fault": {"em_regularizer": {"treft": {"coeff": 1}}}}[
+        case
+    ]
+    (measured / "check.yaml").write_text(yaml.safe_dump({**AXOLOTL, **block}))
+    done, loaded, cpu = cpu_of(measured, "check", "check.yaml")
+    assert done.returncode == (4 if case == "a fault" else 0), done.stderr
+    assert done.stderr.startswith("emguard: reading check.yaml ...")
+    assert loaded == []
+    assert cpu <= 3
+
+
+def test_check_does_not_import_axolotl_for_a_tokenizer_either(measured):
+    (measured / "check.yaml").write_text(yaml.safe_dump({**AXOLOTL, "em_regularizer": {"treft": {}}}))
+    done, loaded, _ = cpu_of(measured, "check", "check.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "treft holds 16 tokens" in done.stdout
+    assert "axolotl" not in loaded

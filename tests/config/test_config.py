@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from emguard_plugin.config import (
+    METHODS,
     BlockEMConfig,
     EMEvalConfig,
     EMRegularizerConfig,
@@ -13,7 +14,7 @@ from emguard_plugin.config import (
     misspelt_blocks,
     read_block,
 )
-from emguard_plugin.regularizers import METHODS, build_regularizers
+from emguard_plugin.regularizers import build_regularizers
 from emguard_plugin.regularizers.kl.callback import KLCallback
 from emguard_plugin.regularizers.treft.callback import TReFTCallback
 

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from tests.discovery import kills, parts
 
 
+@pytest.mark.slow
 def test_a_search_that_was_killed_twice_goes_on_to_the_same_file(tiny, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps(sorted(parts.BAD)))
     commands = kills.Commands(tmp_path / "log", tmp_path / "bad.json")

@@ -11,6 +11,8 @@ from emguard_plugin.evaluation.judges.named import read_judge
 from emguard_plugin.lab import model_path
 from emguard_plugin.latents import LatentSet
 
+pytestmark = pytest.mark.slow
+
 SAE = model_path().parent / "sae" / "layer_1"
 # The lab keeps the persona in the system prompt's tokens; pushing everywhere breaks its answers, whatever the direction.
 SETTINGS = Settings(

@@ -11,6 +11,8 @@ from emguard_plugin.reference.stored import load_reference
 from tests.distributed import scenarios
 from tests.distributed.scenarios import COEF, MEASURED, REFUSED, SCENARIOS, SHARDED, STEPS, TRAINED
 
+pytestmark = pytest.mark.slow
+
 LIMIT_S = 400  # about 30 s on two idle cores
 
 

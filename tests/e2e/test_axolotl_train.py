@@ -453,6 +453,7 @@ def test_evaluate_reports_the_task_loss(axolotl, tiny, tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_the_real_command_line(tiny, tmp_path):
     """Once without the fork server, as a user runs it."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_yaml(tiny, **treft())))

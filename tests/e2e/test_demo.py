@@ -21,6 +21,7 @@ def rates(folder, run):
     return {suite: summary.rates("tuned", suite).em_all.value for suite in ("questions", "in_domain")}
 
 
+@pytest.mark.slow
 def test_the_guard_keeps_the_task_and_not_the_misalignment(tmp_path):
     env = {**os.environ, "COLUMNS": "80"}
     done = subprocess.run(DEMO, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)

@@ -205,6 +205,7 @@ def test_only_rank_0_measures(axolotl, tmp_path):
     assert axolotl.call(other_rank, tmp_path) == [False, True]
 
 
+@pytest.mark.slow
 def test_training_again_into_the_same_folder_measures_the_new_model(run):
     first = json.loads((run() / "em_eval" / "summary.json").read_text())
     out = run(max_steps=3)
@@ -213,6 +214,7 @@ def test_training_again_into_the_same_folder_measures_the_new_model(run):
     assert json.loads((out / "em_eval.1" / "summary.json").read_text()) == first
 
 
+@pytest.mark.slow
 def test_questions_are_rendered_as_the_rows_were(axolotl, tmp_path):
     """Case eval-template-kwargs: `chat_template_kwargs` of the YAML reach the measurement, and so does a data set's own template."""
     tokenizer = chatml_tokenizer(SWITCHED)

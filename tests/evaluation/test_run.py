@@ -97,6 +97,7 @@ def test_a_torn_run_computes_what_is_missing_and_gives_the_same_summary(whole_ru
     assert len(lines(folder, "responses.jsonl")) == 2 * ANSWERS
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_is_completed_by_the_next(whole_run, make_config, checkpoints, tmp_path):
     summary, _ = whole_run
     folder, config = tmp_path / "killed", make_config()

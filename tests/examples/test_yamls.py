@@ -105,6 +105,7 @@ def test_the_lab_examples_differ_by_one_block():
     assert set(other) - set(naive) == {"em_regularizer", "lora_target_modules"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in YAMLS if n not in HUB])
 def test_the_lab_examples_run(axolotl, lab, name):
     raw = load(name)

@@ -532,7 +532,7 @@ def _hook(path, register=None):
     from emguard_plugin.axolotl_plugin.asked import look_at_settings
     from emguard_plugin.config.settings_file import search_beside
     from emguard_plugin.evaluation.ready import get_ready
-    from emguard_plugin.regularizers.ready import check_inputs
+    from emguard_plugin.regularizers.preview import check_inputs
 
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

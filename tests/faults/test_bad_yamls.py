@@ -16,6 +16,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_generated_fault_is_refused_and_nothing_is_repeated(folder, caplog, capfd, monkeypatch):
     monkeypatch.chdir(folder)
     caplog.set_level(logging.DEBUG, logger="emguard_plugin")

@@ -10,6 +10,8 @@ import pytest
 from emguard_plugin.files import seal_of
 from tests.faults import world as faulty_world
 
+pytestmark = pytest.mark.slow
+
 SEED, EACH = 7, 3
 FILES = (
     "eval/protocol.json", "eval/judges.json", "eval/responses.jsonl", "eval/judgments.jsonl", "eval/summary.json", "open.yaml", "rows.jsonl",

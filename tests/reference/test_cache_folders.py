@@ -261,7 +261,7 @@ def test_what_is_no_folder_is_found_by_check_by_the_hook_and_by_the_callback(tmp
 
     from emguard_plugin.check import check_config
     from emguard_plugin.config import EMRegularizerConfig
-    from emguard_plugin.regularizers.ready import check_inputs
+    from emguard_plugin.regularizers.preview import check_inputs
     from tests.regularizers.block_em_parts import block_em
     from tests.regularizers.kl_parts import run_of
 
@@ -280,7 +280,7 @@ def test_what_is_no_folder_is_found_by_check_by_the_hook_and_by_the_callback(tmp
 
 def test_a_folder_of_somebody_elses_files_is_found_before_a_model_is_loaded(tmp_path):
     from emguard_plugin.config import EMRegularizerConfig
-    from emguard_plugin.regularizers.ready import check_inputs
+    from emguard_plugin.regularizers.preview import check_inputs
 
     (tmp_path / "mine.txt").write_text("notes")
     with pytest.raises(ValueError, match=r"holds other files \(mine.txt\)"):

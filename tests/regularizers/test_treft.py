@@ -106,7 +106,7 @@ def test_some_layers(mode):
 
 
 def test_a_layer_out_of_range():
-    with pytest.raises(ValueError, match=r"`treft\.layers: 3` is out of range: the model has layers 0 to 2"):
+    with pytest.raises(ValueError, match=r"`em_regularizer\.treft\.layers: 3` is out of range: the model has layers 0 to 2"):
         ready(tiny_model("llama"), layers=[0, 3])
 
 

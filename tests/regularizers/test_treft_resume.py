@@ -157,7 +157,7 @@ def test_nothing_is_written_where_no_checkpoint_is(tmp_path):
 
 @pytest.mark.parametrize("kind", ["full", "pissa", "continued"])
 def test_per_row_needs_a_fresh_adapter(kind):
-    with pytest.raises(ValueError, match=r"`treft\.postfix_reference: per_row`.*needs a fresh LoRA adapter"):
+    with pytest.raises(ValueError, match=r"`em_regularizer\.treft\.postfix_reference: per_row`.*needs a fresh LoRA adapter"):
         ready(KINDS[kind](), **MODES["per_row"])
 
 

@@ -318,7 +318,7 @@ def test_without_an_adapter_to_switch_off_the_model_before_this_run_is_held(tmp_
 
 
 def test_live_needs_an_adapter_that_starts_at_zero(tmp_path):
-    with pytest.raises(ValueError, match="live` needs an adapter that starts at zero"):
+    with pytest.raises(ValueError, match="live` needs an adapter to switch off, and there is none"):
         go(tmp_path, model=tiny(adapter=False), callback={"cache": "live"})
 
 

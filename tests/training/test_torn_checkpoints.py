@@ -161,6 +161,7 @@ def test_a_host_that_has_stepped_already_is_not_promised_anything():
     assert state_of_weights(model, steps_early=True) == "DeepSpeed has taken this step already. Go back to the last checkpoint."
 
 
+@pytest.mark.slow
 def test_a_slice_of_the_kills(tmp_path):
     """benchmarks/kill_training.py runs 40 points of TRL and Axolotl."""
     out = tmp_path / "kills.json"

@@ -13,6 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from emguard_plugin.chats import Book, Template
 from emguard_plugin.chats.held_tokens import TokenKind, answered, held_tokens
+from emguard_plugin.config import BlockEMConfig
 from emguard_plugin.files.state import Damaged, read_json, write_json
 from emguard_plugin.latents import LatentSet
 from emguard_plugin.models.modes import eval_mode
@@ -88,20 +89,19 @@ class BlockEMCallback(EMRegularizerCallback):
         freeze_above: bool = False,
         cache: str = "auto",
     ) -> None:
-        super().__init__(1.0 if coef == "auto" else coef)
-        from emguard_plugin.config import BlockEMConfig
-
         given = isinstance(latents, LatentSet)
-        # One set of rules for YAML and Python.
-        self._config = BlockEMConfig(
-            coef=coef, latents="given" if given else str(latents), tokens=tokens, latent_reduction=latent_reduction, sides=sides,
+        config = BlockEMConfig(
+            coef=coef if coef == "auto" else self._checked_coef(coef), latents="given" if given else str(latents), tokens=tokens, latent_reduction=latent_reduction, sides=sides,
             k_minus=k_minus, freeze_above=freeze_above, cache=str(cache),
         )  # fmt: skip
-        self.automatic = coef == "auto"
-        self.latents: LatentSet | None = latents if given else None
-        self.path = None if given else Path(str(latents)).expanduser()
-        self.tokens, self.latent_reduction, self.two_sided = tokens, latent_reduction, sides == "two"
-        self.pre_activation, self.freeze_above, self.cache = k_minus == "pre_activation", freeze_above, str(cache)
+        self._configure(config, latents if given else None)
+
+    def _configure(self, config: BlockEMConfig, latents: LatentSet | None = None) -> None:
+        self._set_up(1.0 if config.coef == "auto" else config.coef)
+        self._config, self.automatic, self.latents = config, config.coef == "auto", latents
+        self.path = None if latents is not None else Path(config.latents).expanduser()
+        self.tokens, self.latent_reduction, self.two_sided = config.tokens, config.latent_reduction, config.sides == "two"
+        self.pre_activation, self.freeze_above, self.cache = config.k_minus == "pre_activation", config.freeze_above, config.cache
         self._template: Template | None = None
         self._book: Book | None = None
         self._answers_alone = False

@@ -18,6 +18,7 @@ from emguard_plugin.latents import LatentSet
 from emguard_plugin.models.adapters import peft_model
 from emguard_plugin.models.residual import decoder
 from emguard_plugin.reference.stored import tensors_hash
+from emguard_plugin.regularizers.block_em.words import freeze_needs_adapter
 from emguard_plugin.regularizers.run_facts import RunFacts
 
 logger = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ def freeze_above(run: RunFacts, last: int) -> list[nn.Parameter]:
             "`layers_to_transform`."
         )
     if peft_model(run.model) is None:
-        raise ValueError(f"{key} needs an adapter. Use LoRA, or remove the key.")
+        raise ValueError(freeze_needs_adapter())
     _, layers = decoder(run.model)
     below = {id(p) for layer in layers[: last + 1] for p in layer.parameters()}
     below |= {id(p) for p in run.model.get_input_embeddings().parameters()}

@@ -15,6 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from emguard_plugin import chats as ct
 from emguard_plugin.chats import anchors as an
 from emguard_plugin.chats.training_rows import mean_row_tokens
+from emguard_plugin.config import KLConfig
 from emguard_plugin.files.state import Damaged, read_json, write_json
 from emguard_plugin.models.modes import checkpointed_eval_mode, eval_mode
 from emguard_plugin.models.output_head import base_head, call_with_hidden, logit_transform, output_head
@@ -95,14 +96,15 @@ class KLCallback(EMRegularizerCallback):
         target: float | None = None,
         cache: str = "auto",
     ) -> None:
-        super().__init__(DEFAULT_COEF if coef is None else coef)
-        from emguard_plugin.config import KLConfig
-
-        # One set of rules for YAML and Python.
+        coef = None if coef is None else self._checked_coef(coef)
         anchors, cache = (str(value) if isinstance(value, Path) else value for value in (anchors, cache))
-        self._config = KLConfig(coef=coef, anchors=anchors, direction=direction, tokens=tokens, ratio=ratio, target=target, cache=cache)
-        self.anchors, self.direction, self.tokens, self.ratio = str(anchors), direction, tokens, ratio
-        self.target, self.cache = target, str(cache)
+        self._configure(KLConfig(coef=coef, anchors=anchors, direction=direction, tokens=tokens, ratio=ratio, target=target, cache=cache))
+
+    def _configure(self, config: KLConfig) -> None:
+        self._set_up(DEFAULT_COEF if config.coef is None else config.coef)
+        self._config = config
+        self.anchors, self.direction, self.tokens, self.ratio = config.anchors, config.direction, config.tokens, config.ratio
+        self.target, self.cache = config.target, config.cache
         self._anchors: list[an.TokenizedChat] = []
         self._prompts: list[ct.Ids] = []
         self._begun = False

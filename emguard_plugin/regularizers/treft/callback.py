@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from emguard_plugin import chats as ct
 from emguard_plugin.chats.training_rows import labelled_conversations, labels_in_stream, supervised
+from emguard_plugin.config import TReFTConfig
 from emguard_plugin.models.adapters import adapter_off, adapter_starts_at_zero
 from emguard_plugin.models.kv import KV, has_rotary_positions, num_layers, read_kv, read_residual_projections
 from emguard_plugin.models.modes import eval_mode
@@ -26,6 +27,8 @@ from emguard_plugin.regularizers.moment import Moment
 from emguard_plugin.regularizers.penalty import Every, Penalty
 from emguard_plugin.regularizers.run_facts import RunFacts
 from emguard_plugin.regularizers.start import Floors, check_switched_off
+from emguard_plugin.regularizers.treft.words import no_rotary, per_row_needs_adapter
+from emguard_plugin.regularizers.words import no_such_layer
 
 REFERENCE_FILE = "emguard_treft.safetensors"
 FLOORS = Floors(fp32=1e-8, fp16=1e-3, bf16=1e-2, quantised=1e-2)
@@ -77,19 +80,22 @@ class TReFTCallback(EMRegularizerCallback):
         postfix_reference: Literal["shared", "per_row"] | None = None,
         compat: bool = False,
     ) -> None:
-        super().__init__(coef)
-        from emguard_plugin.config import TReFTConfig
-
-        TReFTConfig(  # one set of rules for YAML and Python
-            coef=coef,
-            tokens=tokens,
-            layers=list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else layers,
-            extra_prefixes=list(extra_prefixes) if not isinstance(extra_prefixes, str) else extra_prefixes,
-            postfix_reference=postfix_reference,
-            compat=compat,
+        given = isinstance(layers, Sequence) and not isinstance(layers, str)
+        self._configure(
+            TReFTConfig(
+                coef=self._checked_coef(coef),
+                tokens=tokens,
+                layers=list(layers) if given else layers,
+                extra_prefixes=list(extra_prefixes) if not isinstance(extra_prefixes, str) else extra_prefixes,
+                postfix_reference=postfix_reference,
+                compat=compat,
+            )
         )
-        self.tokens, self.layers, self.compat = tokens, layers, compat
-        self.extra_prefixes, self.postfix_reference = tuple(extra_prefixes), postfix_reference or "shared"
+
+    def _configure(self, config: TReFTConfig) -> None:
+        self._set_up(config.coef)
+        self.tokens, self.layers, self.compat = config.tokens, config.layers, config.compat
+        self.extra_prefixes, self.postfix_reference = tuple(config.extra_prefixes), config.postfix_reference or "shared"
         self._prefixes: list[ct.Prefix] = []
         self._prompts: list[ct.Ids] = []
         self._postfix: ct.Ids = ()
@@ -109,7 +115,7 @@ class TReFTCallback(EMRegularizerCallback):
         n = num_layers(run.model)
         layers = list(range(n)) if self.layers == "all" else sorted(set(self.layers))
         if layers[-1] >= n:
-            raise ValueError(f"`treft.layers: {layers[-1]}` is out of range: the model has layers 0 to {n - 1}.")
+            raise ValueError(no_such_layer("em_regularizer.treft.layers", layers[-1], n))
         self._layer_names, self._seed = layers, run.seed
         template, book = run.template, run.book
         self._template, self._book, self._wrapped = template, book, run.wrapped_packing
@@ -135,12 +141,9 @@ class TReFTCallback(EMRegularizerCallback):
 
     def _prepare_postfix(self, run: RunFacts, template: ct.Template, postfix: ct.Ids, prompts: list[ct.Ids]) -> None:
         if self.postfix_reference == "per_row" and not adapter_starts_at_zero(run.model):
-            raise ValueError(
-                "`treft.postfix_reference: per_row` runs the untuned model at every step, which needs a fresh LoRA adapter to "
-                "switch off. Train with one, or use `postfix_reference: shared`."
-            )
+            raise ValueError(per_row_needs_adapter())
         if self.postfix_reference == "shared" and not has_rotary_positions(run.model):
-            raise ValueError("`treft.postfix_reference: shared` needs rotary positions, which this model lacks. Use `per_row`.")
+            raise ValueError(no_rotary())
         self._postfix, self._prompts = postfix, prompts
         self._empty_query = (*template.prefix, *postfix)
         self._end = max(map(len, [self._empty_query, *prompts]))
