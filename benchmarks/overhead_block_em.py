@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from overhead_variants import second_model
+
 LATENTS, EXPANSION, DEPTH = 20, 16, 0.6
 COEF = 0.01
 
@@ -51,12 +53,8 @@ def second_model_trainer() -> type:
 
         def prepare_latents(self, s: dict[str, Any]) -> None:
             """Load the second model and make an encoder whose first latents are the others'."""
+            self.second = second_model(self.model)
             base = base_causal_lm(self.model)
-            with torch.device(self.args.device):
-                self.second = type(base)._from_config(base.config, dtype=base.dtype)
-            state = {k.replace(".base_layer", ""): v for k, v in base.state_dict().items() if "lora_" not in k}
-            self.second.load_state_dict(state)
-            self.second.eval().requires_grad_(False)
             width, self.layer = base.config.hidden_size, blocked_layer(base.config.num_hidden_layers)
             columns = encoder_columns(s, width, self.layer)
             encoder = torch.randn(width, EXPANSION * width, device=self.args.device) / width**0.5

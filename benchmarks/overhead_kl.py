@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from overhead_variants import second_model
+
 ANCHORS, ANCHOR_TOKENS = 64, 128
 
 
@@ -37,7 +39,6 @@ def second_model_trainer() -> type:
     import torch
     from trl import SFTTrainer
 
-    from emguard_plugin.models.kv import base_causal_lm
     from emguard_plugin.models.modes import eval_mode
     from emguard_plugin.regularizers.kl.reference import collate
     from emguard_plugin.regularizers.run_facts import RunFacts
@@ -50,12 +51,7 @@ def second_model_trainer() -> type:
         def prepare_anchors(self, drawing: Any, dataset: Any, tokenizer: Any) -> None:
             """Load the second model; `drawing` says which anchors go where."""
             model = self.model
-            base = base_causal_lm(model)
-            with torch.device(self.args.device):
-                self.second = type(base)._from_config(base.config, dtype=base.dtype)
-            state = {k.replace(".base_layer", ""): v for k, v in base.state_dict().items() if "lora_" not in k}
-            self.second.load_state_dict(state)
-            self.second.eval().requires_grad_(False)
+            self.second = second_model(model)
             run = RunFacts(
                 model=model, tokenizer=tokenizer, dataset=dataset, seed=self.args.seed,
                 rows_per_batch=self.args.per_device_train_batch_size, micro_batches=self.args.gradient_accumulation_steps,
