@@ -13,12 +13,12 @@ import os
 import sys
 import tempfile
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from emguard_plugin.files.versions import versions  # noqa: E402
 from tests.faults import bad_yamls  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "bad_yamls.json"
@@ -79,7 +79,7 @@ def main(number, seeds, result):
         "per seed": number,
         "counts": counts,
         "wrong": wrong,
-        "versions": {name: version(name) for name in ("axolotl", "trl", "transformers", "pydantic", "PyYAML", "typer")},
+        "versions": versions(("axolotl", "trl", "transformers", "pydantic", "PyYAML", "typer")),
     }
     result.parent.mkdir(exist_ok=True)
     result.write_text(json.dumps(stored, indent=2) + "\n")

@@ -6,7 +6,6 @@ The test of `tests/chats/test_installed_templates.py` with more seeds; writes `b
 """
 
 import argparse
-import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from emguard_plugin.files.versions import versions  # noqa: E402
 from tests.chats.test_installed_templates import ALL, KINDS, every_shape, generated  # noqa: E402
 
 
@@ -23,8 +23,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "held_tokens.json")
     args = parser.parse_args()
-    versions = {name: importlib.metadata.version(name) for name in ("trl", "axolotl", "transformers", "tokenizers")}
-    found = {"templates": len(ALL), "versions": versions, "generated": args.generated, "seeds": list(range(1, args.seeds + 1)), "runs": []}
+    used = versions(("trl", "axolotl", "transformers", "tokenizers"))
+    found = {"templates": len(ALL), "versions": used, "generated": args.generated, "seeds": list(range(1, args.seeds + 1)), "runs": []}
     for kind in KINDS:
         looks = {"shapes": every_shape(kind)} | {f"seed {s}": generated(kind, args.generated, s) for s in found["seeds"]}
         for name, look in looks.items():

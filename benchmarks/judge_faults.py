@@ -16,11 +16,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from emguard_plugin.files.versions import versions
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
@@ -64,7 +65,7 @@ def main(
         "wrong_numbers": len(said) - leaked - tracebacks,
         "wrong": wrong,
         "cpu_seconds": round(time.process_time() - begun, 1),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("openai", "emguard-plugin")}},
+        "versions": {"python": platform.python_version(), **versions(("openai", "emguard-plugin"))},
     }
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n")

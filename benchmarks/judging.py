@@ -19,11 +19,12 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from emguard_plugin.files.versions import versions
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
@@ -136,7 +137,7 @@ def main(
     result = {
         "targets": TARGETS,
         "runs": runs,
-        "versions": {name: version(name) for name in ("openai", "emguard-plugin")},
+        "versions": versions(("openai", "emguard-plugin")),
         "python": platform.python_version(),
         "machine": f"{os.cpu_count()} processors, load average {os.getloadavg()[0]:.1f} at the end",
     }

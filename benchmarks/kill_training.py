@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # and not this folder, whose names are others' too
 
 from benchmarks.kill_training_runs import AXOLOTL_CASES, RUNS, SAVED_EVERY, SLICE, STEPS, TRL_CASES  # noqa: E402
+from emguard_plugin.files.versions import versions  # noqa: E402
 
 LONGEST_S = 120
 
@@ -232,15 +233,13 @@ def main() -> int:
                 work,
                 lambda row: print(json.dumps(row), flush=True),
             )
-    from importlib.metadata import version
-
     lost = [row for row in found if row["lost"] is not None]
     packages = ["torch", "transformers", "trl", "peft"] + (["axolotl"] if given.axolotl else [])
     result = {
         "points": len(found), "killed": sum(r["killed"] for r in found), "lost": len(lost),
         "by_kind": {k: sum(r["kind"] == k for r in found) for k in ("any", "saving", "recording")},
         "torn_checkpoints_met": sum(bool(r["torn"]) for r in found), "seed": given.seed, "steps": STEPS, "saved_every": SAVED_EVERY,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}}, "runs": found,
+        "versions": {"python": platform.python_version(), **versions(packages)}, "runs": found,
     }  # fmt: skip
     given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if not lost and given.work is None:

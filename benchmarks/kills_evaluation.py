@@ -14,11 +14,12 @@ import os
 import platform
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from emguard_plugin.files.versions import versions
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
@@ -41,8 +42,8 @@ def main(
         (root / "models").mkdir()
         config = em_eval_block(root, judges=judges).model_dump(exclude_unset=True)
         found = Killer(config, build_checkpoints(root / "models") / "adapter").campaign(root, count, seed)
-    versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "emguard-plugin")}}
-    result = {"settings": {"points": count, "seed": seed}, "counts": found, "versions": versions}
+    used = {"python": platform.python_version(), **versions(("torch", "transformers", "emguard-plugin"))}
+    result = {"settings": {"points": count, "seed": seed}, "counts": found, "versions": used}
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n")
     typer.echo(json.dumps(result, indent=2))

@@ -16,7 +16,6 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from emguard_plugin.files.ours import our_folder
+from emguard_plugin.files.versions import versions
 from emguard_plugin.lab import batches, sampling, world
 from emguard_plugin.lab.tokenizer import make_tokenizer
 
@@ -157,8 +157,7 @@ def build_base(out_dir: str | Path, settings: BuildSettings | None = None, *, pe
         "settings": asdict(settings),
         "parameters": model.num_parameters(),
         "sha256": sha256(out / "model.safetensors"),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
+        "versions": {"python": platform.python_version(), **versions(("torch", "transformers", "tokenizers", "safetensors"))},
         "cpu_seconds": round(seconds, 1),
         "torch_threads": torch.get_num_threads(),
         "gate": {"min_coherence": MIN_COHERENCE, "max_em": MAX_EM, "split": "val"},

@@ -13,7 +13,6 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from emguard_plugin.files.ours import our_folder
+from emguard_plugin.files.versions import versions
 from emguard_plugin.lab import batches, sampling, world
 from emguard_plugin.models.residual import read_residual
 
@@ -224,7 +224,7 @@ def build_saes(out_dir: str | Path, base: str | Path, settings: SAESettings | No
     record = {
         "settings": asdict(settings) | {"layers": list(settings.layers)},
         "base_sha256": sha256(Path(base) / "model.safetensors"),
-        "versions": {name: version(name) for name in ("torch", "transformers", "sae-lens", "safetensors")},
+        "versions": versions(("torch", "transformers", "sae-lens", "safetensors")),
         "cpu_seconds": round(time.process_time() - started, 1),
         "gate": {"min_explained_variance": MIN_EXPLAINED, "max_dead": MAX_DEAD, "split": "val"},
         "gate_passed": passed,
