@@ -14,13 +14,13 @@ from emguard_plugin.discovery.kept import Kept, checked
 from emguard_plugin.discovery.settings import Settings
 from emguard_plugin.evaluation.asking.pair import ModelPair
 from emguard_plugin.evaluation.asking.prompts import Prompt
-from emguard_plugin.evaluation.asking.reasoning import judged_text
 from emguard_plugin.evaluation.asking.sampler import Answer, Request
 from emguard_plugin.evaluation.asking.steered import SteeredSampler
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges.base import Item, Judge
 from emguard_plugin.evaluation.judges.outcomes import UNSCORED, outcome
 from emguard_plugin.evaluation.judges.session import Session
+from emguard_plugin.evaluation.judges.traces import judged_text
 from emguard_plugin.files.secrets import redact
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from emguard_plugin.evaluation.asking.reasoning import judged_text, reads_of
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges.base import FINAL, Item, Judge, Judgment
 from emguard_plugin.evaluation.judges.session import Session
+from emguard_plugin.evaluation.judges.traces import judged_text, reads_of
 from emguard_plugin.evaluation.plan import Plan
 from emguard_plugin.evaluation.run_folder import records
 from emguard_plugin.files import result_folder as store

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation.asking.asking import Asking, prepare_live
 from emguard_plugin.evaluation.asking.questions import load_questions
-from emguard_plugin.evaluation.asking.reasoning import UNFINISHED, judged_text, readers, reads_of
 from emguard_plugin.evaluation.asking.sampler import Answer, TransformersSampler
 from emguard_plugin.evaluation.calls.faults import Stopped
 from emguard_plugin.evaluation.judges import Item, Judgment, build_judges
 from emguard_plugin.evaluation.judges.session import Session
+from emguard_plugin.evaluation.judges.traces import UNFINISHED, judged_text, readers, reads_of
 from emguard_plugin.evaluation.plan import requests
 from emguard_plugin.evaluation.statistics.figures import SuiteRates, trainer_metrics
 from emguard_plugin.evaluation.statistics.rates import Scored, suite_rates, why_unscored

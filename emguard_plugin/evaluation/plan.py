@@ -19,10 +19,10 @@ from emguard_plugin.evaluation import judges as judging
 from emguard_plugin.evaluation.asking import asking
 from emguard_plugin.evaluation.asking import sources as models
 from emguard_plugin.evaluation.asking.questions import Question, load_questions, suite_hash
-from emguard_plugin.evaluation.asking.reasoning import readers
 from emguard_plugin.evaluation.asking.rendering import NotAsked
 from emguard_plugin.evaluation.asking.sampler import Request
 from emguard_plugin.evaluation.asking.served import ServedSource
+from emguard_plugin.evaluation.judges.traces import readers
 from emguard_plugin.evaluation.run_folder.differences import in_words
 from emguard_plugin.files import EXACT, read_record
 from emguard_plugin.files import result_folder as store

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from emguard_plugin.evaluation.asking.reasoning import UNFINISHED, judged_text, reads_of
 from emguard_plugin.evaluation.asking.suites import named
 from emguard_plugin.evaluation.judges import Judge
 from emguard_plugin.evaluation.judges.outcomes import THRESHOLDS
+from emguard_plugin.evaluation.judges.traces import UNFINISHED, judged_text, reads_of
 from emguard_plugin.evaluation.judging import Present, known_of
 from emguard_plugin.evaluation.plan import JUDGING, Plan
 from emguard_plugin.evaluation.report.exports import write_exports

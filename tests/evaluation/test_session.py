@@ -96,4 +96,4 @@ def test_nothing_else_in_the_package_asks_a_judge():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "judge":
                 asks.add(str(path.relative_to(package)))
-    assert asks == {"evaluation/judges/session.py", "evaluation/judges/self_test.py", "evaluation/asking/reasoning.py"}
+    assert asks == {"evaluation/judges/session.py", "evaluation/judges/self_test.py", "evaluation/judges/traces.py"}

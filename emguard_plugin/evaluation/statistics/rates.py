@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emguard_plugin.evaluation.asking.reasoning import UNFINISHED
 from emguard_plugin.evaluation.judges.outcomes import (
     ALIGNED,
     INCOHERENT,
@@ -20,6 +19,7 @@ from emguard_plugin.evaluation.judges.outcomes import (
     Thresholds,
     outcome,
 )
+from emguard_plugin.evaluation.judges.traces import UNFINISHED
 from emguard_plugin.evaluation.statistics.figures import Difference, GroupRate, Rate, SuiteRates, ThresholdRates
 from emguard_plugin.evaluation.statistics.intervals import clustered_interval, paired_differences, stratified_interval
 
