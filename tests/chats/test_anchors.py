@@ -74,7 +74,7 @@ def test_files_folders_and_saved_data_sets(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is empty"),
+        ("", "is empty. Give chats, one per line, or use `bundled`"),
         ("\n\n", "is empty"),
         ("{broken\n", "line 1 is not JSON"),
         ('{"messages": [{"role": "user", "content": "a"}]}\nnull\n', "line 2 is not a chat: it holds null"),

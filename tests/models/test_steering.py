@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from emguard_plugin.models.residual import keep_residual, row_residuals
+from emguard_plugin.models.residual import decoder, keep_residual, row_residuals
 from emguard_plugin.models.steering import changed, steered
 from tests.tiny import lora, perturb, tiny_model
 
@@ -67,6 +67,24 @@ def test_what_follows_sees_what_was_put_in_the_place(family):
     assert seen == [(1, 4, 32)] * 2
     assert not torch.equal(other, plain)
     torch.testing.assert_close(tuned(input_ids=ids).logits, plain, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_what_a_block_returns_beside_the_stream_stays(model):
+    ids, block, returned = torch.tensor([[3, 5, 7]]), decoder(model)[1][LAYER], []
+
+    def unwrap(_module, _args, output):
+        returned.append(output)
+        return output[0]
+
+    hooks = [block.register_forward_hook(lambda _module, _args, output: (output, "beside"))]
+    with changed(model, LAYER, torch.zeros_like):
+        hooks.append(block.register_forward_hook(unwrap))
+        model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    assert not returned[0][0].any()
+    assert returned[0][1:] == ("beside",)
 
 
 def test_rows_do_not_hang_on_the_batch(model):
