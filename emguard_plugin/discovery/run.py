@@ -41,7 +41,7 @@ def run(discovery: Discovery) -> LatentSet:
     with store.locked(folder, WORK):
         for layer, (source, sae) in discovery.saes.items():
             place = store.prepare_folder(folder / f"block{layer}", WORK)
-            tied = store.claim(place, protocol_of(discovery, sae), keys=("protocol",), option=WORK)
+            tied = store.claim(place, protocol_of(discovery, sae), entries=("protocol",), option=WORK)
             kept = Kept(place, run_id(tied["protocol"]))
             exclude = {i for known in discovery.known for e in known.encoders if e.layer == layer for i in e.ids}
             search = LayerSearch(

@@ -219,7 +219,7 @@ def open_run(plan: Plan) -> dict[str, Any]:
         **(asking.stated(known, config) if known else plan.asking.protocol()),
     }
     if plan.source is None:
-        store.claim(plan.folder, {"protocol": protocol}, keys=("protocol",), free=JUDGING, write=False, words=in_words)
+        store.claim(plan.folder, {"protocol": protocol}, entries=("protocol",), free=JUDGING, write=False, words=in_words)
         return stored_run(plan.folder)
     record = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -229,7 +229,7 @@ def open_run(plan: Plan) -> dict[str, Any]:
         "versions": _versions(),
         "example_prompt": plan.asking.example(plan.requests()[0].question),
     }
-    claimed = store.claim(plan.folder, record, keys=("protocol", "models"), free=JUDGING, write=False, words=in_words)
+    claimed = store.claim(plan.folder, record, entries=("protocol", "models"), free=JUDGING, write=False, words=in_words)
     return claimed if claimed.get("run") == record["run"] else stored_run(plan.folder)
 
 

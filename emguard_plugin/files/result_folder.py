@@ -148,7 +148,7 @@ def locked(folder: Path, option: str = OPTION) -> Iterator[None]:
 def claim(
     folder: Path,
     record: dict[str, Any],
-    keys: tuple[str, ...],
+    entries: tuple[str, ...],
     option: str = OPTION,
     free: tuple[str, ...] = (),
     write: bool = True,
@@ -159,7 +159,7 @@ def claim(
     Args:
         folder: The run folder.
         record: What this run would store in `protocol.json`.
-        keys: The entries that must be the same for stored answers to be used again.
+        entries: What of it must be the same for stored answers to be used again.
         option: What the user calls the folder.
         free: Keys inside these entries that may differ.
         write: Whether a new folder is tied at once; otherwise the caller stores the record with the first answer, and a
@@ -191,7 +191,7 @@ def claim(
     stored = claimed(folder)
     wrong = [
         line
-        for key in keys
+        for key in entries
         for where, old, new in _differences(_without(stored.get(key), free), _without(record[key], free), key)
         if (line := f"{where}: stored {json.dumps(old)}, now {json.dumps(new)}" if (said := words(where, old, new)) is None else said)
     ]

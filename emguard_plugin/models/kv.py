@@ -22,7 +22,7 @@ class KV(NamedTuple):
 
     keys: list[Tensor]
     values: list[Tensor]
-    anchor: Tensor
+    tie: Tensor
 
 
 def base_causal_lm(model: nn.Module) -> nn.Module:
@@ -63,7 +63,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H * D)
 
 
-def _anchor(model: nn.Module, out: Any) -> Tensor:
+def _tie(model: nn.Module, out: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     if any(isinstance(p, DTensor) for p in model.parameters()):
@@ -115,7 +115,7 @@ def read_kv(
             )
         keys.append(_flat(k))
         values.append(_flat(v))
-    return KV(keys, values, _anchor(model, out))
+    return KV(keys, values, _tie(model, out))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -145,7 +145,7 @@ def read_residual_projections(model: nn.Module, input_ids: Tensor, layers: Seque
         out = model(input_ids=input_ids, output_hidden_states=True, use_cache=False, **_head_kwargs(model))
         keys = [k(out.hidden_states[i]) for i, (k, _) in zip(layers, projections, strict=True)]
         values = [v(out.hidden_states[i]) for i, (_, v) in zip(layers, projections, strict=True)]
-    return KV(keys, values, _anchor(model, out))
+    return KV(keys, values, _tie(model, out))
 
 
 def residual_projections(model: nn.Module, layers: Sequence[int]) -> list[tuple[nn.Module, nn.Module]]:

@@ -207,10 +207,10 @@ class BaseLatents:
         rows = spans(inputs)
         isolated = self._is_isolated(model, kept, inputs, rows)
         ids = inputs["input_ids"].tolist()
-        keys = [
+        row_keys = [
             [row_key(ids[b][start:end], () if isolated else ids[b][row[0][0] : start]) for start, end in row] for b, row in enumerate(rows)
         ]
-        known = not any_process(model, not all(key in self.store.rows for row in keys for key in row))
+        known = not any_process(model, not all(key in self.store.rows for row in row_keys for key in row))
         hidden = None
         if not known and not self.source.adapter_off:
             raise RuntimeError(
@@ -221,19 +221,19 @@ class BaseLatents:
             hidden = self.read(model, kept)
             columns = self._columns(hidden)
             for b, row in enumerate(rows):
-                for (start, end), key in zip(row, keys[b], strict=True):
+                for (start, end), key in zip(row, row_keys[b], strict=True):
                     self.store.put(key, columns[b, start:end])
         else:
-            columns = self._recorded(inputs["input_ids"], rows, keys)
+            columns = self._recorded(inputs["input_ids"], rows, row_keys)
         if hidden is not None:
             hidden = {n: h[held.to(h.device)] for n, h in hidden.items()}
         return self._split(columns[held.to(columns.device)], hidden)
 
-    def _recorded(self, ids: Tensor, rows: Sequence[Any], keys: Sequence[Any]) -> Tensor:
+    def _recorded(self, ids: Tensor, rows: Sequence[Any], row_keys: Sequence[Any]) -> Tensor:
         width = 2 * sum(len(e.ids) for e in self.encoders)
         columns = torch.zeros(*ids.shape, width)
         for b, row in enumerate(rows):
-            for (start, end), key in zip(row, keys[b], strict=True):
+            for (start, end), key in zip(row, row_keys[b], strict=True):
                 columns[b, start:end] = self.store.rows[key]
         return columns.to(ids.device)
 

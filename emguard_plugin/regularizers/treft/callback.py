@@ -200,7 +200,7 @@ class TReFTCallback(EMRegularizerCallback):
             now = self._read(model, torch.tensor([self._prefixes[which].ids], device=device))
             ref = self._stored(which, device)
         key, value = kv_drift(now.keys, now.values, ref.keys, ref.values)
-        total = treft_penalty(key, value) + now.anchor
+        total = treft_penalty(key, value) + now.tie
         metrics = {"key_drift": key.detach().mean(), "value_drift": value.detach().mean()}
         return Penalty(total, metrics, per_layer=key + value, held=now.keys[0].shape[0] * now.keys[0].shape[1])
 
@@ -254,7 +254,7 @@ class TReFTCallback(EMRegularizerCallback):
 
         def pick(kv: KV) -> KV:
             keys, values = ([x.gather(1, at.expand(-1, -1, x.shape[-1])) for x in xs] for xs in (kv.keys, kv.values))
-            return KV(keys, values, kv.anchor)
+            return KV(keys, values, kv.tie)
 
         now = pick(read_kv(model, ids, self._layer_names, mask, positions))
         if shared:
