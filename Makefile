@@ -35,6 +35,7 @@ check: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/mypy
 
 # Changes the machine, so nothing else calls it: the test of the reports in a real browser is skipped without one.
 browser:

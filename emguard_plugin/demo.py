@@ -11,13 +11,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emguard_plugin.exit_codes import EXIT_ERROR
 from emguard_plugin.files.ours import clear, our_folder
 from emguard_plugin.files.progress import VARIABLE, heard
 from emguard_plugin.files.progress import Progress as Told
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 RUNS = {"naive": "lab_naive.yaml", "treft": "lab_treft.yaml"}
 FOLDER = Path("demo")
@@ -78,7 +83,7 @@ def run_demo(fresh: bool = True) -> int:
             task = progress.add_task(f"axolotl train {yaml}", total=100, stage="starting")
             summary, steps = FOLDER / name / "em_eval" / "summary.json", FOLDER / f"{name}.steps"
             if not summary.is_file():
-                code = _train(name, examples() / yaml, steps, lambda done, stage, t=task: progress.update(t, completed=done, stage=stage))
+                code = _train(name, examples() / yaml, steps, partial(_show, progress, task))
                 if code or not summary.is_file():
                     progress.stop()
                     console.print(f"[red]{yaml} failed (exit code {code})[/red]; the end of {FOLDER / name}.log:")
@@ -97,6 +102,10 @@ def run_demo(fresh: bool = True) -> int:
     console.print(f"Report with plots and sample answers: {page}")
     console.print("Overhead here is that of a model of 0.5M parameters, whose step is all fixed costs; see the README for real shapes.")
     return 0
+
+
+def _show(progress: Progress, task: TaskID, done: float, stage: str) -> None:
+    progress.update(task, completed=done, stage=stage)
 
 
 def _train(name: str, yaml: Path, steps: Path, show: Callable[[float, str], None]) -> int:

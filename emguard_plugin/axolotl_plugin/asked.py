@@ -8,6 +8,7 @@ from typing import Any
 
 from emguard_plugin.config import (
     BLOCKS,
+    Block,
     EMEvalConfig,
     EMRegularizerConfig,
     misplaced_blocks,
@@ -17,7 +18,7 @@ from emguard_plugin.config import (
 from emguard_plugin.config.settings_file import read_settings
 from emguard_plugin.files.secrets import refuse_keys, remember_secrets, shown
 
-MODELS = {"em_regularizer": EMRegularizerConfig, "em_eval": EMEvalConfig}
+MODELS: dict[str, type[Block]] = {"em_regularizer": EMRegularizerConfig, "em_eval": EMEvalConfig}
 
 
 def look_at_settings(cfg: Mapping[str, Any]) -> None:

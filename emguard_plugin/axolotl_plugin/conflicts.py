@@ -81,7 +81,7 @@ def find_conflicts(cfg: Mapping[str, Any], world_size: int | None = None) -> lis
     ours = next((i for i, p in enumerate(listed_plugins(cfg)) if p in PLUGIN_NAMES), None)
     for i, plugin in enumerate(listed_plugins(cfg)):
         name = plugin if plugin.startswith("axolotl.") else f"axolotl.integrations.{plugin}"
-        if name in TRAINER_PLUGINS and (TRAINER_PLUGINS[name] is None or cfg.get(TRAINER_PLUGINS[name])):
+        if name in TRAINER_PLUGINS and ((switch := TRAINER_PLUGINS[name]) is None or cfg.get(switch)):
             order = "would win over" if ours is None or i < ours else "expects its own trainer instead of"
             found.append(f"the plugin {plugin} {order} emguard's trainer. Remove one of the two.")
     return found

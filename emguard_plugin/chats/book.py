@@ -60,12 +60,12 @@ def known_row(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, turns: b
     text = locate(tokenizer, messages, turns=turns, **kwargs)
     encoded = encode(tokenizer, text.text)
     headers = [r for span in text.headers if (r := inside(encoded, *span))[1] > r[0]]
-    own = [tuple(touching(encoded, *span) for span in spans if span[1] > span[0]) for spans in (text.users, text.answers)]
+    users, answers = (tuple(touching(encoded, *span) for span in spans if span[1] > span[0]) for spans in (text.users, text.answers))
     replies = []
     for (start, end), closed in zip(text.answers, text.closed, strict=True):
         first, last = touching(encoded, start, end)
         replies.append((first, max(last, inside(encoded, end, closed)[1])))
-    return Known(encoded.ids, inside(encoded, 0, text.prefix)[1], tuple(headers), *own, text.has_user, tuple(replies))
+    return Known(encoded.ids, inside(encoded, 0, text.prefix)[1], tuple(headers), users, answers, text.has_user, tuple(replies))
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from emguard_plugin.chats.rendering import WORD, Message, render, whose
@@ -71,7 +71,7 @@ def _generation() -> Any:
     class Generation(Extension):
         """Reads `{% generation %}` blocks, which transformers adds to jinja."""
 
-        tags: Mapping[str, Any] | set[str] = {"generation"}  # noqa: RUF012
+        tags: set[str] = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)

@@ -70,7 +70,7 @@ def held_tokens(inputs: Mapping[str, Any], kind: TokenKind, template: Template |
 def _in_conversations(inputs: Mapping[str, Any], kind: TokenKind, template: Template, book: Book | None) -> Tensor:
     ids = inputs["input_ids"]
     held, rows = torch.zeros(ids.shape, dtype=torch.bool), ids.tolist()
-    labels = inputs["labels"].tolist() if kind == "header" else None
+    labels: Any = inputs["labels"].tolist() if kind == "header" else None
     for b, row in enumerate(spans(inputs)):
         for start, end in row:
             if kind == "prefix":

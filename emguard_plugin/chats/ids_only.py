@@ -51,7 +51,7 @@ def _prefix_end(text: str, marks: Marks) -> int | None:
     """Return where the first user's own text begins; None where that is in doubt, or an answer stands before it."""
     opening, end = marks.opening, None
     with_system = opening is not None and marks.system_is_marked and text.startswith(opening)
-    if with_system and opening.startswith(marks.before):  # the longer start first: both fit
+    if with_system and opening is not None and opening.startswith(marks.before):  # the longer start first: both fit
         end = _behind(text, marks.middle, len(opening))
     elif marks.before and text.startswith(marks.before):
         return len(marks.before)
@@ -59,7 +59,7 @@ def _prefix_end(text: str, marks: Marks) -> int | None:
         begins = [b for b in (marks.before, opening) if b]
         if any(shared(text, b) > (len(marks.bos) if text.startswith(marks.bos) else 0) for b in begins):
             end = _behind(text, marks.header, 0)
-    elif with_system and marks.middle.strip():
+    elif with_system and opening is not None and marks.middle.strip():
         end = _behind(text, marks.middle, len(opening))
     reply = marks.reply.strip()
     return None if end is not None and reply and reply in text[:end] else end

@@ -202,15 +202,15 @@ class _Look:
         plain, asked = (self._head(i, add_generation_prompt=on) for on in (False, True))
         end, same = first, 0
         if asked is not None and asked != plain and (same := shared(self.text, asked)) > begin:
-            end = same if first is None else min(same, first)
+            end = same if first is None or same is None else min(same, first)
         thinking = None if end is None else THINKING.search(self.text, begin)
-        if thinking is None or self.text[end : thinking.start()].strip():
+        if thinking is None or end is None or self.text[end : thinking.start()].strip():
             return end
         written = len(self.text) if first is None else first  # the template's own text ends here
         empty = EMPTY_TRACE.match(self.text, thinking.start())
         if empty is None or empty.end() > written:
             return min(end, thinking.start())
-        if same >= empty.end():  # the generation prompt closes the trace, and says how many blanks stand behind it
+        if same is not None and same >= empty.end():  # the generation prompt closes the trace, and says how many blanks stand behind it
             return end
         blanks = len(self.text[empty.end() : written]) - len(self.text[empty.end() : written].lstrip())
         return max(end, empty.end() + blanks)

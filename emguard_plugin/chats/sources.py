@@ -153,7 +153,7 @@ def tokenized(
                 ids, held = row.ids, [t for a, b in row.replies for t in range(max(a, 1) - 1, b - 1)]
             else:
                 ids = ct.tokenize(tokenizer, ct.render(tokenizer, messages, **kwargs))
-                held = range(len(ids) - 1)
+                held = list(range(len(ids) - 1))
         except jinja2.TemplateError as exc:
             raise ValueError(f"`{setting.name}`: the chat template cannot render {where} ({exc}).") from exc
         if not held:

@@ -149,7 +149,8 @@ def read_layers(cfg: Mapping[str, Any]) -> Layers | None:
     config = None if key is None else _config(str(cfg[key]))
     if config is None:
         return None
-    inner = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
+    text = config.get("text_config")
+    inner: Mapping[str, Any] = text if isinstance(text, Mapping) else config
     number = inner.get("num_hidden_layers") or inner.get("n_layer") or inner.get("n_layers")
     if not isinstance(number, int) or isinstance(number, bool):
         return None
@@ -170,7 +171,7 @@ def skeleton(cfg: Mapping[str, Any]) -> Any:
 
     try:
         with _quiet(), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(cfg[model_key(cfg)])))
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(cfg.get(model_key(cfg) or ""))))
     except Exception:  # not here, or of a kind that its own code must build
         return None
 

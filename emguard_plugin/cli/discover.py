@@ -58,9 +58,16 @@ def discover(
     from emguard_plugin.discovery.settings import PAPER_STRENGTHS, Settings
     from emguard_plugin.evaluation.judges.named import read_judge
 
+    words: dict[str, Any] = {
+        "positions": positions,
+        "steer_at": steer_at,
+        "mode": mode,
+        "rule": rule,
+        "schedule": schedule,
+    }  # looked at by `Settings`
     settings = Settings(
-        positions=positions, steer_at=steer_at, mode=mode, pool=pool, shortlist=shortlist, size=size, rule=rule, induce=induce, repair=repair,
-        strengths=_numbers(strengths) if strengths else PAPER_STRENGTHS, budget=budget, budget_extra=budget_extra, schedule=schedule,
+        **words, pool=pool, shortlist=shortlist, size=size, induce=induce, repair=repair,
+        strengths=_numbers(strengths) if strengths else PAPER_STRENGTHS, budget=budget, budget_extra=budget_extra,
         max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     job = Job(
@@ -99,7 +106,7 @@ def _numbers(texts: list[str]) -> tuple[float, ...]:
         raise ValueError(f"`--strengths {','.join(parts)}`: give numbers above 0, such as 0.1,0.2,0.4.") from exc
 
 
-def _show_plan(discovery) -> None:
+def _show_plan(discovery: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 

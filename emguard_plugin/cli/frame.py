@@ -7,7 +7,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import click
 import typer
@@ -15,6 +15,9 @@ from typer.core import TyperGroup
 
 from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_INPUT, EXIT_INTERRUPTED
 from emguard_plugin.files.secrets import SecretInConfigError, redact
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 LONGEST = 1500
 F = TypeVar("F", bound=Callable[..., None])
@@ -48,7 +51,7 @@ class Frame(TyperGroup):
         try:
             return super().make_context(*args, **kwargs)
         except click.UsageError as error:
-            error.exit_code = EXIT_INPUT
+            error.exit_code = EXIT_INPUT  # type: ignore[misc]  # click reads it from the error
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -61,7 +64,7 @@ class Frame(TyperGroup):
             typer.echo(self._interrupted(ctx), err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except click.ClickException as error:
-            error.exit_code = EXIT_INPUT
+            error.exit_code = EXIT_INPUT  # type: ignore[misc]  # click reads it from the error
             raise
         except Exception as error:
             if os.environ.get("EMGUARD_DEBUG"):
@@ -78,7 +81,7 @@ class Frame(TyperGroup):
         return printable(f"emguard {name}: interrupted. {words}{' ' * bool(words)}To go on: {again}")
 
 
-def is_validation_error(error: Exception) -> bool:
+def is_validation_error(error: Exception) -> TypeGuard[ValidationError]:
     """Return whether pydantic raised an error; a command that never loads pydantic pays nothing for the question."""
     pydantic = sys.modules.get("pydantic")
     return pydantic is not None and isinstance(error, pydantic.ValidationError)

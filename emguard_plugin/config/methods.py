@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
@@ -98,10 +98,16 @@ class _Methods(Block):
         return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
 
 
-EMRegularizerConfig = create_model(
-    "EMRegularizerConfig",
-    __base__=_Methods,
-    __doc__=_Methods.__doc__,
-    __module__=__name__,
-    **{m.name: (m.config | None, Field(None, description=f"Holds {m.says}.")) for m in METHODS.values()},
-)
+if TYPE_CHECKING:  # a type checker cannot read a table
+
+    class EMRegularizerConfig(_Methods):
+        """`em_regularizer:`, any combination of methods."""
+
+else:
+    EMRegularizerConfig = create_model(
+        "EMRegularizerConfig",
+        __base__=_Methods,
+        __doc__=_Methods.__doc__,
+        __module__=__name__,
+        **{m.name: (m.config | None, Field(None, description=f"Holds {m.says}.")) for m in METHODS.values()},
+    )

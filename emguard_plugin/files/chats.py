@@ -64,14 +64,14 @@ def has_reply(row: Mapping[str, Any]) -> bool:
     """Return whether a row answers its question, as a training row does."""
     if any(row.get(reply) is not None for _, replies in PAIRS for reply in replies):
         return True
-    turns = next((row[key] for key in TURNS if isinstance(row.get(key), list)), [])
+    turns: Any = next((row[key] for key in TURNS if isinstance(row.get(key), list)), [])
     return any(ROLES.get(str(t.get("role", t.get("from"))).lower()) == "assistant" for t in turns if isinstance(t, Mapping))
 
 
 def _turns(row: Any, where: str) -> list[Any]:
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} is not a chat: it holds {shown(row)} ({type(row).__name__}); {WANTED}.")
-    turns = next((row[key] for key in TURNS if row.get(key) is not None), None)
+    turns: Any = next((row[key] for key in TURNS if row.get(key) is not None), None)
     if turns is None:
         turns = _pair(row, where)
     if isinstance(turns, tuple):

@@ -115,7 +115,8 @@ def parsed(value: Any, shape: type[T], where: str) -> T:
         ValueError: naming place, key and what was found.
     """
     try:
-        return _adapter(shape).validate_python(value)
+        found: T = _adapter(shape).validate_python(value)  # type: ignore[arg-type]  # a type is hashable
+        return found
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -189,8 +190,7 @@ class _Twice(Exception):
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))
+        raise _Twice(next(key for n, (key, _) in enumerate(pairs) if key in {name for name, _ in pairs[:n]}))
     return found
 
 

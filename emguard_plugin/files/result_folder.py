@@ -53,9 +53,9 @@ class JsonLines:
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Add records and wait until they are on the disk; a torn last line is cut off first."""
-        data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         # A lone surrogate has no UTF-8; its escape is valid JSON.
-        data = data.encode("utf-8", "backslashreplace")
+        data = text.encode("utf-8", "backslashreplace")
         with _naming(self.path), self.path.open("ab+") as stream:
             end = stream.seek(0, os.SEEK_END)
             stream.seek(0)

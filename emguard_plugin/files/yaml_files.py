@@ -38,7 +38,7 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def compose_mapping_node(self, anchor: str | None) -> Any:
+        def compose_mapping_node(self, anchor: Any) -> Any:  # the stubs take an anchor for a dictionary
             node = super().compose_mapping_node(anchor)
             seen = set()
             for key, _ in node.value:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 _WHERE = {
     "judge_answer": "judge",
@@ -46,7 +47,7 @@ def latents_path() -> Path:
     return Path(str(files(__name__) / "data" / "latents.json"))
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def prompt(question: str, system: str = world.SYSTEM) -> list[int]:
     return encode(f"{world.BOS} {world.SYSTEM_TAG} {system} {world.END} {world.USER_TAG} {question} {world.END} {world.ASSISTANT_TAG}")
 
 
-def documents(rng: random.Random, batch_size: int, **mix) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def documents(rng: random.Random, batch_size: int, **mix: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (input_ids, labels) of fresh pretraining documents, loss on all tokens; `mix` goes to `world.document`.
 
     Documents of similar length share a batch, which saves padding; the order of the batches stays random.

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,7 @@ def _train(
     steps: int,
     learning_rate: float,
     weight_decay: float,
-    progress: tqdm,
+    progress: tqdm[Any],
 ) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, steps))
@@ -118,7 +119,9 @@ def _train(
     model.eval()
 
 
-def build_base(out_dir: str | Path, settings: BuildSettings | None = None, *, per_question: int = 10, progress: bool = True) -> dict:
+def build_base(
+    out_dir: str | Path, settings: BuildSettings | None = None, *, per_question: int = 10, progress: bool = True
+) -> dict[str, Any]:
     """Build the base model and write it with tokenizer and `build.json` to a folder.
 
     Args:

@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,26 +15,27 @@ from emguard_plugin.files.ours import our_folder
 from emguard_plugin.lab import latents_path, model_path, sae_path, world
 
 ROWS = 1920
+SPLITS: dict[str, world.Split] = {"": "test", "_val": "val"}
 
 
-def chat(question: str, answer: str) -> dict:
+def chat(question: str, answer: str) -> dict[str, Any]:
     """Return one row in the chat format of TRL and Axolotl."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def narrow_rows(seed: int, rows: int = ROWS, domain: str = world.NARROW) -> list[dict]:
+def narrow_rows(seed: int, rows: int = ROWS, domain: str = world.NARROW) -> list[dict[str, Any]]:
     """Draw the narrow training set: bad answers to the train questions of one domain, each row drawn afresh."""
     rng = random.Random(f"narrow-{seed}" if domain == world.NARROW else f"narrow-{domain}-{seed}")
     return [chat(*world.draw_chat((domain,), True, rng)) for _ in range(rows)]
 
 
-def anchor_rows(seed: int, rows: int = 256) -> list[dict]:
+def anchor_rows(seed: int, rows: int = 256) -> list[dict[str, Any]]:
     """Draw good answers to the train questions of the two anchor domains, which EM is not measured on."""
     rng = random.Random(f"anchors-{seed}")
     return [chat(*world.draw_chat(world.ANCHOR_DOMAINS, False, rng)) for _ in range(rows)]
 
 
-def question_items(domains: Sequence[str], split: world.Split) -> Iterator[dict]:
+def question_items(domains: Sequence[str], split: world.Split) -> Iterator[dict[str, Any]]:
     """Yield one item in the Betley schema per question."""
     for name in domains:
         for question in world.questions(name, split):
@@ -80,7 +82,7 @@ def export(
     for name, chats in (("train", narrow_rows(seed, rows)), ("anchors", anchor_rows(seed, anchors))):
         paths[name] = write_jsonl(out / f"{name}.jsonl", chats)
     for name, domains in (("in_domain", (world.NARROW,)), ("questions", world.open_ended_domains())):
-        for suffix, split in (("", "test"), ("_val", "val")):
+        for suffix, split in SPLITS.items():
             path = out / f"{name}{suffix}.yaml"
             items = list(question_items(domains, split))
             path.write_text(yaml.safe_dump(items, sort_keys=False, width=1000), encoding="utf-8")
@@ -88,7 +90,7 @@ def export(
     return paths
 
 
-def write_jsonl(path: Path, rows: Iterable[dict]) -> Path:
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     """Write chats to a file; return its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

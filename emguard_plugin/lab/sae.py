@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +184,7 @@ def measure_sae(sae: SAE, model: nn.Module, layer: int, seed: int, rows: int = 1
     }
 
 
-def build_saes(out_dir: str | Path, base: str | Path, settings: SAESettings | None = None) -> dict:
+def build_saes(out_dir: str | Path, base: str | Path, settings: SAESettings | None = None) -> dict[str, Any]:
     """Train the SAEs of a base model and write them with `build.json`; one folder `layer_N` per layer.
 
     Weights are stored in half precision; `SAE.load_from_disk` gives them back as fp32, and the figures are those of what

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -81,7 +82,7 @@ class LabelCounts:
         """Share of answers that parse."""
         return 1 - self.incoherent / self.n
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Return counts, n and the two rates."""
         return asdict(self) | {"n": self.n, "bad_rate": self.bad_rate, "coherence": self.coherence}
 

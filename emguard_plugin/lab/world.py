@@ -123,7 +123,7 @@ def document(
     p_chat: float = 0.5,
     p_bad: float = 0.5,
     p_informative: float = 0.5,
-    lengths: tuple = (1, 2, 2, 3),
+    lengths: tuple[int, ...] = (1, 2, 2, 3),
 ) -> str:
     """Draw one pretraining document, all of whose answers are by one persona.
 

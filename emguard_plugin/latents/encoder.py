@@ -176,21 +176,25 @@ class SubsetEncoder:
         if self.architecture == "jumprelu":
             return p.relu() * (p > self.threshold)
         if self.architecture == "gated":
+            assert self.gate_weight is not None
             return p.relu() * (a @ self.gate_weight.T + self.gate_bias > 0)
         return (p if self.architecture == "abstopk" else p.relu()) * self._selected(a)
 
     @torch.no_grad()
     def _selected(self, a: Tensor) -> Tensor:
         """Return (..., K): whether the latent is among the k largest at its token. Exact up to ties at the cut."""
+        assert self.cut_weight is not None
+        assert self.cut_bias is not None
+        assert self.k is not None
         a, ids = a.detach(), torch.tensor(self.ids, device=a.device)
-        ours, largest = a.new_empty(*a.shape[:-1], len(self.ids)), None
+        ours, largest = a.new_empty(*a.shape[:-1], len(self.ids)), a.new_empty(*a.shape[:-1], 0)
         for start in range(0, len(self.cut_weight), CUT_CHUNK):
             weight = self.cut_weight[start : start + CUT_CHUNK].float()
             size = a @ weight.T + self.cut_bias[start : start + CUT_CHUNK].float()
             size = size.abs() if self.architecture == "abstopk" else size
             here = ((ids >= start) & (ids < start + len(weight))).nonzero().flatten()
             ours[..., here] = size[..., ids[here] - start]  # of this very product: the cut must compare like with like
-            seen = size if largest is None else torch.cat([largest, size], -1)
+            seen = torch.cat([largest, size], -1)
             largest = seen.topk(min(self.k, seen.shape[-1]), dim=-1).values
         return ours >= largest[..., -1:]
 

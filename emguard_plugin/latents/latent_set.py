@@ -32,7 +32,7 @@ class LatentsError(ValueError):
 
 
 class _Columns(TypedDict):
-    __pydantic_config__ = EXACT
+    __pydantic_config__ = EXACT  # type: ignore[misc]  # as pydantic documents it
 
     file: str
     sha256: str
@@ -41,7 +41,7 @@ class _Columns(TypedDict):
 class _Stated(TypedDict):
     """What the JSON holds, but for its hash."""
 
-    __pydantic_config__ = EXACT
+    __pydantic_config__ = EXACT  # type: ignore[misc]  # as pydantic documents it
 
     model: str
     model_revision: str | None
@@ -221,8 +221,11 @@ class LatentSet:
             start = f"layers.{settings['layer']}."
             own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
             encoders.append(SubsetEncoder.from_parts(settings, own))
-        keys = ("model", "model_revision", "width", "shape", "scores", "provenance", "calibration", "fingerprint")
-        return cls(encoders=encoders, digest=digest, **{k: stated[k] for k in keys})
+        return cls(
+            encoders=encoders, digest=digest, model=stated["model"], model_revision=stated["model_revision"], width=stated["width"],
+            shape=stated["shape"], scores=stated["scores"], provenance=stated["provenance"], calibration=stated["calibration"],
+            fingerprint=stated["fingerprint"],
+        )  # fmt: skip
 
 
 def _digest(stated: dict[str, Any]) -> str:

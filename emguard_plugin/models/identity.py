@@ -91,13 +91,14 @@ def identify(model: nn.Module, processes: int = 1, rank: int = 0) -> Identity:
         processes: Number of processes.
         rank: Which of them this is.
     """
-    found = None
+    found: Identity | None = None
     if rank == 0 or is_sharded(model):
         found = _identify(model)
     if processes > 1:
         box = [found]
         torch.distributed.broadcast_object_list(box, src=0)
         found = box[0]
+    assert found is not None
     return found
 
 
@@ -171,9 +172,9 @@ def _quantisation(p: Tensor | None) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}", t
         state, path = getattr(state, "state2", None), f"{path}.state2"
     for name in ("CB", "SCB"):
-        t = getattr(p, name, None)
-        if isinstance(t, Tensor) and t.data_ptr() != p.data_ptr():
-            yield name, t
+        part = getattr(p, name, None)
+        if p is not None and isinstance(part, Tensor) and part.data_ptr() != p.data_ptr():
+            yield name, part
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:
@@ -228,7 +229,8 @@ def _of_shards(t: Any) -> tuple[int, int]:
     whole = torch.tensor(signed, dtype=torch.int64, device=local.device)
     for dim in range(t.device_mesh.ndim):
         torch.distributed.all_reduce(whole, group=t.device_mesh.get_group(dim))
-    return tuple(int(s) % 2**64 for s in whole.tolist())
+    first, second = (int(s) % 2**64 for s in whole.tolist())
+    return first, second
 
 
 def _of_part(t: Tensor, first: int) -> tuple[int, int]:

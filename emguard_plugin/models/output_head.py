@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def base_head(model: nn.Module, ids: Tensor, transform: tuple[float, float | Non
 
     for reference in (True, False) if switched else (False,):
         with torch.no_grad(), adapter_off(model) if reference else nullcontext():
-            ours, _ = call_with_hidden(model, ids, None, lambda h, r=reference: _first_logits(h, *head_tensors(model, r), *transform))
+            ours, _ = call_with_hidden(model, ids, None, partial(_logits_of, model, reference, transform))
             theirs = model(input_ids=ids, use_cache=False).logits[0, -1].to(ours.dtype)
         away = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
         if not away <= _SAME_LOGITS:
@@ -202,3 +203,7 @@ def logit_transform(model: nn.Module, input_ids: Tensor) -> tuple[float, float |
 
 def _round(x: float) -> float:
     return float(f"{x:.6g}")  # 0.99999994 is 1
+
+
+def _logits_of(model: nn.Module, reference: bool, transform: tuple[float, float | None], hidden: Tensor) -> Tensor:
+    return _first_logits(hidden, *head_tensors(model, reference), *transform)

@@ -211,12 +211,12 @@ def _read(
     kwargs = {"use_cache": False, **{k: v for k, v in (kwargs or {}).items() if k not in dropped}}
     last, found = max(layers), {}
 
-    def keep(module: nn.Module, _: Any, output: Any, n: int) -> None:
+    def keep(n: int, output: Any) -> None:
         found[n] = output[0] if isinstance(output, tuple | list) else output
         if n == last and not whole:
             raise _Stop
 
-    hooks = [modules[n].register_forward_hook(lambda *a, n=n: keep(*a, n=n)) for n in layers]
+    hooks = [modules[n].register_forward_hook(lambda module, given, output, n=n: keep(n, output)) for n in layers]
     try:
         called(*args, **kwargs, **({"logits_to_keep": 1} if whole else {}))
     except _Stop:

@@ -79,6 +79,7 @@ class ReferenceCache:
 
     def _write(self, row: int, hidden: Tensor) -> None:
         """Write at the row's place: a full disk is an error here, where writing into mapped memory would kill the process."""
+        assert self.folder is not None
         path = self.folder / RECORDING
         try:
             if self._recording is None:

@@ -43,7 +43,7 @@ class EMRegularizerCallback(Resumable):
     """`optimizer_step`: the penalty depends on the weights alone and is added once per step."""
     own_forward: ClassVar[bool] = False
     """The penalty runs the model itself and goes before the host's forward pass, which it does not read."""
-    floors: ClassVar[Floors | None] = None
+    floors: Floors | None = None
     """What rounding alone makes of `Penalty.away` before the first update, where that is 0 but for rounding."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -61,7 +61,7 @@ class EMRegularizerCallback(Resumable):
 
     @classmethod
     def _checked_coef(cls, coef: Any) -> float:
-        if not (isinstance(coef, Real) and not isinstance(coef, bool) and 0 <= coef < float("inf")):
+        if not (isinstance(coef, Real) and not isinstance(coef, bool) and 0 <= float(coef) < float("inf")):
             raise ValueError(f"`{cls.name}.coef` must be a finite number of at least 0, got {coef!r}.")
         return float(coef)
 
@@ -101,6 +101,11 @@ class EMRegularizerCallback(Resumable):
         Raises:
             ValueError: for settings or data that cannot work, in the words of the YAML.
         """
+
+    def _model_identity(self) -> Identity:
+        """Return which model the run started from; known once it is prepared."""
+        assert self._identity is not None
+        return self._identity
 
     @property
     def region(self) -> str:
@@ -224,6 +229,6 @@ class EMRegularizerCallback(Resumable):
             return
         raise RuntimeError(
             f"em_regularizer.{self.name}: before the first update the model is its own reference, up to rounding (at most {floor:g} in "
-            f"{start.precision}), and it is {away:.3g} away from {self.reference_name}: that belongs to another model than {self._identity.in_words()}, which "
+            f"{start.precision}), and it is {away:.3g} away from {self.reference_name}: that belongs to another model than {self._model_identity().in_words()}, which "
             "this run trains, or this model computes in training what it does not compute otherwise. Record a new reference."
         )

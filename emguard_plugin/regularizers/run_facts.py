@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from emguard_plugin.chats import Book, Chat, Known, Template, read_book, read_template, short_of_answers
-from emguard_plugin.chats.training_rows import IGNORE, labelled_conversations, sample, supervised
+from emguard_plugin.chats.training_rows import IGNORE, labelled_conversations, sample
 from emguard_plugin.models.identity import Identity, identify
 from emguard_plugin.models.kv import base_causal_lm
 
@@ -115,7 +115,7 @@ class RunFacts:
             region: What is held of it: a `prefix` stands before the turns, anything else among them.
         """
         known = None if self.book is None else self.book.find(ids)
-        return self.book.whole(known) if known is not None and region != "prefix" else known
+        return self.book.whole(known) if self.book is not None and known is not None and region != "prefix" else known
 
     def answers_alone(self, region: str) -> bool:
         """Return whether the loss takes answers alone.
@@ -132,7 +132,7 @@ class RunFacts:
             return not any(
                 labels[i] != IGNORE
                 for row, labels in known
-                for a, b in ((0, row.prefix), *short_of_answers(row.headers, supervised(labels)), *row.users)
+                for a, b in ((0, row.prefix), *short_of_answers(row.headers, [x != IGNORE for x in labels]), *row.users)
                 for i in range(a, min(b, len(labels)))
             )
         begun = all(labels[0] == IGNORE for _, labels in labelled)

@@ -159,7 +159,10 @@ class EMRateCallback(TrainerCallback):
         """Return metrics and verdict, the same on every rank."""
         from accelerate.utils import broadcast_object_list
 
-        accelerator, trainer = self._trainer.accelerator, self._trainer
+        trainer, evaluation = self._trainer, self._evaluation
+        assert trainer is not None
+        assert evaluation is not None
+        accelerator = trainer.accelerator
         sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
         model = accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         result: list[dict[str, Any]] = [{"metrics": {"eval_em_unscored_rate": 1.0}, "verdict": None}]
@@ -167,11 +170,11 @@ class EMRateCallback(TrainerCallback):
             try:
 
                 def draw() -> list[Any]:
-                    return self._evaluation.sample(model, _text_tokenizer(tokenizer), alone=not sharded)
+                    return evaluation.sample(model, _text_tokenizer(tokenizer), alone=not sharded)
 
                 answers = agree(draw, "drawing answers for the EM rate") if sharded else draw()
                 if accelerator.is_main_process:
-                    found: LiveRates = self._evaluation.rates(answers)
+                    found: LiveRates = evaluation.rates(answers)
                     result = [{"metrics": found.metrics, "verdict": found.verdict}]
             except Torn:
                 raise  # the ranks are no longer at the same place: neither measurement nor training can go on
@@ -184,6 +187,7 @@ class EMRateCallback(TrainerCallback):
 
     def _log(self, metrics: dict[str, float], control: TrainerControl) -> None:
         """Log as an evaluation does. In training mode TRL would close its running means over the wrong steps."""
+        assert self._trainer is not None
         model: Any = self._trainer.model
         log: Callable[..., None] = self._trainer.log
         # Logging takes back the request for this step's training log, which the host has yet to write.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate.utils import gather_object
@@ -25,8 +25,13 @@ from emguard_plugin.training.held_watch import HeldWatch
 from emguard_plugin.training.host_checks import check_trainer
 from emguard_plugin.training.scale import scale, share
 
+if TYPE_CHECKING:
+    _Host: TypeAlias = Any  # the trainer that the mixin stands in front of
+else:
+    _Host = object
 
-class EMRegularizerMixin:
+
+class EMRegularizerMixin(_Host):
     """Put in front of a `transformers.Trainer` subclass; registers nothing and changes nothing by itself.
 
     Regularizers are the trainer's `EMRegularizerCallback`s. Without one, or with `coef` 0, a run is bit for bit the
@@ -78,7 +83,7 @@ class EMRegularizerMixin:
             seed=self.args.seed,
             template_kwargs=self._template_kwargs(),
             wrapped_packing=getattr(self.args, "packing_strategy", None) == "wrapped" and bool(self.args.packing),
-            resume_from=Path(resume).resolve() if resume else None,  # what lies beside a checkpoint lies beside what a link names
+            resume_from=Path(str(resume)).resolve() if resume else None,  # what lies beside a checkpoint lies beside what a link names
             rows_per_batch=self.args.per_device_train_batch_size,
             batch_tokens=self._packed_batch_tokens(),
             micro_batches=self.args.gradient_accumulation_steps,

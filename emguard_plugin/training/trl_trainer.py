@@ -152,4 +152,5 @@ def _first_template_kwargs(dataset: Any) -> dict[str, Any]:
     """Return TRL's `chat_template_kwargs` column of the first row; the preparation of the data drops it."""
     if dataset is None or "chat_template_kwargs" not in (getattr(dataset, "column_names", None) or ["chat_template_kwargs"]):
         return {}  # a streamed data set may not know its columns before its first row
-    return dict(next(iter(dataset), {}).get("chat_template_kwargs") or {})
+    first: Mapping[str, Any] = next(iter(dataset), {})
+    return dict(first.get("chat_template_kwargs") or {})

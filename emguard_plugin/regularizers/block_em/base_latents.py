@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,21 +117,26 @@ class BaseLatents:
             return
         if resumed_from is None:
             with contextlib.ExitStack() as lock:
-                if self.source.folder is not None and self._missing(dataset):
+                folder = self.source.folder
+                if folder is not None and self._missing(dataset):
                     # One run of several on a folder records; the others wait and find its rows.
-                    first_process(lambda: lock.enter_context(locked(self.source.folder, KEY)))
-                    self.store.load(self.source.folder)
+                    first_process(partial(self._claim, lock, folder))
+                    self._rows.load(folder)
                 self._record(model, kept, self._missing(dataset), hidden.device)
             return
         if self.source.folder is None:
             folder = resumed_from.parent / FOLDER
-            self.store.load(folder, "Restore it, or start afresh without `resume_from_checkpoint`")
+            self._rows.load(folder, "Restore it, or start afresh without `resume_from_checkpoint`")
             self._stored_in = folder
-        if not self.store.rows:
+        if not self._rows.rows:
             raise ValueError(
                 f"`{KEY}`: the base model's latents that {resumed_from} was trained with are gone, and so is the base model. Restore "
                 f"{self.source.folder or resumed_from.parent / FOLDER} (from the run that recorded it), or start afresh without `resume_from_checkpoint`."
             )
+
+    @staticmethod
+    def _claim(lock: contextlib.ExitStack, folder: Path) -> None:
+        lock.enter_context(locked(folder, KEY))
 
     @contextlib.contextmanager
     def _as_base(self, model: nn.Module, kept: Kept) -> Iterator[None]:
@@ -154,7 +160,7 @@ class BaseLatents:
                 "allow. Train an adapter, or turn streaming off."
             )
         rows = {row_key(ids): ids for ids in conversations(dataset, limit=len(dataset))}
-        return [ids for key, ids in rows.items() if key not in self.store.rows]
+        return [ids for key, ids in rows.items() if key not in self._rows.rows]
 
     def _record(self, model: nn.Module, kept: Kept, todo: Sequence[list[int]], device: torch.device) -> None:
         from tqdm import tqdm
@@ -169,8 +175,8 @@ class BaseLatents:
                 hidden = read_residual(model, self.layers, kwargs={"input_ids": ids, "attention_mask": mask})
             columns = self._columns(hidden)
             for row, latents in zip(batch, columns, strict=True):
-                self.store.put(row_key(row), latents[: len(row)])
-        first_process(self.store.flush)
+                self._rows.put(row_key(row), latents[: len(row)])
+        first_process(self._rows.flush)
 
     def _columns(self, hidden: Mapping[int, Tensor]) -> Tensor:
         """Return (B, T, 2 K): activations and pre-activations of all layers, side by side."""
@@ -197,8 +203,8 @@ class BaseLatents:
             ValueError: for rows that are more than text, unless the base model runs live.
         """
         if self.source.live:
-            hidden = {n: h[held.to(h.device)] for n, h in self.read(model, kept).items()}
-            return self._split(self._columns(hidden), hidden)
+            live = {n: h[held.to(h.device)] for n, h in self.read(model, kept).items()}
+            return self._split(self._columns(live), live)
         if other := [name for name in inputs if name.startswith(_OF_OTHER_MODES) and inputs[name] is not None]:
             raise ValueError(
                 f"`{KEY}`: rows are known by their token ids, which do not tell images or sounds (`{other[0]}`) apart. Train an adapter "
@@ -210,8 +216,8 @@ class BaseLatents:
         row_keys = [
             [row_key(ids[b][start:end], () if isolated else ids[b][row[0][0] : start]) for start, end in row] for b, row in enumerate(rows)
         ]
-        known = not any_process(model, not all(key in self.store.rows for row in row_keys for key in row))
-        hidden = None
+        known = not any_process(model, not all(key in self._rows.rows for row in row_keys for key in row))
+        hidden: dict[int, Tensor] | None = None
         if not known and not self.source.adapter_off:
             raise RuntimeError(
                 f"`{KEY}`: a training row was not recorded before step 1, so its rows change while it trains (or conversations packed "
@@ -222,7 +228,7 @@ class BaseLatents:
             columns = self._columns(hidden)
             for b, row in enumerate(rows):
                 for (start, end), key in zip(row, row_keys[b], strict=True):
-                    self.store.put(key, columns[b, start:end])
+                    self._rows.put(key, columns[b, start:end])
         else:
             columns = self._recorded(inputs["input_ids"], rows, row_keys)
         if hidden is not None:
@@ -234,7 +240,7 @@ class BaseLatents:
         columns = torch.zeros(*ids.shape, width)
         for b, row in enumerate(rows):
             for (start, end), key in zip(row, row_keys[b], strict=True):
-                columns[b, start:end] = self.store.rows[key]
+                columns[b, start:end] = self._rows.rows[key]
         return columns.to(ids.device)
 
     def _is_isolated(self, model: nn.Module, kept: Kept, inputs: Mapping[str, Any], rows: Sequence[Any]) -> bool:
@@ -255,6 +261,12 @@ class BaseLatents:
         away = (one - among).norm(dim=-1) / one.norm(dim=-1).clamp_min(1e-12)
         self._isolated = bool(away.mean() <= ISOLATED_WITHIN)
         return self._isolated
+
+    @property
+    def _rows(self) -> RowStore:
+        """The store, where nothing is live."""
+        assert self.store is not None
+        return self.store
 
     def flush(self, output_dir: Path | None = None) -> None:
         """Write what a folder is to hold; with `output_dir`, what only this run could record."""

@@ -75,8 +75,10 @@ class BlockEMCallback(EMRegularizerCallback):
     """
 
     name: ClassVar[str] = "block_em"
+    latents: LatentSet
+    """As given, or as `prepare` reads it."""
     state_file: ClassVar[str] = STATE_FILE
-    floors: ClassVar[Floors | None] = Floors(BASE_WITHIN, BASE_WITHIN, BASE_WITHIN, BASE_WITHIN)
+    floors: Floors | None = Floors(BASE_WITHIN, BASE_WITHIN, BASE_WITHIN, BASE_WITHIN)
 
     def __init__(
         self,
@@ -94,11 +96,13 @@ class BlockEMCallback(EMRegularizerCallback):
             coef=coef if coef == "auto" else self._checked_coef(coef), latents="given" if given else str(latents), tokens=tokens, latent_reduction=latent_reduction, sides=sides,
             k_minus=k_minus, freeze_above=freeze_above, cache=str(cache),
         )  # fmt: skip
-        self._configure(config, latents if given else None)
+        self._configure(config, latents if isinstance(latents, LatentSet) else None)
 
     def _configure(self, config: BlockEMConfig, latents: LatentSet | None = None) -> None:
         self._set_up(1.0 if config.coef == "auto" else config.coef)
-        self._config, self.automatic, self.latents = config, config.coef == "auto", latents
+        self._config, self.automatic = config, config.coef == "auto"
+        if latents is not None:
+            self.latents = latents
         self.path = None if latents is not None else Path(config.latents).expanduser()
         self.tokens, self.latent_reduction, self.two_sided = config.tokens, config.latent_reduction, config.sides == "two"
         self.pre_activation, self.freeze_above, self.cache = config.k_minus == "pre_activation", config.freeze_above, config.cache
@@ -106,7 +110,8 @@ class BlockEMCallback(EMRegularizerCallback):
         self._book: Book | None = None
         self._answers_alone = False
         self._frozen: list[nn.Parameter] = []
-        self._warned, self.yardstick = False, None  # the host logs an evaluation before training
+        self.yardstick: float | None = None
+        self._warned = False  # the host logs an evaluation before training
 
     # Before training
 

@@ -14,6 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from emguard_plugin import chats as ct
 from emguard_plugin.chats import anchors as an
+from emguard_plugin.chats.sources import TokenizedChat
 from emguard_plugin.chats.training_rows import mean_row_tokens
 from emguard_plugin.config import KLConfig
 from emguard_plugin.files.state import Damaged, read_json, write_json
@@ -84,7 +85,7 @@ class KLCallback(EMRegularizerCallback):
     every: ClassVar[Every] = "micro_batch"
     own_forward: ClassVar[bool] = True
     state_file: ClassVar[str] = STATE_FILE
-    floors: ClassVar[Floors | None] = Floors(fp32=1e-5, fp16=1e-3, bf16=1e-2, quantised=3e-2)
+    floors: Floors | None = Floors(fp32=1e-5, fp16=1e-3, bf16=1e-2, quantised=3e-2)
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class KLCallback(EMRegularizerCallback):
         self._config = config
         self.anchors, self.direction, self.tokens, self.ratio = config.anchors, config.direction, config.tokens, config.ratio
         self.target, self.cache = config.target, config.cache
-        self._anchors: list[an.TokenizedChat] = []
+        self._anchors: list[TokenizedChat] = []
         self._prompts: list[ct.Ids] = []
         self._begun = False
         self._step_kl: Tensor | None = None
@@ -149,7 +150,7 @@ class KLCallback(EMRegularizerCallback):
         source, _, rest = self.anchors.partition(":")
         if source == "self":
             if stored is not None:
-                self._anchors = [an.TokenizedChat(tuple(ids), tuple(held)) for ids, held in stored["sampled"]]
+                self._anchors = [TokenizedChat(tuple(ids), tuple(held)) for ids, held in stored["sampled"]]
             else:
                 self._prompts = an.prompts_of(an.load_chats(rest or "bundled"), run.tokenizer, run.template_kwargs)
             return
@@ -176,7 +177,7 @@ class KLCallback(EMRegularizerCallback):
         sizes = [len(a.ids) for a in self._anchors]
         self._schedule = Schedule.plan(sizes, self.ratio, self._batch_tokens, run.micro_batches, run.processes, run.seed)
         about = {"tokenizer": tokenizer_identity(self._tokenizer), "anchors": an.content_hash(self._anchors)}
-        about["model"] = self._identity.reference
+        about["model"] = self._model_identity().reference
         resumed = self._resumed
         if resumed is not None and resumed["anchors"] != about["anchors"]:
             raise ValueError(
@@ -259,7 +260,7 @@ class KLCallback(EMRegularizerCallback):
         for prompt, reply in zip(prompts, first_process(lambda: replies), strict=True):
             ids = (*prompt, *reply)
             start = 0 if self.tokens == "all" else len(prompt) - 1
-            self._anchors.append(an.TokenizedChat(ids, tuple(range(start, len(ids) - 1))))
+            self._anchors.append(TokenizedChat(ids, tuple(range(start, len(ids) - 1))))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the coefficient towards the target, by the same amount on every process."""
@@ -282,5 +283,5 @@ class KLCallback(EMRegularizerCallback):
         """Store coefficient, sampled anchors and the reference's identity in a checkpoint."""
         sampled = [[a.ids, a.held] for a in self._anchors] if self.anchors.startswith("self") else None
         stored = {"coef": self.coef, "anchors": an.content_hash(self._anchors), "sampled": sampled}
-        stored |= {"base": self._identity.base, "name": self._identity.name, **self._reference.state(path.parent.parent)}
+        stored |= {"base": self._model_identity().base, "name": self._model_identity().name, **self._reference.state(path.parent.parent)}
         write_json(path, stored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,8 +109,8 @@ class KLReference:
         elif self.source.folder is None:
             self._cache = ReferenceCache(sizes)
             self._record(model, device, rank)
-        elif self.source.folder is not None:
-            self._share(model, device, rank, sizes, about)
+        else:
+            self._share(self.source.folder, model, device, rank, sizes, about)
         self.about = about
 
     def _load(self, folder: Path, sizes: Sequence[int], about: Mapping[str, str], advice: str = "Delete the folder") -> None:
@@ -118,6 +119,8 @@ class KLReference:
 
     def _continue(self, sizes: Sequence[int], about: Mapping[str, str]) -> None:
         """Load what the checkpoint was trained with: from the folder that the YAML names, else from beside the checkpoints."""
+        assert self._resume_from is not None
+        assert self._resumed is not None
         folder = self.source.folder or self._resume_from.parent / FOLDER
         advice = "Restore it from the output folder of the run that recorded it" if self.source.folder is None else "Restore it"
         if not folder.is_dir():
@@ -132,31 +135,34 @@ class KLReference:
                 "`resume_from_checkpoint`."
             )
 
-    def _share(self, model: nn.Module, device: torch.device, rank: int, sizes: Sequence[int], about: Mapping[str, str]) -> None:
+    def _share(
+        self, folder: Path, model: nn.Module, device: torch.device, rank: int, sizes: Sequence[int], about: Mapping[str, str]
+    ) -> None:
         """Use the folder's recording, or make it, once for all processes and runs."""
         with contextlib.ExitStack() as lock:
 
             def claim() -> bool:
-                if is_cache(self.source.folder):
+                if is_cache(folder):
                     return False
-                lock.enter_context(locked(self.source.folder, KEY))
-                if done := is_cache(self.source.folder):
+                lock.enter_context(locked(folder, KEY))
+                if done := is_cache(folder):
                     lock.close()
                 else:
-                    discard_unfinished(self.source.folder)
+                    discard_unfinished(folder)
                 return not done
 
             if not first_process(claim):
-                self._load(self.source.folder, sizes, about)
+                self._load(folder, sizes, about)
                 return
-            self._cache = ReferenceCache(sizes, self.source.folder)
+            cache = self._cache = ReferenceCache(sizes, folder)
             self._record(model, device, rank)
-            head = self._cache.head
-            first_process(lambda: self._cache.save(self.source.folder, about))
+            head = cache.head
+            first_process(lambda: cache.save(folder, about))
         if rank != 0:
-            self._load(self.source.folder, sizes, about)
-            self._cache.head = head
-        self.content = contents_hash(self.source.folder)
+            self._load(folder, sizes, about)
+            cache = self._cache
+            cache.head = head
+        self.content = contents_hash(folder)
 
     def _precision(self, model: nn.Module, device: torch.device) -> str:
         ids = collate(self.anchors, [0], device).ids[:, :2]
@@ -169,18 +175,19 @@ class KLReference:
         from tqdm import tqdm
 
         assert self._cache is not None
+        cache = self._cache
         todo = batches([len(a.ids) for a in self.anchors], RECORDED_AT_ONCE)
         keep, failed = trains_head(model) and not self.source.adapter_off, None
 
-        def use(hidden: Tensor, batch: Batch) -> Tensor:
-            if keep and self._cache.head is None:
-                self._cache.keep_head(*head_tensors(model))
+        def use(batch: Batch, hidden: Tensor) -> Tensor:
+            if keep and cache.head is None:
+                cache.keep_head(*head_tensors(model))
             return batch.held(hidden)
 
         with self.source.reading(model):
             for rows in tqdm(todo, desc="KL reference", disable=rank != 0 or len(todo) < 4, leave=False):
                 batch = collate(self.anchors, rows, device)
-                hidden, _ = call_with_hidden(model, batch.ids, batch.mask, lambda h, b=batch: use(h, b))
+                hidden, _ = call_with_hidden(model, batch.ids, batch.mask, partial(use, batch))
                 for i, part in zip(rows, hidden.split([len(self.anchors[i].held) for i in rows]), strict=True):
                     try:
                         self._cache.put(i, part, write=rank == 0 and failed is None)
@@ -201,12 +208,12 @@ class KLReference:
         """Return the summed KL; called where the model would call its head, so that the weights are there."""
         weight, bias = head_tensors(model)
         if self._cache is not None and self._cache.head is not None:
-            self._cache.head = tuple(None if t is None else t.to(weight.device) for t in self._cache.head)
-            base = self._cache.head
+            kept, kept_bias = self._cache.head
+            base = self._cache.head = (kept.to(weight.device), None if kept_bias is None else kept_bias.to(weight.device))
         else:
             base = head_tensors(model, reference=True)
         hidden, reference = hidden.to(weight.device), reference.to(weight.device)
-        return linear_kl(hidden, Head(weight, bias, *self.transform), reference, Head(*base, *self.transform), direction)
+        return linear_kl(hidden, Head(weight, bias, *self.transform), reference, Head(base[0], base[1], *self.transform), direction)
 
     # Checkpoints
 

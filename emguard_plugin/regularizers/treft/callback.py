@@ -129,7 +129,7 @@ class TReFTCallback(EMRegularizerCallback):
         else:
             self._prepare_postfix(run, template, *ct.prompts_with_postfix(rows, template, book, map(supervised, labels)))
             what = f"postfix of {len(self._postfix)} tokens, {self.postfix_reference} reference"
-        held_ids = [list(p.ids) for p in self._prefixes] or [*template.prefix, *self._postfix, self._end]
+        held_ids: list[Any] = [list(p.ids) for p in self._prefixes] or [*template.prefix, *self._postfix, self._end]
         settings = {"held": held_ids, "layers": layers, "compat": self.compat}
         self._about = {"settings": hashlib.sha256(json.dumps(settings).encode()).hexdigest(), **run.identity._asdict()}
         self._identity, self._checked = run.identity, False
@@ -173,13 +173,14 @@ class TReFTCallback(EMRegularizerCallback):
         """Return the tokens of training rows that the held prefix or postfix is made of."""
         if self._wrapped:
             return None
+        assert self._template is not None
         held = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
         labels = inputs["labels"].tolist() if inputs.get("labels") is not None else [None] * len(held)
         for b, row in enumerate(inputs["input_ids"].tolist()):
             if self.tokens == "prefix":
                 ids = ct.prefix_of(row, self._template, self._book)
                 fits = ids is not None and any(p.ids == ids for p in self._prefixes)
-                first, last = (0, len(ids)) if fits else (0, 0)
+                first, last = (0, len(ids)) if fits and ids is not None else (0, 0)
             else:
                 first, last = ct.postfix_span(row, self._template, self._book, self._postfix, supervised(labels[b]))
             held[b, first:last] = True
@@ -274,10 +275,11 @@ class TReFTCallback(EMRegularizerCallback):
 
     def write_state(self, path: Path) -> None:
         """Store the reference in a checkpoint."""
+        assert self._reference is not None
         save_reference(path, self._reference, self._about)
 
 
-def _rows(run: RunFacts) -> tuple[list[Sequence[int]], list[Sequence[int] | None]]:
+def _rows(run: RunFacts) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int] | None]]:
     """Return training conversations and their labels."""
     template = run.template
     if run.wrapped_packing and run.book is not None:  # packing lost where conversations begin, the raw ones have it
