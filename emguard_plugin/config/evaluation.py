@@ -135,7 +135,8 @@ class SamplerConfig(StatedBlock):
         allowed = {"transformers": set(), "openai": set(type(self).model_fields) - {"args"}, "vllm": {"args", *served}}
         wrong = sorted(self.model_fields_set - {"provider"} - allowed[self.provider])
         if wrong:
-            raise ValueError(f"`{wrong[0]}` does not go with `provider: {self.provider}`.")
+            fit = [name for name, keys in allowed.items() if wrong[0] in keys]
+            raise ValueError(f"`{wrong[0]}` goes with `provider: {' or '.join(fit)}`, not with {self.provider}.")
         for option in (arg.partition("=")[0] for arg in self.args if arg.startswith("-") and is_secret_name(arg.partition("=")[0])):
             raise SecretInConfigError(
                 f"`sampler: args: {shown(option)}` would show a key in the list of processes. The server listens on this machine alone and "

@@ -18,7 +18,7 @@ def rank(number, processes, port, out):
         RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(processes),
     )  # fmt: skip
     import deepspeed
-    import deepspeed.comm.torch
+    import deepspeed.comm.torch  # noqa: F401  (in sys.modules below)
 
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # compiled for CPUs; gloo does without it
     deepspeed.init_distributed("gloo")

@@ -119,8 +119,8 @@ def test_answers_of_one_sampler_are_not_mixed_with_those_of_another(make_config,
     [
         ({"provider": "openai"}, "needs `base_url`"),
         ({"provider": "openai", "base_url": "https://api.example.org/v1"}, "allow_remote: true"),
-        ({"provider": "vllm", "base_url": "http://localhost/v1"}, "`base_url` does not go with `provider: vllm`"),
-        ({"concurrency": 3}, "`concurrency` does not go with `provider: transformers`"),
+        ({"provider": "vllm", "base_url": "http://localhost/v1"}, "`base_url` goes with `provider: openai`, not with vllm"),
+        ({"concurrency": 3}, "`concurrency` goes with `provider: openai or vllm`, not with transformers"),
     ],
 )
 def test_sampler_settings_that_cannot_work_are_refused(over, says):
