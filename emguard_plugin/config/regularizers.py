@@ -182,9 +182,6 @@ class BlockEMConfig(MethodBlock):
         "system prompt included, without the first token (BOS).",
     )
     latent_reduction: Literal["sum", "mean"] = Field("sum", description="Over the latents; sum is the paper's.")
-    sides: Literal["one", "two"] = Field(
-        "one", description="one: hold moves in the bad direction alone (the paper's). two: both directions; ours, not the paper's."
-    )
     k_minus: Literal["activation", "pre_activation"] = Field(
         "activation",
         description="What is held of latents that fall. activation: the paper's; without gradient once a latent is off. "

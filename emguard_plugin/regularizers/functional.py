@@ -99,7 +99,6 @@ def block_em_violation(
     z: Tensor,
     base: Tensor,
     signs: Tensor,
-    two_sided: bool = False,
     pre: Tensor | None = None,
     base_pre: Tensor | None = None,
 ) -> Tensor:
@@ -112,7 +111,6 @@ def block_em_violation(
         z: (..., K) activations of the model in training.
         base: (..., K) activations of the base model; no gradient flows into them.
         signs: (K,) of +1 and -1.
-        two_sided: Add the same for moves in the good direction. Not in the paper.
         pre: (..., K) pre-activations, for the other form of K-.
         base_pre: (..., K) the base model's.
 
@@ -125,7 +123,7 @@ def block_em_violation(
     if pre is not None and base_pre is not None:
         fall = (base_pre.detach().to(dtype) - pre.to(dtype)).relu() * (base.detach() > 0)
         bad = torch.where(signs < 0, fall, bad)
-    return bad.square() + (-shift).relu().square() if two_sided else bad.square()
+    return bad.square()
 
 
 def block_em_penalty(violation: Tensor, latent_reduction: str = "sum") -> Tensor:

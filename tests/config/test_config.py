@@ -91,7 +91,7 @@ def test_the_defaults_can_be_asked_for():
         ({"block_em": {"latents": "a.json", "coef": "automatic"}}, "'auto'"),
         ({"block_em": {"latents": "a.json", "coef": -1}}, "greater than or equal to 0"),
         ({"block_em": {"latents": "a.json", "tokens": "answer"}}, "'assistant', 'all', 'prompt', 'header' or 'prefix'"),
-        ({"block_em": {"latents": "a.json", "sides": "both"}}, "'one' or 'two'"),
+        ({"block_em": {"latents": "a.json", "k_minus": "both"}}, "'activation' or 'pre_activation'"),
         ({"block_em": {"latents": "a.json", "cache": "liv"}}, "Did you mean 'live'?"),
         ({"block_em": {"latent": "a.json"}}, "unknown key 'latent'. Did you mean 'latents'?"),
         ({"kl": {"anchor": "x"}}, "unknown key 'anchor'. Did you mean 'anchors'?"),

@@ -24,7 +24,7 @@ def latents(tmp_path_factory):
 @pytest.fixture
 def run(axolotl, tiny, tmp_path, latents):
     def go(name="run", weights=False, coef=2.0, **over):
-        method = {k: over.pop(k) for k in ("tokens", "cache", "freeze_above", "sides", "k_minus") if k in over}
+        method = {k: over.pop(k) for k in ("tokens", "cache", "freeze_above", "k_minus") if k in over}
         block = {"em_regularizer": {"block_em": {"coef": coef, "latents": latents, **method}}}
         kwargs = {"weights": str(tmp_path / f"{name}.pt") if weights else None}
         return axolotl.call(train, tmp_path / name, tiny_yaml(tiny, **{**block, **over}), **kwargs)

@@ -112,7 +112,7 @@ def good_blocks(folder):
         "em_regularizer": {
             "treft": {"coef": 5.0, "tokens": "prefix", "layers": "all", "extra_prefixes": ["Be brief."], "compat": False},
             "kl": {"coef": 0.7, "anchors": f"{folder}/lab/anchors.jsonl", "ratio": 0.125, "tokens": "all", "cache": "memory"},
-            "block_em": {"coef": 0.5, "latents": f"{folder}/lab/latents.json", "tokens": "prompt", "sides": "one", "freeze_above": True},
+            "block_em": {"coef": 0.5, "latents": f"{folder}/lab/latents.json", "tokens": "prompt", "freeze_above": True},
         },
         "em_eval": {
             "questions": f"{folder}/questions.yaml",

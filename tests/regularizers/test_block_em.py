@@ -70,7 +70,7 @@ def model(tokenizer):
     return lora(tiny_model("llama", vocab=len(tokenizer))).train()
 
 
-def by_hand(model, latents, batch, held, two_sided=False):
+def by_hand(model, latents, batch, held):
     """The formula, latent by latent and token by token, with none of the code under test but the encoder."""
     kwargs = {k: v for k, v in batch.items() if k != "labels"}
     with eval_mode(model):
@@ -83,7 +83,7 @@ def by_hand(model, latents, batch, held, two_sided=False):
         for b, t in held.nonzero().tolist():
             for k, sign in enumerate(e.signs.tolist()):
                 d = sign * (z[b, t, k] - z0[b, t, k]).item()
-                total += d * d if d > 0 or two_sided else 0.0
+                total += d * d if d > 0 else 0.0
     return total / (batch["labels"][..., 1:] != -100).sum().item()
 
 
@@ -105,18 +105,15 @@ def test_value_by_hand(model, tokenizer, tokens, layers):
     assert penalty.per_layer.sum().item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_two_sided_and_mean(model, tokenizer):
+def test_mean_and_pre_activations(model, tokenizer):
     batch = padded(rows(tokenizer))
-    kinds = {"one": {}, "two": {"sides": "two"}, "mean": {"latent_reduction": "mean"}, "pre": {"k_minus": "pre_activation"}}
+    kinds = {"one": {}, "mean": {"latent_reduction": "mean"}, "pre": {"k_minus": "pre_activation"}}
     callbacks = {k: block_em(model, **kw) for k, kw in kinds.items()}
     words = {k: c.prepare(run_of(model, tokenizer)) for k, c in callbacks.items()}
     moved(model)
     values = {k: measured(c, model, batch).value.item() for k, c in callbacks.items()}
-    held = batch["labels"] != -100
-    assert values["two"] == pytest.approx(by_hand(model, callbacks["two"].latents, batch, held, two_sided=True), rel=1e-4)
     assert values["mean"] == pytest.approx(values["one"] / 4, rel=1e-5)
     assert values["pre"] >= values["one"] > 0
-    assert "two-sided, not the paper's" in words["two"]
     assert "pre-activations" in words["pre"]
 
 
@@ -148,7 +145,7 @@ def test_no_gradient_above_the_blocked_layer(model, tokenizer):
 
 def test_the_gradient_is_that_of_finite_differences(tokenizer):
     model = lora(tiny_model("llama", vocab=len(tokenizer))).train()
-    callback = block_em(model, sides="two", set_kwargs={"bias": 2.0})
+    callback = block_em(model, set_kwargs={"bias": 2.0})
     callback.prepare(run_of(model, tokenizer))
     model.double()
     moved(model, 0.05)

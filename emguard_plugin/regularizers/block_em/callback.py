@@ -61,7 +61,6 @@ class BlockEMCallback(EMRegularizerCallback):
         tokens: `assistant` (the paper's), `all`, `prompt`, `header` or `prefix`; see `held_tokens`.
         latent_reduction: `sum` (the paper's formula) or `mean` over the latents, as a lambda may be meant that was published of code
             whose docstring averages.
-        sides: `one` (the paper's), or `two`: moves in the good direction count as well. Ours.
         k_minus: `activation` (the paper's), or `pre_activation`, which keeps its gradient where a latent was switched off: the
             paper's form has a penalty there and cannot pull the latent back.
         freeze_above: Train nothing above the highest blocked layer. Adapters only.
@@ -86,14 +85,13 @@ class BlockEMCallback(EMRegularizerCallback):
         latents: str | Path | LatentSet = "",
         tokens: TokenKind = "assistant",
         latent_reduction: Literal["sum", "mean"] = "sum",
-        sides: Literal["one", "two"] = "one",
         k_minus: Literal["activation", "pre_activation"] = "activation",
         freeze_above: bool = False,
         cache: str = "auto",
     ) -> None:
         given = isinstance(latents, LatentSet)
         config = BlockEMConfig(
-            coef=coef if coef == "auto" else self._checked_coef(coef), latents="given" if given else str(latents), tokens=tokens, latent_reduction=latent_reduction, sides=sides,
+            coef=coef if coef == "auto" else self._checked_coef(coef), latents="given" if given else str(latents), tokens=tokens, latent_reduction=latent_reduction,
             k_minus=k_minus, freeze_above=freeze_above, cache=str(cache),
         )  # fmt: skip
         self._configure(config, latents if isinstance(latents, LatentSet) else None)
@@ -104,7 +102,7 @@ class BlockEMCallback(EMRegularizerCallback):
         if latents is not None:
             self.latents = latents
         self.path = None if latents is not None else Path(config.latents).expanduser()
-        self.tokens, self.latent_reduction, self.two_sided = config.tokens, config.latent_reduction, config.sides == "two"
+        self.tokens, self.latent_reduction = config.tokens, config.latent_reduction
         self.pre_activation, self.freeze_above, self.cache = config.k_minus == "pre_activation", config.freeze_above, config.cache
         self._template: Template | None = None
         self._book: Book | None = None
@@ -151,8 +149,6 @@ class BlockEMCallback(EMRegularizerCallback):
             f"{self.tokens} tokens",
             f"base: {self._base.describe()}",
         ]
-        if self.two_sided:
-            words.append("two-sided, not the paper's")
         if self.pre_activation:
             words.append("K- by pre-activations")
         if self.freeze_above:
@@ -225,7 +221,7 @@ class BlockEMCallback(EMRegularizerCallback):
         for i, encoder in enumerate(self.latents.encoders):
             z, pre = encoder.both(hidden[encoder.layer])
             violation = block_em_violation(
-                z, base.z[i].to(z.device), encoder.signs, self.two_sided,
+                z, base.z[i].to(z.device), encoder.signs,
                 *((pre, base.pre[i].to(z.device)) if self.pre_activation else ()),
             )  # fmt: skip
             total = block_em_penalty(violation).sum()
