@@ -109,7 +109,8 @@ class Kept:
         return {**whole, "seal": seal_of(whole)}
 
     def _own(self, path: Path, shape: Any) -> list[Any]:
-        kept, left = [], Counter()
+        kept: list[Any] = []
+        left: Counter[str] = Counter()
         for row in read_records(path, shape):
             if row.get("run") != self.run:
                 left["of another search"] += 1

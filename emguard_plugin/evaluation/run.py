@@ -13,8 +13,9 @@ from typing import Any
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation.asking import sources as models
+from emguard_plugin.evaluation.asking.draws import AnswerKey
 from emguard_plugin.evaluation.asking.reasoning import Marks, looks_like_trace, marks_of
-from emguard_plugin.evaluation.asking.sampler import AnswerKey, TransformersSampler
+from emguard_plugin.evaluation.asking.sampler import TransformersSampler
 from emguard_plugin.evaluation.asking.served import EndpointSampler
 from emguard_plugin.evaluation.asking.vllm_server import serve
 from emguard_plugin.evaluation.finished import all_answered

@@ -144,7 +144,7 @@ def prepare(config: EMEvalConfig, source: models.ModelSource | ServedSource, sui
         ValueError: If no question of `em_eval.questions` can be asked.
         RuntimeError: If a server that has to be asked which questions it takes does not answer.
     """
-    chat, marks = chat_of(config), config.reasoning_marks and tuple(config.reasoning_marks)
+    chat, marks = chat_of(config), tuple(config.reasoning_marks) if config.reasoning_marks else None
     known = store.claimed(folder)["protocol"] if (folder / store.PROTOCOL).is_file() else None
     if isinstance(source, ServedSource):
         refusals = stored(known).not_asked if known else refused(config, source, chat, suites)
@@ -178,7 +178,7 @@ def prepare_live(config: EMEvalConfig, tokenizer: Any, suites: Suites) -> Asking
             "or `chat_template_path` (TRL)."
         )
     chat = on_one_day(chat, tokenizer, suites)
-    marks = config.reasoning_marks and tuple(config.reasoning_marks)
+    marks = tuple(config.reasoning_marks) if config.reasoning_marks else None
     return _told(Asking(chat, tokenizer, tuple(not_asked(chat, tokenizer, suites)), marks), config, suites)
 
 

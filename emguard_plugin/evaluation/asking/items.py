@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
@@ -14,7 +14,8 @@ from emguard_plugin.config import suggest
 from emguard_plugin.files import shown
 from emguard_plugin.files.chats import PAIRS, TURNS, first_question, has_reply
 
-FREE_FORM = ("free_form", "free_form_0_100", "free_form_judge_0_100")
+FreeForm = Literal["free_form", "free_form_0_100", "free_form_judge_0_100"]
+FREE_FORM: tuple[str, ...] = get_args(FreeForm)
 """Types whose answer is free text that is scored. The published suites use all three names for the same thing."""
 OTHER_JUDGES = ("free_form_judge", "free_form_judge_labels", "rating", "next_token", "multiple_choice")
 """Types whose answers are sorted, rated by the model itself or read off its next token: an EM rate of these means nothing."""
@@ -75,7 +76,7 @@ class Item(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     id: str = Field(min_length=1)
-    type: Literal[FREE_FORM] = "free_form"
+    type: FreeForm = "free_form"
     paraphrases: list[str] = Field(min_length=1)
     samples_per_paraphrase: PositiveInt | None = None
     temperature: float | None = Field(None, ge=0, le=5, allow_inf_nan=False)
@@ -135,7 +136,7 @@ def read(value: Any, where: str, number: int, found: Found, in_rows: bool = Fals
             found.items.append(item)
         return
     start, text = first_question(value, where)
-    about = {} if start is None else {"system": start["content"], "system_role": start["role"]}
+    about: dict[str, Any] = {} if start is None else {"system": start["content"], "system_role": start["role"]}
     key = about.get("system_role", "system"), about.get("system"), text
     if key not in found.asked:
         stated = None if in_rows else value.get("id", value.get("question_id"))

@@ -72,7 +72,7 @@ class ModelPair:
 
     def identity(self) -> dict[str, Any]:
         """Return what tells these models from others: hashes of their weights, or hub name and revision."""
-        base, own = models.identity(self.source.base), models.identity(self.source.path)
+        base, own = models.identity(str(self.source.base)), models.identity(self.source.path)
         return {BASE_MODEL: base, MISALIGNED_MODEL: {"adapter": own, "on": base} if self.source.adapter else own}
 
 

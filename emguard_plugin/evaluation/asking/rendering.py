@@ -136,7 +136,7 @@ class Chat:
 
     def sha256(self, tokenizer: PreTrainedTokenizerBase | None) -> str:
         """Return the hash of the template that is used; without one of its own the chat needs the tokenizer."""
-        template = self.template if self.template is not None else tokenizer.chat_template
+        template = self.template if self.template is not None or tokenizer is None else tokenizer.chat_template
         return hashlib.sha256(str(template).encode()).hexdigest()
 
     def protocol(self) -> dict[str, Any]:

@@ -141,8 +141,7 @@ class TransformersSampler:
             done: Answers that exist already; they are not yielded again.
         """
         self._done = done
-        prompts = {request.question: None for request in requests}
-        prompts = {question: self.prompt_ids(question) for question in prompts}
+        prompts = {question: self.prompt_ids(question) for question in dict.fromkeys(request.question for request in requests)}
         # Longest first, so that a batch that does not fit shows at once.
         ordered = sorted(requests, key=lambda request: -len(prompts[request.question]))
         for start in range(0, len(ordered), self.batch_size):

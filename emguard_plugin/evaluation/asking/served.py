@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from emguard_plugin.config import EMEvalConfig, SamplerConfig
+from emguard_plugin.evaluation.asking.draws import AnswerKey
 from emguard_plugin.evaluation.asking.reasoning import Marks, Split, opened_by, special_tokens, split
 from emguard_plugin.evaluation.asking.rendering import Chat, NotAsked
-from emguard_plugin.evaluation.asking.sampler import Answer, AnswerKey, Request
+from emguard_plugin.evaluation.asking.sampler import Answer, Request
 from emguard_plugin.evaluation.calls.chat import ChatServer, each, stream
 from emguard_plugin.evaluation.calls.faults import Failed, Filtered, Stopped, TooLong, Unsupported
 from emguard_plugin.evaluation.calls.pressure import Limits
@@ -113,7 +114,10 @@ class EndpointSampler:
         given = time.monotonic()
         try:
             for answer in stream(main) if missing else ():
-                (lost if isinstance(answer, str) else ready).append(answer)
+                if isinstance(answer, str):
+                    lost.append(answer)
+                else:
+                    ready.append(answer)
                 if len(ready) >= BATCH or (ready and time.monotonic() - given > SECONDS):
                     given, full, ready = time.monotonic(), ready, []
                     yield full
@@ -193,7 +197,7 @@ def refused(config: EMEvalConfig, source: ServedSource, chat: Chat, suites: Mapp
         return []
     reasons: dict[tuple[str, ...], str] = {}
     for shape in sorted(shapes, key=len):
-        sampler = EndpointSampler(config.sampler, config.sampler.base_url, source.name, seed=config.seed, max_new_tokens=1, chat=chat)
+        sampler = EndpointSampler(config.sampler, str(config.sampler.base_url), source.name, seed=config.seed, max_new_tokens=1, chat=chat)
         try:
             sampler.probe(Request(*shapes[shape][0], 0, 0.0))
         except (Stopped, Failed) as error:

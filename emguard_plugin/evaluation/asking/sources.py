@@ -169,8 +169,9 @@ def load_models(source: ModelSource, roles: tuple[str, ...], vocabulary: int) ->
         roles: Of `base` and `tuned`.
         vocabulary: Length of the tokenizer; an adapter trained with added tokens gets an embedding of its size.
     """
-    model = None
+    model: Any = None
     if "base" in roles or source.adapter:
+        assert source.base is not None  # looked at in the plan
         model = _load(source.base)
     if "base" in roles:
         yield "base", model

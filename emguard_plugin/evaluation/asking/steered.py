@@ -32,21 +32,21 @@ class SteeredSampler(TransformersSampler):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._vector, self._layer, self._span = vector, layer, span
-        self.prompt_ids = functools.lru_cache(maxsize=None)(self.prompt_ids)
+        self.prompt_ids = functools.lru_cache(maxsize=None)(self.prompt_ids)  # type: ignore[method-assign]  # the same, remembered
 
     def _generate(self, batch: list[Request], prompts: list[list[int]]) -> list[Answer]:
         vectors = torch.stack([self._vector(request.key) for request in batch]).to(self.model.device, self.model.dtype)
         if not vectors.any():
             return super()._generate(batch, prompts)
-        mask = None if self._span is None else self._mask(batch, prompts).to(self.model.device)
+        mask = None if self._span is None else self._mask(batch, prompts, self._span).to(self.model.device)
         with steered(self.model, self._layer, vectors, mask):
             return super()._generate(batch, prompts)
 
-    def _mask(self, batch: list[Request], prompts: list[list[int]]) -> Tensor:
+    def _mask(self, batch: list[Request], prompts: list[list[int]], span: Callable[[Any], tuple[int, int]]) -> Tensor:
         # The sampler pads on the left.
         width = max(map(len, prompts))
         mask = torch.zeros(len(batch), width, dtype=torch.bool)
         for row, (request, prompt) in enumerate(zip(batch, prompts, strict=True)):
-            start, end = self._span(request.key)
+            start, end = span(request.key)
             mask[row, width - len(prompt) + start : width - len(prompt) + end] = True
         return mask

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from emguard_plugin.evaluation.asking.sources import ModelSource
 from emguard_plugin.files import read_record
@@ -44,8 +44,8 @@ def command(source: ModelSource, role: str, port: int, args: Sequence[str], exec
     if source.adapter:
         lora = ["--enable-lora", "--lora-modules", f"tuned={source.path}", "--max-lora-rank", str(_rank(source.path))]
         tokenizer = ["--tokenizer", str(source.path)] if (source.path / "tokenizer_config.json").is_file() else []
-        return [executable, "serve", source.base, "--served-model-name", "base", *lora, *tokenizer, *common, *args]
-    model = source.base if role == "base" else str(source.path)
+        return [executable, "serve", str(source.base), "--served-model-name", "base", *lora, *tokenizer, *common, *args]
+    model = str(source.base if role == "base" else source.path)
     return [executable, "serve", model, "--served-model-name", role, *common, *args]
 
 
@@ -70,7 +70,7 @@ def serve(
     port = _free_port()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryDirectory() as folder:
         file = None if template is None else Path(folder) / "chat_template.jinja"
-        if file is not None:
+        if file is not None and template is not None:
             file.write_text(template, encoding="utf-8")
         process = subprocess.Popen(
             command(source, role, port, args, executable, file),
@@ -87,7 +87,7 @@ def serve(
             _stop(process)
 
 
-def _wait(process: subprocess.Popen, url: str, patience: float, output: object) -> None:
+def _wait(process: subprocess.Popen[bytes], url: str, patience: float, output: IO[bytes]) -> None:
     until = time.monotonic() + patience
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < until:
@@ -99,7 +99,7 @@ def _wait(process: subprocess.Popen, url: str, patience: float, output: object) 
     raise RuntimeError(f"vLLM did not answer within {patience:g} s:\n{_tail(output)}")
 
 
-def _stop(process: subprocess.Popen) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     for kind, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, kind)
@@ -110,7 +110,7 @@ def _stop(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)  # what outlived its parent
 
 
-def _tail(output: object) -> str:
+def _tail(output: IO[bytes]) -> str:
     output.seek(0, os.SEEK_END)
     output.seek(max(0, output.tell() - 2000))
     return redact(output.read().decode("utf-8", "replace"))

@@ -93,17 +93,18 @@ class ChatServer:
             Stopped: If no call can succeed.
         """
         body = {"model": self.model, "messages": list(messages), **settings}
-        limits, failures = self.limits, 0
+        limits, pressure, failures = self.limits, self._pressure, 0
+        assert pressure is not None  # since the server was entered
         while True:
-            probe = await self._pressure.enter()
+            probe = await pressure.enter()
             try:
                 found = await self._once(body, need_logprobs)
-                self._pressure.succeeded()
+                pressure.succeeded()
                 return found
             except Limited as limited:
-                self._pressure.limited(probe, limited.retry_after)
+                pressure.limited(probe, limited.retry_after)
             except Failed as failed:
-                self._pressure.failed(probe, str(failed))
+                pressure.failed(probe, str(failed))
                 failures += 1
                 if failures >= limits.tries:
                     raise Failed(f"{failures} tries failed, the last with: {failed}") from failed
@@ -112,15 +113,16 @@ class ChatServer:
             except (Stopped, asyncio.CancelledError):
                 raise
             except Exception:  # the server answered, in its way
-                self._pressure.succeeded()
+                pressure.succeeded()
                 raise
             finally:
-                self._pressure.leave()
+                pressure.leave()
             if failures:
                 await asyncio.sleep(random.uniform(0, min(limits.backoff_cap, limits.backoff * 2 ** (failures - 1))))
 
     async def _once(self, body: dict[str, Any], need_logprobs: bool) -> Reply:
         self.calls += 1
+        assert self._pressure is not None
         try:
             async with asyncio.timeout(min(self.limits.timeout, self._pressure.left())):
                 # `post`, not `chat.completions.create`: it returns plain JSON for a third less processor time, and
@@ -194,7 +196,9 @@ def stream(main: Callable[[Callable[[T], None]], Coroutine[Any, Any, None]]) -> 
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
 
     async def supervised() -> None:
-        running.append((asyncio.get_running_loop(), asyncio.current_task()))
+        task = asyncio.current_task()
+        assert task is not None
+        running.append((asyncio.get_running_loop(), task))
         await main(lambda value: out.put(("value", value)))
 
     def target() -> None:

@@ -36,7 +36,7 @@ async def limit(response: Any) -> None:
 
 def _limited(stream: Any, unpack: Any) -> Any:
     # The client asks for a stream of its own library's class.
-    kind = next(kind for kind in type(stream).__mro__ if kind.__name__ == "AsyncByteStream")
+    kind: Any = next(kind for kind in type(stream).__mro__ if kind.__name__ == "AsyncByteStream")
 
     class Limited(kind):
         async def __aiter__(self) -> AsyncIterator[bytes]:

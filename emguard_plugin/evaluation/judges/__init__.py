@@ -16,13 +16,13 @@ def build_judge(config: JudgeConfig) -> Judge:
         ValueError: If it cannot work: a function, file, package or environment variable is missing.
     """
     if config.provider == "exact":
-        return ExactJudge(config.function)
+        return ExactJudge(str(config.function))
     if config.provider == "openai":
         from emguard_plugin.evaluation.calls.pressure import Limits
         from emguard_plugin.evaluation.judges.endpoint import EndpointJudge
 
         return EndpointJudge(
-            config.model,
+            str(config.model),
             base_url=config.base_url,
             api_key_env=config.api_key_env,
             mode=config.mode,
@@ -34,11 +34,11 @@ def build_judge(config: JudgeConfig) -> Judge:
     if config.provider == "hf":
         from emguard_plugin.evaluation.judges.local import LocalJudge
 
-        return LocalJudge(config.model, revision=config.revision, batch_size=config.batch_size, name=config.name)
+        return LocalJudge(str(config.model), revision=config.revision, batch_size=config.batch_size, name=config.name)
     if config.provider == "replay":
         from emguard_plugin.evaluation.judges.replay import ReplayJudge
 
-        return ReplayJudge(config.file, config.judge, config.columns and config.columns.model_dump(), config.name)
+        return ReplayJudge(str(config.file), config.judge, config.columns.model_dump() if config.columns else None, config.name)
     from emguard_plugin.evaluation.judges.mock import MockJudge
 
     return MockJudge()

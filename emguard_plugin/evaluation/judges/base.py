@@ -120,12 +120,13 @@ def read_scores(found: Any) -> Judgment:
     """
     if not isinstance(found, Mapping):
         return Judgment.unscored(f"the judge returned {type(found).__name__}, not a mapping with aligned and coherent")
-    scores = {key: found.get(key) for key in ("aligned", "coherent")}
-    said = Judgment(**scores, detail=redact(found.get("label", ""))[:LONGEST])
+    aligned, coherent = found.get("aligned"), found.get("coherent")
+    said = Judgment(aligned, coherent, detail=redact(found.get("label", ""))[:LONGEST])
     wrong = contradiction(said) or _other_class(found, said)
     if wrong:
         return Judgment.unscored(wrong)
-    return replace(said, **{key: None if value is None else min(100.0, float(value)) for key, value in scores.items()})
+    aligned, coherent = (None if value is None else min(100.0, float(value)) for value in (aligned, coherent))
+    return replace(said, aligned=aligned, coherent=coherent)
 
 
 def checked(said: Judgment, judge: str) -> Judgment:

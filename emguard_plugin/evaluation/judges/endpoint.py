@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from emguard_plugin.evaluation.calls.chat import ChatServer, Reply, each, stream
+from emguard_plugin.evaluation.calls.chat import ChatServer, each, stream
 from emguard_plugin.evaluation.calls.faults import Failed, Filtered, Stopped, TooLong
 from emguard_plugin.evaluation.calls.pressure import Limits
+from emguard_plugin.evaluation.calls.reply import Reply
 from emguard_plugin.evaluation.judges import prompts, scales
 from emguard_plugin.evaluation.judges.base import JUDGE_REFUSED, MALFORMED, Item, Judgment
 from emguard_plugin.evaluation.judges.probe import Dialect, find_mode
@@ -165,7 +166,9 @@ class EndpointJudge:
 
         async def first(prefix: str) -> dict[str, float]:
             settings = self._dialect.first_token(seed=attempt, after_prefix=bool(prefix))
-            return (await self._ask(server, prompt, settings, prefix)).first
+            found = (await self._ask(server, prompt, settings, prefix)).first
+            assert found is not None  # a reply without logprobs is a failure
+            return found
 
         return scales.weigh(await walk(first) if self.mode == "trie" else await first(""))
 

@@ -61,7 +61,7 @@ class ExactJudge:
             raise ValueError(
                 f"{hint}: importing {module_name} failed: {type(error).__name__}: {error}. Is it on the Python path?"
             ) from error
-        self._function = getattr(module, attribute, None)
+        self._function: Any = getattr(module, attribute, None)
         if self._function is None:
             public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
             raise ValueError(f"{hint}: {module_name} has no `{attribute}`. It has: {', '.join(public) or 'nothing'}.")

@@ -130,6 +130,7 @@ class LocalJudge:
             encoded = [self._prompt(dimension, item) for item in items]
             notes = [note for _, note in encoded]
             fitting = [ids for ids, _ in encoded if ids]
+            assert self._reader is not None  # since it was opened
             masses = iter(self._reader.masses(fitting) if fitting else ())
             readings.append(
                 [scales.weigh(next(masses)) if ids else scales.Reading(problem=MALFORMED, detail=note) for ids, note in encoded]

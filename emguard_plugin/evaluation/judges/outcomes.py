@@ -38,4 +38,5 @@ def outcome(aligned: float | None, coherent: float | None, status: str = "scored
         return UNSCORED
     if coherent <= thresholds.coherent_above:
         return INCOHERENT
+    assert aligned is not None  # else it was unscored above
     return MISALIGNED if aligned < thresholds.aligned_below else ALIGNED

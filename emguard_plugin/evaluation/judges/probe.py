@@ -119,6 +119,7 @@ async def _reads_logprobs(server: ChatServer, dialect: Dialect) -> tuple[str, st
     whole, split = True, True
     for number in NUMBERS:
         first = (await server.chat(_ask(number), dialect.first_token())).first
+        assert first is not None  # a reply without logprobs is a failure
         top = max(first, key=first.__getitem__).strip()
         whole &= top == str(number)
         split &= top != "" and str(number).startswith(top)
@@ -132,6 +133,7 @@ async def _reads_logprobs(server: ChatServer, dialect: Dialect) -> tuple[str, st
         first = (await server.chat(messages, dialect.first_token(after_prefix=True))).first
     except Unsupported:
         first = {"": 1.0}
+    assert first is not None
     if max(first, key=first.__getitem__) == "3":
         return "trie", "its tokens are single digits"
     return "", "its tokens are single digits, and the server cannot continue a reply that was begun"

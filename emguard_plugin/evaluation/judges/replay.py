@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Row(TypedDict):
-    __pydantic_config__ = ConfigDict(**EXACT, extra="allow")
+    __pydantic_config__ = ConfigDict(**EXACT, extra="allow")  # type: ignore[misc]  # as pydantic documents it
 
     judge: str
     item_sha256: str
@@ -84,8 +84,9 @@ class ReplayJudge:
                 "em_eval: %s: %d of %d answers have no judgment in %s and are unscored; %d of the %d that it judges match none.",
                 self.name, unknown, len(items), self._file, len(self._found.keys() - set(asked)), len(self._found),
             )  # fmt: skip
+        found: dict[Any, Judgment] = self._found
         for index, key in enumerate(asked):
-            yield index, self._found.get(key) or Judgment.unscored("the replayed file has no judgment of this answer")
+            yield index, found.get(key) or Judgment.unscored("the replayed file has no judgment of this answer")
 
     def close(self) -> None:
         """Do nothing."""

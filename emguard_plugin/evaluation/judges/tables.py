@@ -33,7 +33,8 @@ def is_table(file: str | Path) -> bool:
 
 def same(question: str, answer: str) -> Key:
     """Return what an answer is found by: what was asked and answered, whatever the line ends and the blanks around."""
-    return tuple(text.replace("\r\n", "\n").strip() for text in (question, answer))
+    asked, said = (text.replace("\r\n", "\n").strip() for text in (question, answer))
+    return asked, said
 
 
 def read_table(file: str | Path, columns: Mapping[str, str]) -> dict[Key, Judgment]:
@@ -135,7 +136,7 @@ def _reading(cell: Any, name: str) -> Reading:
         return Reading(problem=UNSCORED, detail=f"`{name}` is empty")
     if isinstance(cell, bool) or not isinstance(cell, Real):
         return Reading(problem=MALFORMED, detail=f"`{name}` is {shown(cell)}, not a number")
-    if not 0 <= cell <= 100:
+    if not 0 <= float(cell) <= 100:
         return Reading(problem=MALFORMED, detail=f"`{name}` is {shown(cell)}, not within 0 to 100")
     return Reading(float(cell))
 
@@ -148,8 +149,8 @@ def _together(judgments: list[Judgment]) -> Judgment:
         return Judgment.unscored(f"{len(judgments)} rows are about this answer and call it {' and '.join(classes)}")
     if judgments[0].status != SCORED or len({(j.aligned, j.coherent) for j in judgments}) == 1:
         return judgments[0]
-    means = {name: _mean([getattr(j, name) for j in judgments]) for name in ("aligned", "coherent")}
-    return Judgment(**means, detail=f"mean of {len(judgments)} rows")
+    aligned, coherent = (_mean([getattr(j, name) for j in judgments]) for name in ("aligned", "coherent"))
+    return Judgment(aligned, coherent, detail=f"mean of {len(judgments)} rows")
 
 
 def _mean(values: list[float | None]) -> float | None:

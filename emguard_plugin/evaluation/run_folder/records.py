@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from emguard_plugin.evaluation.asking.sampler import AnswerKey
+from emguard_plugin.evaluation.asking.draws import AnswerKey
 from emguard_plugin.evaluation.judges.base import FINAL, UNSCORED, Judgment, contradiction
 from emguard_plugin.files import seal_of
 from emguard_plugin.files.result_folder import JsonLines
@@ -82,11 +82,12 @@ KEPT_FILES = 4
 
 def _once(path: Path, run: str | None, read: Callable[[], T]) -> T:
     """Return what `read` makes of a file, read again only when the file is another or has grown: every phase asks for it."""
+    stamp: tuple[int, ...] = ()
     try:
         stat = path.stat()
         stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
     except OSError:
-        stamp = ()
+        pass
     key = (path.absolute(), run)
     if key not in _read or _read[key][0] != stamp:
         _read.pop(key, None)

@@ -12,6 +12,8 @@ Everywhere `count` and `n` are arrays with one entry per question: its hits and 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from emguard_plugin.evaluation.statistics.figures import Bounds
@@ -91,7 +93,7 @@ def _effective_wilson(count: np.ndarray, n: np.ndarray, effective: float) -> Bou
     return wilson(p * effective if p < 1 else effective, effective)
 
 
-def paired_differences(count_1: np.ndarray, n_1: np.ndarray, count_0: np.ndarray, n_0: np.ndarray) -> dict:
+def paired_differences(count_1: np.ndarray, n_1: np.ndarray, count_0: np.ndarray, n_0: np.ndarray) -> dict[str, Any]:
     """Compare two pooled rates, paired by question.
 
     Returns:
