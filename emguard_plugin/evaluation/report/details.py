@@ -64,7 +64,7 @@ def protocol(columns: Sequence[Column]) -> Iterator[str]:
     summary = columns[-1].summary
     yield "<h2>Protocol</h2>"
     yield '<p class="note">Results compare where the protocol is the same; its fingerprint is '
-    yield f"<code>{summary.fingerprint[:16]}</code>.</p>"
+    yield f"<code>{escape(summary.fingerprint[:16])}</code>.</p>"
     models = {column.name: column.summary.models.get(column.role) for column in columns}
     content = {
         "suites": {column.name: column.summary.sources for column in columns if column.role == "tuned"},
