@@ -5,6 +5,7 @@ Axolotl keeps plugins of earlier configs in one process, so every hook first ask
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,7 @@ try:
     from axolotl.integrations.base import BasePlugin
     from axolotl.utils.logging import get_logger
 
-    from emguard_plugin.axolotl_plugin.asked import look_at_settings
-    from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig
+    from emguard_plugin.axolotl_plugin.asked import MODELS, look_at_settings, plain
     from emguard_plugin.config.settings_file import search_beside
     from emguard_plugin.files.progress import VARIABLE
 except ImportError as exc:  # Axolotl catches this one while it loads a plugin, and trains on without it
@@ -26,9 +26,16 @@ except ImportError as exc:  # Axolotl catches this one while it loads a plugin, 
 LOG = get_logger("axolotl.emguard")  # Axolotl shows INFO of loggers with its own name alone
 
 
-def _block(cfg: Any, name: str) -> dict[str, Any] | None:
-    block = cfg.get(name)
-    return block.to_dict() if hasattr(block, "to_dict") else block
+_validated: dict[tuple[str, str], Any] = {}
+
+
+def _config(cfg: Any, name: str) -> Any:
+    """Return a block that Axolotl's schema has validated and handed on as a dictionary; made once for all hooks of a process."""
+    block = plain(cfg.get(name))
+    key = name, json.dumps(block, sort_keys=True, default=str)
+    if key not in _validated:
+        _validated[key] = MODELS[name].model_validate(block)
+    return _validated[key]
 
 
 def _folder(cfg: Any) -> Path:
@@ -81,11 +88,11 @@ class EMGuardPlugin(BasePlugin):
         if cfg.em_regularizer:
             from emguard_plugin.regularizers.preview import check_inputs
 
-            check_inputs(EMRegularizerConfig.model_validate(_block(cfg, "em_regularizer")))
+            check_inputs(_config(cfg, "em_regularizer"))
         if cfg.em_eval:
             from emguard_plugin.evaluation.ready import get_ready
 
-            ready = get_ready(EMEvalConfig.model_validate(_block(cfg, "em_eval")), Path(cfg.output_dir) / "em_eval")
+            ready = get_ready(_config(cfg, "em_eval"), Path(cfg.output_dir) / "em_eval")
             for warning in ready.warnings if _is_rank_0() else ():
                 LOG.warning(warning)
 
@@ -121,7 +128,7 @@ class EMGuardPlugin(BasePlugin):
                 f"em_regularizer: the trainer is {type(trainer).__name__}, which another plugin brought; it would never add a "
                 "penalty. Remove that plugin, or `em_regularizer:`."
             )
-        return build_regularizers(EMRegularizerConfig.model_validate(_block(cfg, "em_regularizer")))
+        return build_regularizers(_config(cfg, "em_regularizer"))
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """Say who measures: `axolotl.train.train()`, called from Python, never gets to `post_train_unload`."""
@@ -141,7 +148,7 @@ class EMGuardPlugin(BasePlugin):
         from emguard_plugin.evaluation.asking.as_trained import as_trained, saved_template
         from emguard_plugin.evaluation.post_train import measure_saved_model
 
-        config = EMEvalConfig.model_validate(_block(cfg, "em_eval"))
+        config = _config(cfg, "em_eval")
         config, notes = as_trained(config, cfg.to_dict(), saved_template(cfg.output_dir))
         for note in notes:
             LOG.info(f"em_eval: {note}")

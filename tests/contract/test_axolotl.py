@@ -373,3 +373,27 @@ def several_processes(config):
 
     os.environ["WORLD_SIZE"] = "2"
     return validate(config)["gradient_checkpointing_kwargs"]
+
+
+def validated_for_hooks():
+    from axolotl.utils.dict import DictDefault
+
+    from emguard_plugin.axolotl_plugin import plugin
+    from emguard_plugin.config import EMRegularizerConfig
+
+    made = []
+
+    class Counted(EMRegularizerConfig):
+        @classmethod
+        def model_validate(cls, block):
+            made.append(block)
+            return EMRegularizerConfig.model_validate(block)
+
+    plugin.MODELS["em_regularizer"] = Counted
+    cfgs = [DictDefault({"em_regularizer": {"treft": {"coef": coef}}}) for coef in (2.0, 2.0, 3.0)]
+    found = [plugin._config(cfg, "em_regularizer") for cfg in cfgs for _ in range(3)]
+    return len(made), [f.treft.coef for f in found[::3]], found[0] is found[5]
+
+
+def test_a_block_is_validated_once_for_all_hooks_and_another_anew(axolotl, tmp_path):
+    assert axolotl.call(validated_for_hooks, tmp_path / "run") == [2, [2.0, 2.0, 3.0], True]
