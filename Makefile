@@ -4,6 +4,8 @@ STAMP  := $(VENV)/.emguard-ready
 export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
+# Bytecode is kept: where it is switched off, each of a hundred processes compiles Axolotl and its libraries again.
+export PYTHONDONTWRITEBYTECODE =
 
 # The first of these that runs; those that pyenv keeps are found although they are not switched on.
 FIND_PYTHON = for v in 3.11 3.12 3.13; do \

@@ -82,7 +82,7 @@ def run_demo(fresh: bool = True) -> int:
         for name, yaml in RUNS.items():
             task = progress.add_task(f"axolotl train {yaml}", total=100, stage="starting")
             summary, steps = FOLDER / name / "em_eval" / "summary.json", FOLDER / f"{name}.steps"
-            if not summary.is_file():
+            if not (summary.is_file() and steps.is_file()):
                 code = _train(name, examples() / yaml, steps, partial(_show, progress, task))
                 if code or not summary.is_file():
                     progress.stop()

@@ -16,6 +16,7 @@ from emguard_plugin.check.facts import YamlFacts
 from emguard_plugin.check.host import is_trl
 from emguard_plugin.config import (
     BLOCKS,
+    BlockError,
     EMEvalConfig,
     EMRegularizerConfig,
     misplaced_blocks,
@@ -99,9 +100,11 @@ def _validate(name: str, model: Any, cfg: Mapping[str, Any], found: Findings) ->
         return None
     try:
         return read_block(model, cfg[name], name)
+    except BlockError as exc:
+        found.problems += exc.problems
     except (ValueError, SecretInConfigError) as exc:
-        found.problems += str(exc).split(" | ")
-        return None
+        found.problems.append(str(exc))
+    return None
 
 
 def _check_plugin(cfg: Mapping[str, Any], found: Findings) -> None:

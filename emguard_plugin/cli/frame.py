@@ -37,7 +37,7 @@ def kept(words: str, option: str = "") -> Callable[[F], F]:
     """
 
     def mark(command: F) -> F:
-        command.kept = (words, option)  # type: ignore[attr-defined]
+        command.kept = (words, option)  # type: ignore[attr-defined]  # a mark on the function
         return command
 
     return mark

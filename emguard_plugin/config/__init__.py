@@ -4,7 +4,7 @@ from emguard_plugin.config.block import Block, StatedBlock, is_file
 from emguard_plugin.config.evaluation import SUITES, EMEvalConfig, JudgeConfig, SamplerConfig
 from emguard_plugin.config.methods import METHODS, EMRegularizerConfig, Method
 from emguard_plugin.config.names import BLOCKS, misplaced_blocks, misspelt_blocks, suggest
-from emguard_plugin.config.problems import read_block
+from emguard_plugin.config.problems import BlockError, read_block
 from emguard_plugin.config.regularizers import BlockEMConfig, KLConfig, MethodBlock, TReFTConfig
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "SUITES",
     "Block",
     "BlockEMConfig",
+    "BlockError",
     "EMEvalConfig",
     "EMRegularizerConfig",
     "JudgeConfig",

@@ -13,6 +13,18 @@ from emguard_plugin.files.secrets import SecretInConfigError, redact, refuse_key
 Model = TypeVar("Model", bound=BaseModel)
 
 
+class BlockError(ValueError):
+    """What is wrong with a block, all of it in one line.
+
+    Attributes:
+        problems: One sentence per place.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__(" | ".join(problems))
+        self.problems = problems
+
+
 def read_block(model: type[Model], data: Any, name: str) -> Model:
     """Validate a block.
 
@@ -22,7 +34,8 @@ def read_block(model: type[Model], data: Any, name: str) -> Model:
         name: Its key, such as `em_eval`.
 
     Raises:
-        ValueError: with all problems in one line, each with its place.
+        BlockError: with all problems, each with its place.
+        ValueError: for what is no mapping at all.
         SecretInConfigError: for a key of an API in the file.
     """
     if data is None:
@@ -33,7 +46,7 @@ def read_block(model: type[Model], data: Any, name: str) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as exc:
-        raise ValueError(" | ".join(problems(exc, name))) from None
+        raise BlockError(problems(exc, name)) from None
     except RecursionError:
         raise ValueError(f"`{name}:` is nested too deeply to be read.") from None
 
@@ -119,4 +132,4 @@ def _a(value: Any) -> str:
     return kinds.get(type(value), f"of type {type(value).__name__}")
 
 
-__all__ = ["SecretInConfigError", "problems", "read_block"]
+__all__ = ["BlockError", "SecretInConfigError", "problems", "read_block"]

@@ -10,7 +10,7 @@ from emguard_plugin.evaluation.asking import asking
 from emguard_plugin.evaluation.asking.as_trained import saved_template
 from emguard_plugin.evaluation.asking.questions import load_questions
 from emguard_plugin.evaluation.asking.sources import ModelSource, holds_weights
-from emguard_plugin.evaluation.plan import identity_of, requests, source_of, stored_run
+from emguard_plugin.evaluation.plan import SAMPLERS, identity_of, requests, source_of, stored_run
 from emguard_plugin.evaluation.run_folder.records import read_answers
 from emguard_plugin.files import result_folder as store
 
@@ -32,6 +32,8 @@ def all_answered(config: EMEvalConfig, model: str | Path, output_dir: str | Path
     try:
         source, stored = source_of(config, model, base), stored_run(folder)
         if not isinstance(source, ModelSource) or not holds_weights(source.path) or (source.base and not holds_weights(source.base)):
+            return False
+        if stored["protocol"]["decoding"].get("sampler") != SAMPLERS[config.sampler.provider]:
             return False
         roles = ("base", "tuned") if config.evaluate_base else ("tuned",)
         if roles[0] == "base" and source.base is None:

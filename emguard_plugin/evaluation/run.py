@@ -29,8 +29,6 @@ from emguard_plugin.files import result_folder as store
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 PHASES = ("generate", "judge", "report")
 
 

@@ -152,7 +152,7 @@ def _line(text: str, path: str | Path, number: int) -> Any:
     try:
         return _json(text, where)
     except ValueError as error:
-        if number > 1 or "twice" in str(error) or text.strip()[:1] != "{":
+        if number > 1 or isinstance(error, TwiceError) or text.strip()[:1] != "{":
             raise
         try:
             read_json(path)
@@ -174,11 +174,15 @@ def _json(text: str, where: str, own: bool = False) -> Any:
         # A tab or a form feed inside a text is not JSON by the letter, and can mean one thing only.
         return json.loads(text, strict=own, object_pairs_hook=_object, parse_constant=_refuse_constant if own else None)
     except _Twice as error:
-        raise ValueError(f"{where}: the key {shown(error.key)} occurs twice in one object. Remove one.") from None
+        raise TwiceError(f"{where}: the key {shown(error.key)} occurs twice in one object. Remove one.") from None
     except RecursionError:
         raise ValueError(f"{where} is not JSON that can be read: it is nested too deeply.") from None
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {first_line(error) if text.strip() else 'it is empty'}.") from None
+
+
+class TwiceError(ValueError):
+    """A key that stands twice in one object; what came first would be lost."""
 
 
 class _Twice(Exception):
@@ -190,7 +194,11 @@ class _Twice(Exception):
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise _Twice(next(key for n, (key, _) in enumerate(pairs) if key in {name for name, _ in pairs[:n]}))
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _Twice(key)
+            seen.add(key)
     return found
 
 

@@ -78,7 +78,7 @@ class EMRegularizerCallback(Resumable):
 
     def _configure(self, config: Any) -> None:
         """Take over a validated block; a method that is made of arguments alone need not know of blocks."""
-        self.__init__(**config.model_dump())  # type: ignore[misc]
+        self.__init__(**config.model_dump())  # type: ignore[misc]  # on purpose: __init__ of a fresh object
 
     def _set_up(self, coef: float) -> None:
         self.coef = coef

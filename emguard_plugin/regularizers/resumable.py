@@ -20,6 +20,13 @@ class Resumable(TrainerCallback):
     """What a checkpoint holds of this method; nothing by default."""
     _saved_in: Path | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a method that names a state and cannot write or read it, before a checkpoint is due."""
+        super().__init_subclass__(**kwargs)
+        for name in ("write_state", "read_state") if cls.state_file else ():
+            if getattr(cls, name) is getattr(Resumable, name):
+                raise TypeError(f"{cls.__name__} has a `state_file` and no `{name}`: a resumed run would miss {cls.state_file}.")
+
     def write_state(self, path: Path) -> None:
         """Write `state_file` into a checkpoint; called on one process, once `recorded`.
 

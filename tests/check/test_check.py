@@ -294,3 +294,10 @@ def test_questions_that_the_template_refuses_are_named(tmp_path):
         found = check_config(path)
         assert any("brief of questions: no system" in line for line in found.notes), found
         assert any("refuse" in line for line in getattr(found, named)), found
+
+
+def test_a_problem_that_holds_a_bar_is_one_problem(check):
+    found = check(em_eval={"questions": "open_ended", "judges": [{"provider": "exact", "function": "a | b"}]}).problems
+    assert [p for p in found if "function" in p] == [p for p in found if "a | b" in p]
+    assert len([p for p in found if "a | b" in p]) == 1
+    assert all(p.startswith("em_eval") for p in found)

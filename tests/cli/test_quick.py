@@ -26,7 +26,10 @@ EVAL = {
 def cpu_of(folder, *arguments):
     """Run a command; return its result, what it loaded, and its CPU seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", RUN.format(HEAVY), *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN.format(HEAVY), *arguments], cwd=folder, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""},  # a user's machine compiles a library once, not at each command
+    )  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     loaded = done.stdout.rsplit("LOADED", 1)[1].split() if "LOADED" in done.stdout else None
     return done, loaded, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -163,3 +166,12 @@ def test_check_does_not_import_axolotl_for_a_tokenizer_either(measured):
     assert done.returncode == 0, done.stderr
     assert "treft holds 16 tokens" in done.stdout
     assert "axolotl" not in loaded
+
+
+def test_check_says_that_a_latent_set_is_missing_without_loading_torch(measured):
+    (measured / "check.yaml").write_text(yaml.safe_dump({**AXOLOTL, "em_regularizer": {"block_em": {"latents": "./none.json"}}}))
+    done, loaded, cpu = cpu_of(measured, "check", "check.yaml")
+    assert done.returncode == 4
+    assert "`em_regularizer.block_em.latents: ./none.json` does not exist" in done.stderr
+    assert loaded == []
+    assert cpu <= 3

@@ -85,8 +85,10 @@ class Server:
 @functools.cache
 def shared_server():
     """Return the one server of this test session."""
-    server = Server(Path(tempfile.mkdtemp(prefix="emguard_axolotl_")) / "server.log")
-    atexit.register(server.close)
+    folder = tempfile.TemporaryDirectory(prefix="emguard_axolotl_")
+    server = Server(Path(folder.name) / "server.log")
+    atexit.register(folder.cleanup)
+    atexit.register(server.close)  # before: what is registered last is called first
     return server
 
 

@@ -92,6 +92,18 @@ def test_what_is_no_json_is_named_with_file_and_line(write, content, message):
     assert "\n" not in str(error.value)
 
 
+def test_one_object_over_several_lines_is_named_whatever_its_file_is_called(write):
+    with pytest.raises(ValueError, match="holds one JSON object over several lines"):
+        values(write('{\n "a": 1\n}\n', "twice.jsonl"))
+
+
+def test_a_large_object_with_a_key_twice_is_refused_at_once(write):
+    """A look back over all keys before each one would take minutes."""
+    keys = ", ".join(f'"k{n}": 0' for n in range(200_000))
+    with pytest.raises(ValueError, match="the key 'k7' occurs twice in one object"):
+        read_json(write(f'{{{keys}, "k7": 1}}', "large.json"))
+
+
 @pytest.mark.parametrize("value", ["5", "null", "[]", "[1, 2]", '"text"', "true"])
 def test_a_record_that_is_no_object_is_named(write, value):
     """Case `state-garbage`: a line that is JSON but no record."""

@@ -100,3 +100,19 @@ def test_the_training_set_is_walked_once_for_all_methods(tmp_path, monkeypatch):
     assert walks[True] == 1
     assert walks[False] > 1, "the rows that were kept are read again"
     assert all(column(trainer, f"em_regularizer/{m.name}/penalty") for m in methods)
+
+
+def test_a_method_that_never_measures_stops_the_run(tmp_path):
+    """Having nothing to say at every step is being inactive, and is loud."""
+    with pytest.raises(RuntimeError, match=r"em_regularizer\.seldom has held no token for 20 optimizer steps"):
+        run(tmp_path, callbacks=[Seldom(lambda moment: False)], max_steps=21)
+
+
+def test_a_method_with_a_state_that_it_cannot_write_is_refused_at_once():
+    with pytest.raises(TypeError, match=r"Forgetful has a `state_file` and no `write_state`"):
+
+        class Forgetful(EMRegularizerCallback):
+            name, state_file = "forgetful", "forgetful.json"
+
+            def read_state(self, path, run, own):
+                return None, {}

@@ -43,14 +43,15 @@ class BlockEMPreview(Preview):
 
     def preview(self, block: BlockEMConfig, facts: Facts) -> None:
         """Find the latents, the tokens and the base model."""
-        from emguard_plugin.regularizers.block_em.rules import set_in_words
-
         found = facts.findings
         try:
+            block.check_files()  # before torch is loaded to read them
             latents, coef = read_latents(block)
         except ValueError as exc:
             found.problems.append(str(exc))
             return
+        from emguard_plugin.regularizers.block_em.rules import set_in_words
+
         what = f"coef {coef:g}" + (", calibrated" if block.coef == "auto" else "")
         what += NOT_MEASURED if coef == 0 else ""
         found.active.append(
@@ -101,10 +102,10 @@ def read_latents(block: BlockEMConfig) -> tuple[LatentSet, float]:
     Raises:
         ValueError: when the set cannot be read, or has no calibration for `coef: auto`.
     """
+    block.check_files()
     from emguard_plugin.latents import LatentSet
     from emguard_plugin.regularizers.block_em.rules import calibrated_coef
 
-    block.check_files()
     latents = LatentSet.load(block.latents)
     shared_by = len(latents) if block.latent_reduction == "mean" else 1
     coef = calibrated_coef(latents.calibration, block.tokens, shared_by) if block.coef == "auto" else block.coef
