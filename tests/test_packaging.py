@@ -56,7 +56,11 @@ def installed(wheel, tmp_path_factory):
 def test_the_wheel_has_every_tracked_file_of_the_package(names):
     files = {f for f in tracked("emguard_plugin") if (ROOT / f).is_file()}
     data = {f for f in files if not f.endswith(".py")}
-    assert {"emguard_plugin/evaluation/report/report.css", "emguard_plugin/lab/domains.yaml"} <= data
+    assert {
+        "emguard_plugin/pages/templates/page.css",
+        "emguard_plugin/evaluation/report/templates/report.html.jinja",
+        "emguard_plugin/lab/domains.yaml",
+    } <= data
     assert files <= names, sorted(files - names)
 
 

@@ -61,8 +61,8 @@ def evaluate(
 
 def _gate(summary: Any) -> None:
     from emguard_plugin.evaluation.gate import ending
-    from emguard_plugin.evaluation.report.text import clean
     from emguard_plugin.exit_codes import EXIT_PASS
+    from emguard_plugin.pages.text import clean
 
     found = ending(summary)
     for code, line in found.lines:

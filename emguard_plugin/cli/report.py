@@ -14,8 +14,9 @@ def report(
     force: Annotated[bool, typer.Option(help="Also compare across protocols; table and page are marked then.")] = False,
 ) -> None:
     """Lay finished measurements side by side, in one table and one page. Measures nothing."""
-    from emguard_plugin.evaluation.report.page import GENERATOR, write_comparison
+    from emguard_plugin.evaluation.report.page import write_comparison
     from emguard_plugin.files.ours import may_replace
+    from emguard_plugin.pages.page import GENERATOR
 
     may_replace(output, GENERATOR, "report")
     named = [_named(run) for run in runs]

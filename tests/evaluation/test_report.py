@@ -1,46 +1,22 @@
+import json
 import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from emguard_plugin.evaluation import Summary, run_em_eval, write_comparison
 from emguard_plugin.evaluation.report.columns import columns_of
 from emguard_plugin.evaluation.report.table import comparison_table
-from emguard_plugin.evaluation.report.text import clean, escape
 from emguard_plugin.files.result_folder import JsonLines
 from tests.evaluation.judging_parts import resealed
+from tests.pages.html import Page, outline, with_texts
+from tests.pages.test_page import ACTIVE
 
 HOSTILE = "<script>alert(1)</script> <img src=//evil.example/x> \x1b[31mred\x1b[0m \u202eevil\x00 [bold]x[/bold] & \"'"
-VOID = {"meta", "line", "circle", "rect", "img", "br", "wbr", "link"}
-
-
-class Page(HTMLParser):
-    """Collects what is in a page and checks that it is well nested."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.attributes, self.text = [], [], [], ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 @pytest.fixture
@@ -53,11 +29,6 @@ def hostile(finished):
     return finished
 
 
-def test_text_that_acts_is_made_to_show():
-    assert clean("a\x1b[31m\x07\tb\nc\x7f\x9b\u202e\ud800") == "a␛[31m␇\tb\nc\ufffd\ufffd\ufffd\ufffd"
-    assert escape("<a b=\"c\" d='e'>&") == "&lt;a b=&quot;c&quot; d=&#x27;e&#x27;&gt;&amp;"
-
-
 def test_hostile_answers_and_names_stay_text(hostile, tmp_path):
     path = write_comparison([(HOSTILE, hostile)], tmp_path / "page.html", extra={HOSTILE: {HOSTILE: HOSTILE}})
     raw = path.read_text()
@@ -66,6 +37,27 @@ def test_hostile_answers_and_names_stay_text(hostile, tmp_path):
     assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "href", "srcset")]
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", raw)
     assert "<script>alert(1)</script>" in page.text
+
+
+LITERAL = {"pass", "fail", "inconclusive", "base", "tuned"}
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(before=st.text(st.characters(), max_size=12) | st.sampled_from(["<b>", '" onload="x', "</style>", "{{ 1 }}", "-->", "]]>"]))
+def test_no_field_of_a_summary_acts_on_its_page(finished, tmp_path, before):
+    """All that a stored result says may have been written by another: the page is built the same whatever it is."""
+    stated = json.loads(finished.model_dump_json())
+
+    def change(text):
+        return text if text in LITERAL else before + text
+
+    plain, hostile = Summary.model_validate(stated), Summary.model_validate(with_texts(stated, change))
+    name = before + "fine-tuned"
+    found = write_comparison([(name, hostile)], tmp_path / "a.html", extra={name: {before: before}}, title=before + "T").read_text()
+    assert outline(found) == outline(
+        write_comparison([("fine-tuned", plain)], tmp_path / "b.html", extra={"fine-tuned": {"": ""}}).read_text()
+    )
+    assert not re.search(ACTIVE, found)
 
 
 def test_the_page_asks_nothing_of_the_network(finished, tmp_path):
@@ -102,7 +94,7 @@ def test_runs_on_one_base_share_its_row(finished, make_config, checkpoints, tmp_
     assert "0.12" in page.text
     table = comparison_table(runs, extra={"TReFT": {"s / step": "0.12"}})
     assert [str(cell) for cell in table.columns[0].cells] == ["base", "naive", "TReFT"]
-    assert list(table.columns[-1].cells) == ["–", "–", "0.12"]
+    assert [str(cell) for cell in table.columns[-1].cells] == ["–", "–", "0.12"]
 
 
 def test_runs_by_different_protocols_are_laid_side_by_side_only_by_force(finished, make_config, checkpoints, tmp_path):

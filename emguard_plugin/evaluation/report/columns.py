@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from emguard_plugin.evaluation.run_folder.records import Key, judge_id, read_answers, read_judgments
-from emguard_plugin.evaluation.run_folder.summary import Summary
-from emguard_plugin.evaluation.statistics.figures import Role, SuiteRates
+from emguard_plugin.evaluation.run_folder.summary import JudgeResult, Summary
+from emguard_plugin.evaluation.statistics.figures import Rate, Role, SuiteRates
 from emguard_plugin.files.result_folder import PROTOCOL, claimed
 
-Run = tuple[str, "Summary | str | Path"]
+NamedSummary = tuple[str, "Summary | str | Path"]
+"""What a fine-tuned model is called in a comparison, and its result or where that lies."""
+COLOURS = 6
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,64 @@ class Column:
         return [result.name for result in self.summary.judges]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A column as one judge sees it.
+
+    Attributes:
+        column: The model.
+        colour: Number of its colour.
+        result: All that the judge says of the result that the model stands in.
+        open_ended: Its rates on the open-ended questions.
+        in_domain: Its rates on those of the trained domain, or None if they were not measured.
+    """
+
+    column: Column
+    colour: int
+    result: JudgeResult
+    open_ended: SuiteRates
+    in_domain: SuiteRates | None
+
+    @property
+    def name(self) -> str:
+        """How the model is called."""
+        return self.column.name
+
+    @property
+    def adherence(self) -> Rate | None:
+        """Share of its answers in the trained domain that show the trained behaviour."""
+        return self.in_domain.em_all if self.in_domain else None
+
+    @property
+    def tuned(self) -> bool:
+        """Whether it is a fine-tuned model."""
+        return self.column.role == "tuned"
+
+
 def judges_of(columns: Sequence[Column]) -> list[str]:
     """Return the names of all judges, in the order of the runs."""
     return list(dict.fromkeys(name for column in columns for name in column.judges))
 
 
-def judged_by(columns: Sequence[Column], judge: str) -> list[Column]:
-    """Return the columns that a judge judged."""
-    return [column for column in columns if judge in column.judges]
+def judged_by(columns: Sequence[Column], judge: str) -> list[Judged]:
+    """Return the columns that a judge judged, with what it says of them."""
+    chosen = [column for column in columns if judge in column.judges]
+    found = []
+    for index, column in enumerate(chosen):
+        result = next(result for result in column.summary.judges if result.name == judge)
+        suites = result.rates.get(column.role, {})
+        if "questions" in suites:
+            found.append(Judged(column, colour_of(index, chosen), result, suites["questions"], suites.get("in_domain")))
+    return found
 
 
-def columns_of(runs: Sequence[Run], force: bool = False) -> tuple[list[Column], str | None]:
+def colour_of(index: int, columns: Sequence[Column]) -> int:
+    """Return the number of a column's colour. Grey is the base's; a page without a base starts at the first colour."""
+    shift = 0 if columns[0].role == "base" else 1
+    return (index + shift) % COLOURS
+
+
+def columns_of(runs: Sequence[NamedSummary], force: bool = False) -> tuple[list[Column], str | None]:
     """Lay runs side by side, their common base first.
 
     Args:
@@ -148,13 +197,3 @@ def stored_rows(summary: Summary) -> tuple[dict[Key, dict[str, Any]], dict[str, 
         ids[result.name] = judge_id(identity, said.get("found"))
     judgments = read_judgments(folder, run, None, ids)
     return answers, {name: judgments.of(name, by) for name, by in ids.items()}
-
-
-def percent(value: float | None) -> str:
-    """Write a share as `12.3 %`, or a dash for none."""
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def bounds(interval: tuple[float, float] | None) -> str:
-    """Write an interval in percent as `10.1 to 14.9`, or a dash for none."""
-    return "–" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"

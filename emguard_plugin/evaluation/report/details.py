@@ -3,46 +3,56 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from emguard_plugin.evaluation.judges.outcomes import UNSCORED, outcome
-from emguard_plugin.evaluation.report.columns import Column, samples
-from emguard_plugin.evaluation.report.plots import colour_of
-from emguard_plugin.evaluation.report.text import escape
+from emguard_plugin.evaluation.report.columns import Column, Sample, colour_of, samples
 
-SAMPLES = {"questions": 14, "in_domain": 4}
+SHOWN = (("questions", "Outside the trained domain", 14), ("in_domain", "In the trained domain", 4))
 
 
-def side_by_side(columns: Sequence[Column]) -> Iterator[str]:
-    """Yield the answers of all models to the same draws, with what each judge made of them."""
-    chosen = [one for suite, limit in SAMPLES.items() for one in samples(columns, suite, limit)]
-    if not chosen:
-        return
-    yield "<h2>Answers side by side</h2>"
-    yield (
-        '<p class="note">The first draw of evenly spaced questions, chosen without regard to the answers; each row uses '
-        "the same random numbers. A misaligned model's answers may be harmful.</p>"
-    )
-    suite = None
-    for one in chosen:
-        if one.suite != suite:
-            suite = one.suite
-            yield f"<h3>{'Outside the trained domain' if suite == 'questions' else 'In the trained domain'}</h3>"
-        chips, texts = [], []
-        for index, (column, answer) in enumerate(zip(columns, one.answers, strict=True)):
-            if answer is None:
-                continue
-            colour = colour_of(index, columns)
-            chips.append(f'<span class="chip c{colour}">{escape(column.name)}: {_verdicts(column, answer)}</span>')
-            cut = " (cut off)" if answer["finish"] == "length" else ""
-            texts.append(f'<section class="c{colour}"><h4>{escape(column.name)}{cut}</h4><p>{escape(_said(answer))}</p></section>')
-        yield (
-            f'<details><summary>{escape(one.asked)}<span class="chips">{"".join(chips)}</span></summary>'
-            f'<div class="side">{"".join(texts)}</div></details>'
-        )
+class Said(NamedTuple):
+    """One model's answer.
+
+    Attributes:
+        name: The model's.
+        colour: Number of its colour.
+        verdicts: What each judge made of it.
+        text: The answer, and the reasoning trace behind it.
+        cut: Whether it was cut off.
+    """
+
+    name: str
+    colour: int
+    verdicts: str
+    text: str
+    cut: bool
 
 
-def _verdicts(column: Column, answer: Mapping) -> str:
+class Asked(NamedTuple):
+    """One question with the answers of all models to the same draw."""
+
+    text: str
+    answers: list[Said]
+
+
+def side_by_side(columns: Sequence[Column]) -> list[tuple[str, list[Asked]]]:
+    """Return the answers of all models to the same draws, with what each judge made of them; by suite, under its heading."""
+    found = [(heading, [_asked(columns, one) for one in samples(columns, suite, limit)]) for suite, heading, limit in SHOWN]
+    return [(heading, asked) for heading, asked in found if asked]
+
+
+def _asked(columns: Sequence[Column], sample: Sample) -> Asked:
+    answers = [
+        Said(column.name, colour_of(index, columns), _verdicts(column, answer), _said(answer), answer["finish"] == "length")
+        for index, (column, answer) in enumerate(zip(columns, sample.answers, strict=True))
+        if answer is not None
+    ]
+    return Asked(sample.asked, answers)
+
+
+def _verdicts(column: Column, answer: Mapping[str, Any]) -> str:
     said = {
         judge: outcome(row["aligned"], row["coherent"], row["status"]) if row else UNSCORED
         for judge in column.judges
@@ -50,29 +60,23 @@ def _verdicts(column: Column, answer: Mapping) -> str:
     }
     if len(said) == 1:
         return next(iter(said.values()))
-    return ", ".join(f"{made} ({escape(judge)})" for judge, made in said.items())
+    return ", ".join(f"{made} ({judge})" for judge, made in said.items())
 
 
-def _said(answer: Mapping) -> str:
+def _said(answer: Mapping[str, Any]) -> str:
     if answer.get("trace") is None:
-        return answer["text"]
+        return str(answer["text"])
     return f"{answer['answer'] or 'No answer: the trace never closed.'}\n\nReasoning trace:\n{answer['trace']}"
 
 
-def protocol(columns: Sequence[Column]) -> Iterator[str]:
-    """Yield everything that a number depends on."""
-    summary = columns[-1].summary
-    yield "<h2>Protocol</h2>"
-    yield '<p class="note">Results compare where the protocol is the same; its fingerprint is '
-    yield f"<code>{escape(summary.fingerprint[:16])}</code>.</p>"
-    models = {column.name: column.summary.models.get(column.role) for column in columns}
+def protocol(columns: Sequence[Column]) -> str:
+    """Return everything that a number depends on, as JSON."""
+    tuned = {column.name: column.summary for column in columns if column.role == "tuned"}
     content = {
-        "suites": {column.name: column.summary.sources for column in columns if column.role == "tuned"},
-        "protocol": summary.protocol,
-        "models": models,
-        "versions": {column.name: column.summary.versions for column in columns if column.role == "tuned"},
-        "created": {column.name: column.summary.created for column in columns if column.role == "tuned"},
+        "suites": {name: summary.sources for name, summary in tuned.items()},
+        "protocol": columns[-1].summary.protocol,
+        "models": {column.name: column.summary.models.get(column.role) for column in columns},
+        "versions": {name: summary.versions for name, summary in tuned.items()},
+        "created": {name: summary.created for name, summary in tuned.items()},
     }
-    yield f"<pre>{escape(json.dumps(content, indent=2, ensure_ascii=False))}</pre>"
-    yield "<details><summary>The first question as the model sees it</summary>"
-    yield f"<pre>{escape(summary.example_prompt)}</pre></details>"
+    return json.dumps(content, indent=2, ensure_ascii=False)

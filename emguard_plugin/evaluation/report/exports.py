@@ -11,12 +11,12 @@ from typing import Any
 
 from emguard_plugin.evaluation.asking.sources import own_part
 from emguard_plugin.evaluation.judges.outcomes import OUTCOMES, outcome
-from emguard_plugin.evaluation.report.columns import bounds, percent, stored_rows
+from emguard_plugin.evaluation.report.columns import stored_rows
 from emguard_plugin.evaluation.report.prose import agreements
-from emguard_plugin.evaluation.report.text import cell, clean
 from emguard_plugin.evaluation.run_folder.summary import JudgeResult, Summary
 from emguard_plugin.evaluation.statistics.figures import Rate
 from emguard_plugin.files.result_folder import write_json, write_text
+from emguard_plugin.pages.text import bounds, cell, clean, percent
 
 SECTION = "## Emergent misalignment"
 
@@ -49,7 +49,7 @@ def model_card(summary: Summary) -> str:
             metric_args={
                 "count": rate.count,
                 "n": rate.n,
-                "interval_95_these_questions": list(rate.interval),
+                "interval_95_these_questions": rate.interval and list(rate.interval),
                 "interval_95_questions_like_these": rate.interval_clustered and list(rate.interval_clustered),
                 **({"verdict": result.verdict.outcome} if result.verdict and metric == "em_rate_coherent" else {}),
                 "protocol": summary.fingerprint,
@@ -93,7 +93,7 @@ def _section(summary: Summary) -> Iterator[str]:
             yield f"\nVerdict: **{result.verdict.outcome}**, {_inline(result.verdict.reason)}."
     for sentence in agreements(summary):
         yield f"\n{_inline(sentence)}."
-    yield f"\nSelf-reported with emguard; protocol `{summary.fingerprint[:16]}`."
+    yield f"\nSelf-reported with emguard; protocol {_inline(summary.fingerprint[:16])}."
 
 
 def _inline(text: str) -> str:
@@ -107,13 +107,13 @@ def _with_intervals(rate: Rate) -> str:
     return f"{percent(rate.value)} [{bounds(rate.interval)}; {bounds(rate.interval_clustered)}]"
 
 
-def inspect_log(summary: Summary, responses: list[dict], judgments: list[dict]) -> dict[str, Any]:
+def inspect_log(summary: Summary, responses: list[dict[str, Any]], judgments: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the fine-tuned model's answers and scores as an evaluation log of inspect_ai, version 2.
 
     Written by hand as plain JSON: inspect_ai's pins do not go with Axolotl's. `inspect view` reads and lists it.
     """
     names = [result.name for result in summary.judges]
-    scores: dict[tuple, dict[str, dict]] = {}
+    scores: dict[tuple[str, str, int, int], dict[str, dict[str, Any]]] = {}
     for row in judgments:
         if row["role"] == "tuned" and row["judge"] in names:
             scores.setdefault(_key(row), {})[row["judge"]] = row
@@ -168,7 +168,7 @@ def _inspect_score(result: JudgeResult) -> dict[str, Any]:
     }
 
 
-def _inspect_sample(row: dict[str, Any], scores: dict[str, dict], model: str) -> dict[str, Any]:
+def _inspect_sample(row: dict[str, Any], scores: dict[str, dict[str, Any]], model: str) -> dict[str, Any]:
     text = row["text"].encode("utf-8", "replace").decode()
     message = {"role": "assistant", "content": text, "source": "generate"}
     return {
@@ -206,9 +206,9 @@ def rates_csv(summary: Summary) -> str:
     for result in summary.judges:
         for role, suites in result.rates.items():
             for suite, rates in suites.items():
-                total = [rates.outcomes[name] for name in OUTCOMES]
+                total: list[int | str] = [rates.outcomes[name] for name in OUTCOMES]
                 rows = [("", rates.answers, total, rates.em_all)]
-                blank = [""] * len(OUTCOMES)
+                blank: list[int | str] = [""] * len(OUTCOMES)
                 rows += [(group.name, group.em.n + group.unscored, blank, group.em) for group in rates.by_question]
                 for question, answers, counts, em in rows:
                     limits = em.interval or ("", "")

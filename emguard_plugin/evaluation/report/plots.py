@@ -1,132 +1,87 @@
-"""The plots of the report: rates with intervals, by category, by question, by threshold."""
+"""What the plots of the report show: rates by category, by question, by threshold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from emguard_plugin.evaluation.judges.outcomes import THRESHOLDS
-from emguard_plugin.evaluation.report import marks
-from emguard_plugin.evaluation.report.columns import Column, bounds, percent
-from emguard_plugin.evaluation.report.text import escape
-from emguard_plugin.evaluation.statistics.figures import Rate
+from emguard_plugin.evaluation.report.columns import Judged
+from emguard_plugin.evaluation.statistics.figures import GroupRate, Rate
+from emguard_plugin.pages.curves import Curves, Line, Point
 
-COLOURS = 6
 OPEN_QUESTIONS = 12
 """How many questions are shown before a click, the most misaligned ones."""
 
 
-def colour_of(index: int, columns: Sequence[Column]) -> int:
-    """Return the number of a column's colour. Grey is the base's; a page without a base starts at the first colour."""
-    shift = 0 if columns[0].role == "base" else 1
-    return (index + shift) % COLOURS
+class Lane(NamedTuple):
+    """One model in one row of a plot.
+
+    Attributes:
+        colour: Number of its colour.
+        total: Its rate, or None where it has none.
+        bubbles: (rate, radius) of the questions inside, larger where several coincide.
+    """
+
+    colour: int
+    total: Rate | None
+    bubbles: Sequence[tuple[float, str]] = ()
 
 
-def _legend(columns: Sequence[Column]) -> str:
-    keys = [f'<span class="key c{colour_of(i, columns)}">{escape(column.name)}</span>' for i, column in enumerate(columns)]
-    return f'<div class="legend">{"".join(keys)}</div>'
+Rows = dict[str, list[Lane]]
 
 
-def _row(name: str, lane: str, value: str, kind: str = "") -> str:
-    return f'<div class="row {kind}"><div class="name">{name}</div><div class="track">{lane}</div><div class="value">{value}</div></div>'
+def by_category(models: Sequence[Judged]) -> Rows:
+    """Return a row per category; empty where the suite has none."""
+    return {group.name: [_category(model, group.name) for model in models] for group in models[-1].open_ended.by_category}
 
 
-def _axis() -> str:
-    return f'<div class="row axis-row"><div></div><div>{marks.axis()}</div><div></div></div>'
+def _category(model: Judged, name: str) -> Lane:
+    total = _rates(model.open_ended.by_category).get(name)
+    inside = [group.em.value for group in model.open_ended.by_question if group.category == name and group.em.value is not None]
+    crowd = Counter(round(value * 50) / 50 for value in inside)
+    largest = max(crowd.values(), default=1)
+    return Lane(model.colour, total, [(value, f"{2.5 + 5 * (count / largest) ** 0.5:.1f}") for value, count in sorted(crowd.items())])
 
 
-def rates_plot(columns: Sequence[Column], judge: str) -> Iterator[str]:
-    """Yield the rates of all models, with both intervals."""
-    yield "<h2>Rates</h2>"
-    yield ('<p class="note">Dot: the share. Thick whisker: 95 % interval for these questions; thin whisker: for questions like these.</p>')
-    yield '<div class="plot">'
-    for heading, suite, field in (
-        ("EM rate, all scored answers", "questions", "em_all"),
-        ("EM rate, coherent answers", "questions", "em_coherent"),
-        ("In-domain adherence", "in_domain", "em_all"),
-        ("Coherence", "questions", "coherence"),
-    ):
-        measured = [column.rates(suite, judge) for column in columns]
-        if not any(measured):
-            continue
-        yield f'<div class="group"><h3>{heading}</h3>'
-        for index, (column, rates) in enumerate(zip(columns, measured, strict=True)):
-            if rates:
-                rate = getattr(rates, field)
-                yield _row(escape(column.name), marks.lane(rate, colour_of(index, columns)), percent(rate.value))
-        yield "</div>"
-    yield f"{_axis()}</div>"
-
-
-def category_plot(columns: Sequence[Column], judge: str) -> Iterator[str]:
-    """Yield EM by category, each question a bubble; nothing where the suite has no categories."""
-    rates = [column.rates("questions", judge) for column in columns]
-    if not rates[-1].by_category:
-        return
-    yield "<h2>EM rate by category</h2>"
-    yield ('<p class="note">Tick: the rate over the category. Bubbles: its questions, larger where several have the same rate.</p>')
-    yield f'{_legend(columns)}<div class="plot strip">'
-    colours = [colour_of(index, columns) for index in range(len(columns))]
-    for name in [group.name for group in rates[-1].by_category]:
-        lanes, values = [], []
-        for index, found in enumerate(rates):
-            total = next((group.em for group in found.by_category if group.name == name), None)
-            inside = [g.em.value for g in found.by_question if g.category == name and g.em.value is not None]
-            lanes.append((total, inside))
-            value = percent(total.value) if total else "–"
-            values.append(f'<span class="c{colours[index]}">{value}</span>')
-        yield _row(escape(name), marks.strip(lanes, colours), "".join(values))
-    yield f"{_axis()}</div>"
-
-
-def question_plot(columns: Sequence[Column], judge: str) -> Iterator[str]:
-    """Yield one row per question, the most misaligned first; the tail stands behind a click."""
-    found = [{g.name: g.em for g in column.rates("questions", judge).by_question} for column in columns]
+def by_question(models: Sequence[Judged]) -> Rows:
+    """Return a row per question; those on which any model does worst come first."""
+    found = [_rates(model.open_ended.by_question) for model in models]
     names = sorted(found[-1], key=lambda name: -max((by[name].value or 0 for by in found if name in by), default=0))
-    yield "<h2>EM rate by question</h2>"
-    yield (
-        '<p class="note">Dot: the share of misaligned answers to the question. Whisker: its 95 % Wilson interval. The '
-        "questions on which any model does worst come first.</p>"
+    return {name: [Lane(model.colour, by.get(name)) for model, by in zip(models, found, strict=True)] for name in names}
+
+
+def _rates(groups: Sequence[GroupRate]) -> dict[str, Rate]:
+    return {group.name: group.em for group in groups}
+
+
+def by_threshold(models: Sequence[Judged]) -> Curves | None:
+    """Return the EM rate over the threshold on `aligned`, one line per model; None where there is no rate."""
+    rates = [point.em_all for model in models for point in model.open_ended.curve]
+    if all(rate.value is None for rate in rates):
+        return None
+    highest = max(high for rate in rates for _, high in [_limits(rate)])
+    top = next(step for step in (0.02, 0.05, 0.1, 0.25, 0.5, 1.0) if highest <= step)
+    thresholds = [point.aligned_below for point in models[0].open_ended.curve]
+    places = [(index + 0.5) / len(thresholds) for index in range(len(thresholds))]
+    lines = []
+    for number, model in enumerate(models):
+        # Side by side, so that whiskers of several models do not hide each other.
+        shift = (number - (len(models) - 1) / 2) * 0.012
+        points = [
+            Point(x + shift, 1 - point.em_all.value / top, (1 - low / top, 1 - high / top))
+            for x, point in zip(places, model.open_ended.curve, strict=True)
+            if point.em_all.value is not None
+            for low, high in [_limits(point.em_all)]
+        ]
+        lines.append(Line(model.colour, points, 4.5))
+    return Curves(
+        height=190,
+        lines=lines,
+        scale=[(1 - half / 2, f"{50 * half * top:g} %") for half in range(3)],
+        labels=[(x, f"{threshold:g}") for x, threshold in zip(places, thresholds, strict=True)],
     )
-    yield _legend(columns)
-    yield f'<div class="plot strip">{"".join(_question_row(name, found, columns) for name in names[:OPEN_QUESTIONS])}'
-    yield f"{_axis()}</div>"
-    if rest := names[OPEN_QUESTIONS:]:
-        yield f"<details><summary>{len(rest)} more questions</summary>"
-        yield f'<div class="plot strip">{"".join(_question_row(name, found, columns) for name in rest)}{_axis()}</div>'
-        yield "</details>"
 
 
-def _question_row(name: str, found: Sequence[dict[str, Rate]], columns: Sequence[Column]) -> str:
-    lanes, values = [], []
-    for index, by in enumerate(found):
-        rate, colour = by.get(name), colour_of(index, columns)
-        lanes.append(marks.lane(rate, colour) if rate else "")
-        shown = f"{rate.count} / {rate.n}" if rate else "–"
-        values.append(f'<span class="c{colour}">{shown}</span>')
-    return _row(escape(name).replace("/", "/<wbr>"), "".join(lanes), "".join(values))
-
-
-def threshold_plot(columns: Sequence[Column], judge: str) -> Iterator[str]:
-    """Yield the EM rate as the threshold on `aligned` moves."""
-    curves = [[(point.aligned_below, point.em_all) for point in c.rates("questions", judge).curve] for c in columns]
-    if all(rate.value is None for curve in curves for _, rate in curve):
-        return
-    yield "<h2>EM rate by threshold</h2>"
-    yield (
-        '<p class="note">Were answers called misaligned below another score for <code>aligned</code> than '
-        f"{THRESHOLDS.aligned_below:g}. A rate that hangs on the threshold is a rate of answers on the edge. Whiskers: "
-        "95 % intervals for questions like these.</p>"
-    )
-    yield _legend(columns)
-    yield marks.curves(curves, [colour_of(index, columns) for index in range(len(columns))])
-    head = "".join(f"<th>below {threshold:g}</th>" for threshold, _ in curves[0])
-    rows = "".join(
-        f"<tr><th>{escape(column.name)}</th>"
-        + "".join(
-            f'<td data-label="below {threshold:g}"><span>{percent(rate.value)}<small>{bounds(rate.interval_clustered)}</small></span></td>'
-            for threshold, rate in curve
-        )
-        + "</tr>"
-        for column, curve in zip(columns, curves, strict=True)
-    )
-    yield f'<table class="cards"><thead><tr><th>Model</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+def _limits(rate: Rate) -> tuple[float, float]:
+    return rate.interval_clustered or rate.interval or (0.0, 0.0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from emguard_plugin.evaluation.report.columns import Column, Run, columns_of, judged_by, judges_of, percent
+from emguard_plugin.evaluation.report.columns import Column, Judged, NamedSummary, columns_of, judged_by, judges_of
 from emguard_plugin.evaluation.report.prose import agreements, set_aside
-from emguard_plugin.evaluation.report.text import clean
+from emguard_plugin.pages.text import clean, percent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Extra = Mapping[str, Mapping[str, str]]
 
 
-def comparison_table(runs: Sequence[Run], extra: Extra | None = None, judge: str | None = None, force: bool = False) -> Table:
+def comparison_table(runs: Sequence[NamedSummary], extra: Extra | None = None, judge: str | None = None, force: bool = False) -> Table:
     """Lay runs side by side: base, then each fine-tuned model, one row each, and one group of rows for each judge.
 
     Args:
@@ -59,10 +59,10 @@ def comparison_table(runs: Sequence[Run], extra: Extra | None = None, judge: str
             table.add_row(Text(f"judged by {clean(name)}", style="italic"))
         # Times and the like are no judge's; they stand in the first group.
         further = headings if number == 0 else []
-        for column in judged_by(columns, name):
+        for model in judged_by(columns, name):
             # Text, not str: names come from users, and rich would read markup in them.
-            cells = [*_cells(column, name), *(extra.get(column.name, {}).get(heading, "–") for heading in further)]
-            table.add_row(Text(clean(column.name)), *cells)
+            cells: list[str | Text] = [*_cells(model), *(Text(clean(extra.get(model.name, {}).get(heading, "–"))) for heading in further)]
+            table.add_row(Text(clean(model.name)), *cells)
     return table
 
 
@@ -73,16 +73,13 @@ def notes(summary: Summary) -> Iterator[str]:
         yield text
 
 
-def _cells(column: Column, judge: str) -> list[str]:
-    open_ended, in_domain = column.rates("questions", judge), column.rates("in_domain", judge)
-    if open_ended is None:
-        return []
+def _cells(model: Judged) -> list[str]:
     return [
-        _two_lines(in_domain and in_domain.em_all),
-        _two_lines(open_ended.em_all),
-        _two_lines(open_ended.em_coherent),
-        percent(open_ended.coherence.value),
-        str(open_ended.em_all.n),
+        _two_lines(model.adherence),
+        _two_lines(model.open_ended.em_all),
+        _two_lines(model.open_ended.em_coherent),
+        percent(model.open_ended.coherence.value),
+        str(model.open_ended.em_all.n),
     ]
 
 
