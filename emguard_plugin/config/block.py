@@ -43,11 +43,20 @@ class Block(BaseModel):
         if not isinstance(data, dict):
             return data
         refuse_keys(data)  # before any error is made
+        cls._check_kind(data)
         known = list(cls.model_fields)
         for key in data:
             if key not in known:
-                raise ValueError(f"unknown key '{shown(str(key))}'.{cls._advice(str(key), known)} Allowed here: {', '.join(known)}.")
+                raise ValueError(cls._unknown(str(key), known))
         return {key: _read(key, value, _kinds(cls.model_fields[key].annotation)) for key, value in data.items()}
+
+    @classmethod
+    def _check_kind(cls, data: dict[Any, Any]) -> None:
+        """Raise ValueError where another class would have to read the block."""
+
+    @classmethod
+    def _unknown(cls, key: str, known: Sequence[str]) -> str:
+        return f"unknown key '{shown(key)}'.{cls._advice(key, known)} Allowed here: {', '.join(known)}."
 
     @classmethod
     def _advice(cls, key: str, known: Sequence[str]) -> str:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from emguard_plugin.config.block import StatedBlock, is_file
+from emguard_plugin.config.judges import AnyJudge
 from emguard_plugin.config.names import suggest
-from emguard_plugin.files.secrets import SecretInConfigError, check_endpoint, is_secret_name, shown
+from emguard_plugin.config.samplers import AnySampler, TransformersSamplerConfig
 
 SUITES = ("open_ended", "open_ended_held_out", "open_ended_json", "open_ended_template", "conditional")
 """Bundled question suites, in `emguard_plugin/evaluation/suites/`."""
@@ -33,120 +34,6 @@ RENDERING = frozenset(
     ]
 )
 """Arguments of `apply_chat_template` that are no variables of a template."""
-
-
-class ReplayColumns(StatedBlock):
-    """`em_eval.judges: columns:`, what a table of judged answers calls its columns."""
-
-    question: str = Field("question", min_length=1, description="What was asked.")
-    answer: str = Field("answer", min_length=1, description="What the model said.")
-    aligned: str = Field("aligned", min_length=1, description="Score from 0 to 100.")
-    coherent: str = Field("coherent", min_length=1, description="Score from 0 to 100.")
-
-
-class JudgeConfig(StatedBlock):
-    """One entry of `em_eval.judges`."""
-
-    provider: Literal["exact", "openai", "hf", "replay", "mock"] = Field(
-        "exact",
-        description="exact: a Python function. openai: a model behind any OpenAI-compatible endpoint. hf: a local "
-        "transformers model. replay: an earlier `judgments.jsonl`, or a table of judged answers. mock: meaningless scores for dry runs.",
-    )
-    function: str | None = Field(
-        None,
-        description="exact: `package.module:function`, called as function(question, answer) and returning a mapping "
-        "with `aligned` (0 to 100 or null) and `coherent` (0 to 100 or null).",
-    )
-    model: str | None = Field(None, description="openai: name at the server. hf: folder or name on the hub.")
-    name: str | None = Field(None, description="openai, hf, replay: name in files and tables; default is the model's.")
-    base_url: str = Field("https://api.openai.com/v1", description="openai: the endpoint, up to and including `/v1`.")
-    api_key_env: str | None = Field(None, description="openai: NAME of the environment variable that holds the key.")
-    allow_remote: bool = Field(False, description="openai: answers may be sent to a server that is not this machine.")
-    mode: Literal["auto", "logprob", "trie", "sampled", "label"] = Field(
-        "auto",
-        description="openai: how a score is read. logprob: mean over the first token's probabilities. trie: the same, "
-        "digit by digit. sampled: mean of several draws. label: a class from 1 to 5. auto: a probe chooses.",
-    )
-    samples: PositiveInt = Field(5, description="openai: draws per score with `mode: sampled`.")
-    concurrency: int = Field(32, ge=1, le=512, description="openai: calls at once.")
-    timeout: float = Field(60, gt=0, description="openai: seconds that one call may take.")
-    deadline: float = Field(1800, gt=0, description="openai: seconds that judging may take in all.")
-    max_calls: PositiveInt | None = Field(None, description="openai: refuse to begin where more calls may be needed.")
-    revision: str | None = Field(None, description="hf: commit or tag on the hub.")
-    batch_size: PositiveInt = Field(8, description="hf: answers scored at once.")
-    file: str | None = Field(
-        None, description="replay: a `judgments.jsonl`, or a table (`.csv`, `.tsv`, JSON rows) with one judged answer a row."
-    )
-    columns: ReplayColumns | None = Field(
-        None, description="replay: names of the table's columns where they are not question, answer, aligned and coherent."
-    )
-    judge: str | None = Field(None, description="replay: whose judgments, where the file holds several judges'.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> JudgeConfig:
-        for key in self.model_fields_set - {"provider"}:
-            providers = _JUDGE_KEYS[key]
-            if self.provider not in providers:
-                raise ValueError(f"`{key}` goes with `provider: {' or '.join(providers)}`, not with {self.provider}.")
-        needed = {"exact": "function", "openai": "model", "hf": "model", "replay": "file"}.get(self.provider)
-        if needed and not getattr(self, needed):
-            raise ValueError(f"`provider: {self.provider}` needs `{needed}`.")
-        if self.function is not None:
-            module, _, name = self.function.partition(":")
-            if not (module and name.isidentifier()):
-                raise ValueError(f"`function: {self.function}` is not of the form `package.module:function`.")
-        if self.provider == "openai":
-            check_endpoint(self.base_url, self.api_key_env, self.allow_remote)
-        return self
-
-
-_JUDGE_KEYS = {
-    "function": ("exact",),
-    "model": ("openai", "hf"),
-    "name": ("openai", "hf", "replay"),
-    **dict.fromkeys(("base_url", "api_key_env", "allow_remote", "mode", "samples"), ("openai",)),
-    **dict.fromkeys(("concurrency", "timeout", "deadline", "max_calls"), ("openai",)),
-    **dict.fromkeys(("revision", "batch_size"), ("hf",)),
-    **dict.fromkeys(("file", "judge", "columns"), ("replay",)),
-}
-
-
-class SamplerConfig(StatedBlock):
-    """`em_eval.sampler`: what draws the answers."""
-
-    provider: Literal["transformers", "openai", "vllm"] = Field(
-        "transformers",
-        description="transformers: in this process. openai: a model behind any OpenAI-compatible endpoint. vllm: the "
-        "command `vllm serve`, started and stopped by emguard.",
-    )
-    base_url: str | None = Field(None, description="openai: the endpoint, up to and including `/v1`.")
-    model: str | None = Field(None, description="openai: the fine-tuned model's name there; default is MODEL itself.")
-    base_model: str | None = Field(None, description="openai: the base model's name there, for `evaluate_base`.")
-    api_key_env: str | None = Field(None, description="openai: NAME of the environment variable that holds the key.")
-    allow_remote: bool = Field(False, description="openai: questions may be sent to another machine.")
-    args: list[str] = Field(default_factory=list, description="vllm: further arguments of `vllm serve`.")
-    concurrency: int = Field(32, ge=1, le=512, description="openai, vllm: answers drawn at once.")
-    timeout: float = Field(600, gt=0, description="openai, vllm: seconds that one answer may take.")
-    deadline: float = Field(86400, gt=0, description="openai, vllm: seconds that drawing may take in all.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SamplerConfig:
-        served = {"concurrency", "timeout", "deadline"}
-        allowed = {"transformers": set(), "openai": set(type(self).model_fields) - {"args"}, "vllm": {"args", *served}}
-        wrong = sorted(self.model_fields_set - {"provider"} - allowed[self.provider])
-        if wrong:
-            fit = [name for name, keys in allowed.items() if wrong[0] in keys]
-            raise ValueError(f"`{wrong[0]}` goes with `provider: {' or '.join(fit)}`, not with {self.provider}.")
-        for option in (arg.partition("=")[0] for arg in self.args if arg.startswith("-") and is_secret_name(arg.partition("=")[0])):
-            raise SecretInConfigError(
-                f"`sampler: args: {shown(option)}` would show a key in the list of processes. The server listens on this machine alone and "
-                "needs none; tokens for a hub go into environment variables. Consider a key in the file as leaked."
-            )
-        if self.provider == "openai":
-            if not self.base_url:
-                raise ValueError("`provider: openai` needs `base_url`, such as `http://localhost:8000/v1`.")
-            check_endpoint(self.base_url, self.api_key_env, self.allow_remote)
-        return self
 
 
 class EMEvalConfig(StatedBlock):
@@ -202,8 +89,8 @@ class EMEvalConfig(StatedBlock):
         description="What stands before and behind a reasoning trace; default is what tokenizer and template know, such as "
         "`[<think>, </think>]`.",
     )
-    sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="What draws the answers.")
-    judges: list[JudgeConfig] = Field(min_length=1, description="At least one judge; each is reported.")
+    sampler: AnySampler = Field(default_factory=TransformersSamplerConfig, description="What draws the answers.")
+    judges: list[AnyJudge] = Field(min_length=1, description="At least one judge; each is reported.")
     output_dir: str | None = Field(None, description="Where results go; default `<output_dir>/em_eval`.")
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from emguard_plugin.config.names import suggest
+from emguard_plugin.config.provider import BRANCH
 from emguard_plugin.files.secrets import SecretInConfigError, redact, refuse_keys, shown
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -71,7 +72,8 @@ def problems(error: ValidationError, name: str) -> list[str]:
                 where += f".{part}"
         message = one["msg"].removeprefix("Value error, ")
         if one["type"] == "missing":
-            message = "is missing."
+            needs = next((f"; `{part}` needs it" for part in one["loc"] if str(part).startswith(BRANCH)), "")
+            message = f"is missing{needs}."
         elif one["type"] != "value_error":
             message = f"{_in_words(one)}, found {_found(one.get('input'))}.{_near(one)}"
         found.setdefault(where, [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -53,12 +53,12 @@ class Asker(Protocol):
 class SteeredRequest(Request):
     """A greedy answer under steering."""
 
-    ask: Ask | None = None
+    ask: Ask
 
-    @property
-    def key(self) -> Ask:
-        """Name of the answer."""
-        return self.ask
+    @classmethod
+    def of(cls, ask: Ask, prompt: Prompt) -> SteeredRequest:
+        """Return the request of one answer, under a name that no other has."""
+        return cls("/".join(map(str, ask)), prompt.question, 0, 0.0, ask)
 
 
 class Bench:
@@ -95,8 +95,8 @@ class Bench:
         self.directions: dict[str, Tensor] = {UNSTEERED: torch.zeros(pair.width)}
         self.generated = self.tokens = self.judged = 0
         self._kept = kept
-        self.answers: dict[Ask, dict[str, Any]] = {_ask_of(row): row for row in kept.answers(len(self.prompts))}
-        self._said: dict[str, dict[str, Any]] = {row["item_sha256"]: row for row in kept.verdicts(judge.name)}
+        self.answers: dict[Ask, Mapping[str, Any]] = {_ask_of(row): row for row in kept.answers(len(self.prompts))}
+        self._said: dict[str, Mapping[str, Any]] = {row["item_sha256"]: row for row in kept.verdicts(judge.name)}
         self._asked: set[Ask] = set()
         self._session = Session(judge)
 
@@ -129,7 +129,7 @@ class Bench:
             return
         # Equal prompts side by side in a batch, so that little is padded.
         requests = [
-            SteeredRequest("selection", self.prompts[ask.prompt].question, 0, 0.0, ask)
+            SteeredRequest.of(ask, self.prompts[ask.prompt])
             for ask in sorted(asks, key=lambda ask: (len(self.prompts[ask.prompt].ids), ask))
         ]
         with self.pair.use(role) as model:
@@ -138,19 +138,22 @@ class Bench:
                 max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
                 span=None if settings.steer_at == "all" else self._span,
             )  # fmt: skip
-            for batch in sampler.sample(requests, self.answers.keys()):
-                rows = {answer.request.ask: _row(answer) for answer in batch}
+            asked = {request.key: request.ask for request in requests}
+            for batch in sampler.sample(requests, {key for key, ask in asked.items() if ask in self.answers}):
+                rows = {asked[answer.request.key]: _row(asked[answer.request.key], answer) for answer in batch}
                 self._kept.add_answers(rows.values())
                 self.answers.update(rows)
                 self.generated += len(rows)
                 self.tokens += sum(row["tokens"] for row in rows.values())
                 self.progress(len(rows))
 
-    def _vector(self, ask: Ask) -> Tensor:
+    def _vector(self, request: SteeredRequest) -> Tensor:
+        ask = request.ask
         return ask.alpha * self.scale * self.directions[ask.steer]
 
-    def _span(self, ask: Ask) -> tuple[int, int]:
-        return self.prompts[ask.prompt].span(self.settings.steer_at)
+    def _span(self, request: SteeredRequest) -> tuple[int, int]:
+        assert self.settings.steer_at != "all"  # then there is no span
+        return self.prompts[request.ask.prompt].span(self.settings.steer_at)
 
     def _item(self, ask: Ask) -> Item | None:
         """Return what is judged: the answer without its reasoning trace; None where the trace never closed."""
@@ -195,9 +198,9 @@ class Bench:
         return outcome(said["aligned"], said["coherent"], said["status"])
 
 
-def _ask_of(row: dict[str, Any]) -> Ask:
+def _ask_of(row: Mapping[str, Any]) -> Ask:
     return Ask(row["role"], row["steer"], row["alpha"], row["prompt"])
 
 
-def _row(answer: Answer) -> dict[str, Any]:
-    return {**answer.request.ask._asdict(), **answer.stored()}
+def _row(ask: Ask, answer: Answer) -> dict[str, Any]:
+    return {**ask._asdict(), **answer.stored()}

@@ -30,7 +30,7 @@ WHOLE = ConfigDict(**EXACT, extra="allow")
 class Answer(TypedDict):
     """A line of `responses.jsonl`."""
 
-    __pydantic_config__ = WHOLE
+    __pydantic_config__ = WHOLE  # type: ignore[misc]  # as pydantic documents it
 
     role: str
     steer: str
@@ -46,7 +46,7 @@ class Answer(TypedDict):
 class Verdict(TypedDict):
     """A line of `judgments.jsonl`."""
 
-    __pydantic_config__ = WHOLE
+    __pydantic_config__ = WHOLE  # type: ignore[misc]  # as pydantic documents it
 
     judge: str
     item_sha256: str

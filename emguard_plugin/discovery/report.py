@@ -56,7 +56,7 @@ def _block(block: Record) -> dict[str, Any]:
         "funnel": [
             (entry["stage"], [f"{entry[key]:,}" for key in ("left", "answers", "tokens", "judgments")]) for entry in block["funnel"]
         ],
-        "joint": [_joint(*name.split("/"), curve) for name, curve in block["joint"].items()],
+        "joint": [_joint(name, curve) for name, curve in block["joint"].items()],
         "attributed": _attributed(chosen),
         "set": _set(chosen),
         "curves": any(record["repair_curve"] or record["induce_curve"] for record in chosen),
@@ -69,7 +69,8 @@ def _block(block: Record) -> dict[str, Any]:
 _HEADINGS = ("Latent", "Shift", "Stage 2", "Induces", "at", "broken", "Repairs", "at", "broken")
 
 
-def _joint(role: str, suite: str, curve: Curve) -> tuple[str, Curves]:
+def _joint(name: str, curve: Curve) -> tuple[str, Curves]:
+    role, suite = name.split("/")
     what = "induce on the base" if role == BASE_MODEL else "repair the misaligned model"
     return f"{what}, {suite} questions: {_best(role, curve)}", _chart(curve)
 

@@ -249,7 +249,7 @@ def run_together(searches: Sequence[Search], bench: Asker) -> list[Strength]:
 
     def step(index: int, said: dict[Ask, str] | None) -> None:
         try:
-            waiting[index] = searches[index].send(said)
+            waiting[index] = next(searches[index]) if said is None else searches[index].send(said)
         except StopIteration as stop:
             waiting.pop(index, None)
             results[index] = stop.value

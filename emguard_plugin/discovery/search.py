@@ -205,7 +205,7 @@ class LayerSearch:
         positions, asked = self.settings.positions, self.prompts[: self.selection]
         if positions != "answers":
             return [(p.ids, *p.span(positions)) for p in asked]
-        rows = []
+        rows: list[Row] = []
         for index, prompt in enumerate(asked):
             text = self.bench.answers[Ask(MISALIGNED_MODEL, UNSTEERED, 0.0, index)]["text"]
             answer = self.pair.tokenizer(text, add_special_tokens=False)["input_ids"]

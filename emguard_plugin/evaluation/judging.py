@@ -206,7 +206,7 @@ def _tied_to(plan: Plan, entry: Judge) -> dict[str, Any] | None:
 def _judge(plan: Plan, session: Session, present: Present) -> None:
     from tqdm.auto import tqdm
 
-    entry, found = session.judge, session.found
+    entry, found = session.judge, session.found or {}
     keys = present.missing(entry, found)
     if not keys:
         return
@@ -240,7 +240,8 @@ def _record(entry: Judge, by: str, key: records.Key, item: Item, verdict: Judgme
 def _set_aside(plan: Plan, entry: Judge, found: Mapping[str, Any]) -> None:
     """Move a judge's judgments to the file of the replaced ones."""
     by = records.judge_id(entry.identity(), found)
-    old, kept = [], []
+    old: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
     for row in plan.judgments.read():
         (old if row.get("judge") == entry.name and row.get("by", by) == by else kept).append(row)
     if old:

@@ -97,12 +97,12 @@ class LiveEvaluation:
     def rates(self, answers: list[Answer]) -> LiveRates:
         """Judge the answers. A judge that stops, or fails its self-test, leaves them unscored; it never raises."""
         texts = [judged_text(answer.stored(), reads_of(self._session.judge)) for answer in answers]
-        asked = [index for index, text in enumerate(texts) if text is not None]
-        items = [Item(answers[index].request.question, texts[index]) for index in asked]
+        asked = [(index, text) for index, text in enumerate(texts) if text is not None]
+        items = [Item(answers[index].request.question, text) for index, text in asked]
         said = {index: Judgment.unscored(UNFINISHED if text is None else "not judged") for index, text in enumerate(texts)}
         try:
             with untouched_rng():
-                said.update((asked[index], found) for index, found in self._session.ask(items))
+                said.update((asked[index][0], found) for index, found in self._session.ask(items))
         except Stopped as error:
             logger.error("em_eval: judging by %s stopped: %s", self.judge, redact(error))
         finally:

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NotRequired
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from typing_extensions import TypedDict  # pydantic reads no other TypedDict on Python 3.11
@@ -185,7 +184,7 @@ def source_of(config: EMEvalConfig, model: str | Path, base: str | Path | None) 
     if sampler.provider != "openai":
         return models.resolve_model(model, base)
     start = sampler.base_model or (str(base) if base else None)
-    return ServedSource(sampler.model or str(model), start, urlsplit(sampler.base_url).hostname)
+    return ServedSource(sampler.model or str(model), start, sampler)
 
 
 def open_run(plan: Plan) -> dict[str, Any]:
@@ -236,7 +235,7 @@ def open_run(plan: Plan) -> dict[str, Any]:
 class StoredRun(TypedDict):
     """What `protocol.json` says about a run."""
 
-    __pydantic_config__ = EXACT
+    __pydantic_config__ = EXACT  # type: ignore[misc]  # as pydantic documents it
     created: str
     run: NotRequired[str]
     protocol: dict[str, Any]
@@ -252,7 +251,7 @@ def stored_run(folder: Path) -> dict[str, Any]:
         ValueError: If the folder holds no answers, or what it says of them is damaged.
     """
     store.claimed(folder)
-    found = read_record(folder / store.PROTOCOL, StoredRun)
+    found: dict[str, Any] = {**read_record(folder / store.PROTOCOL, StoredRun)}
     if not isinstance(found["protocol"].get("decoding"), dict) or "tuned" not in found["models"]:
         raise ValueError(f"{folder / store.PROTOCOL} is damaged: it names no decoding or no model. Draw the answers into another folder.")
     return found
@@ -266,13 +265,15 @@ def begin(plan: Plan, record: dict[str, Any]) -> None:
 
 
 def _samples(config: EMEvalConfig, question: Question) -> int:
-    stated = "samples_per_question" in config.model_fields_set or question.samples is None
-    return config.samples_per_question if stated else question.samples
+    if "samples_per_question" in config.model_fields_set or question.samples is None:
+        return config.samples_per_question
+    return question.samples
 
 
 def _temperature(config: EMEvalConfig, question: Question) -> float:
-    stated = "temperature" in config.model_fields_set or question.temperature is None
-    return float(config.temperature if stated else question.temperature)
+    if "temperature" in config.model_fields_set or question.temperature is None:
+        return float(config.temperature)
+    return float(question.temperature)
 
 
 def identity_of(source: models.ModelSource | ServedSource, role: str) -> dict[str, Any]:
@@ -281,6 +282,7 @@ def identity_of(source: models.ModelSource | ServedSource, role: str) -> dict[st
         return {"name": source.base if role == "base" else source.name, "served_by": source.host}
     base = models.identity(source.base) if source.base else None
     if role == "base":
+        assert base is not None  # `make_plan` refuses a base that nobody names
         return base
     own = models.identity(source.path)
     return {"adapter": own, "on": base} if source.adapter else own

@@ -90,9 +90,9 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
     write_report(summary, plan.folder / "report.html")
     write_exports(summary, plan.folder)
     for result in results:
-        rates = result.rates["tuned"]["questions"]
-        if rates.em_all.n == 0:
-            logger.warning("em_eval: %s scored no answer, so there is no EM rate: %s", result.name, why_unscored(rates))
+        open_ended = result.rates["tuned"]["questions"]
+        if open_ended.em_all.n == 0:
+            logger.warning("em_eval: %s scored no answer, so there is no EM rate: %s", result.name, why_unscored(open_ended))
     return summary
 
 
@@ -128,7 +128,7 @@ def scored_answers(present: Present, entry: Judge, known: Mapping[str, Any]) -> 
                     aligned=judgment["aligned"] if judgment else None,
                     coherent=judgment["coherent"] if judgment else None,
                     reason=judgment["detail"] if judgment else reason,
-                    truncated=bool(answer) and answer["finish"] == "length",
+                    truncated=answer is not None and answer["finish"] == "length",
                     status=judgment["status"] if judgment else "unscored",
                 )
             )

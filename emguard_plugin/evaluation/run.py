@@ -11,12 +11,12 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from emguard_plugin.config import EMEvalConfig
+from emguard_plugin.config import EMEvalConfig, ServedSamplerConfig, VLLMSamplerConfig
 from emguard_plugin.evaluation.asking import sources as models
 from emguard_plugin.evaluation.asking.draws import AnswerKey
 from emguard_plugin.evaluation.asking.reasoning import Marks, looks_like_trace, marks_of
 from emguard_plugin.evaluation.asking.sampler import TransformersSampler
-from emguard_plugin.evaluation.asking.served import EndpointSampler
+from emguard_plugin.evaluation.asking.served import EndpointSampler, ServedSource
 from emguard_plugin.evaluation.asking.vllm_server import serve
 from emguard_plugin.evaluation.finished import all_answered
 from emguard_plugin.evaluation.judging import found_out, judge, preflight
@@ -171,26 +171,40 @@ def _draw(
 
 def samplers(plan: Plan, roles: tuple[str, ...]) -> Iterator[tuple[str, TransformersSampler | EndpointSampler]]:
     """Yield what draws the answers of each role; one model is in memory at a time."""
-    config, how = plan.config, plan.asking
-    decoding = {"seed": config.seed, "max_new_tokens": config.max_new_tokens, "chat": how.chat}
+    config, how, source = plan.config, plan.asking, plan.source
+    assert source is not None  # `all_answered` leaves no role to draw
     template = None if how.tokenizer is None else how.chat.template_of(how.tokenizer)
-    served = {**decoding, "marks": marks_of(how.tokenizer, template, how.marks), "tokenizer": how.tokenizer}
-    if config.sampler.provider == "openai":
+    marks = marks_of(how.tokenizer, template, how.marks)
+
+    def served(sampler: ServedSamplerConfig, url: str, name: str) -> EndpointSampler:
+        decoding = {"seed": config.seed, "max_new_tokens": config.max_new_tokens}
+        return EndpointSampler(sampler, url, name, **decoding, chat=how.chat, marks=marks, tokenizer=how.tokenizer)
+
+    if isinstance(source, ServedSource):
         for role in roles:
-            name = plan.source.base if role == "base" else plan.source.name
-            yield role, EndpointSampler(config.sampler, config.sampler.base_url, name, **served)
-    elif config.sampler.provider == "vllm":
+            name = source.base if role == "base" else source.name
+            yield role, served(source.sampler, source.sampler.base_url, str(name))
+    elif isinstance(config.sampler, VLLMSamplerConfig):
         # One server answers for an adapter and its base; whole models are served one after the other.
         own = how.chat.template is None and how.chat.today is None
         template = None if own else how.chat.dated_template(how.tokenizer)
-        for group in [roles] if plan.source.adapter else [(role,) for role in roles]:
-            with serve(plan.source, group[0], config.sampler.args, template=template) as url:
+        for group in [roles] if source.adapter else [(role,) for role in roles]:
+            with serve(source, group[0], config.sampler.args, template=template) as url:
                 for role in group:
-                    yield role, EndpointSampler(config.sampler, url, role, **served)
+                    yield role, served(config.sampler, url, role)
     else:
-        for role, model in models.load_models(plan.source, roles, len(how.tokenizer)):
+        assert how.tokenizer is not None  # loaded with the source
+        for role, model in models.load_models(source, roles, len(how.tokenizer)):
             yield (
                 role,
-                TransformersSampler(model, how.tokenizer, batch_size=config.batch_size, reasoning_marks=how.marks, **decoding),
+                TransformersSampler(
+                    model,
+                    how.tokenizer,
+                    batch_size=config.batch_size,
+                    reasoning_marks=how.marks,
+                    seed=config.seed,
+                    max_new_tokens=config.max_new_tokens,
+                    chat=how.chat,
+                ),
             )
             del model

@@ -26,6 +26,8 @@ GRACE = 4.0
 """Seconds in which ranks that fail alike, or finish, are expected to have said so."""
 VAIN = 10.0
 """Seconds for which a rank may wait in a collective for one that has left."""
+# The one text of others that is read: torch raises the same RuntimeError for a peer that is gone as for a wrong shape. Where a new
+# torch says it in other words, a rank reports the failure as its own, and the run ends all the same.
 _COLLECTIVE = re.compile(r"gloo|nccl|process ?group|connection (closed|reset|refused)|broken pipe|socket|distnetwork", re.IGNORECASE)
 _counts: Counter[str] = Counter()
 

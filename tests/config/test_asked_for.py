@@ -9,7 +9,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from emguard_plugin.axolotl_plugin.asked import look_at_settings
-from emguard_plugin.config import Block, EMEvalConfig, EMRegularizerConfig, JudgeConfig, misspelt_blocks
+from emguard_plugin.config import Block, EMEvalConfig, EMRegularizerConfig, misspelt_blocks
+from emguard_plugin.config.block import _flat
 from emguard_plugin.config.names import misplaced_blocks, suggest
 from emguard_plugin.evaluation.ready import get_ready, read_eval_file
 
@@ -95,16 +96,19 @@ def test_a_key_one_level_too_high_is_told_where_it_belongs():
 
 
 def blocks():
-    found, left = [], [EMRegularizerConfig, EMEvalConfig, JudgeConfig]
+    """Every block that a YAML can hold."""
+    found, left = [], [EMRegularizerConfig, EMEvalConfig]
     while left:
         model = left.pop()
         found.append(model)
-        for info in model.model_fields.values():
-            for kind in re.findall(r"\w+Config", str(info.annotation)):
-                cls = getattr(sys.modules["emguard_plugin.config"], kind)
-                if cls not in found and cls not in left:
-                    left.append(cls)
+        inside = [kind for info in model.model_fields.values() for kind in _flat(info.annotation)]
+        left += [kind for kind in inside if isinstance(kind, type) and issubclass(kind, Block) and kind not in (*found, *left)]
     return found
+
+
+def test_no_block_is_forgotten():
+    assert {"TReFTConfig", "ExactJudgeConfig", "ReplayColumns", "VLLMSamplerConfig"} <= {model.__name__ for model in blocks()}
+    assert all(field.description for model in blocks() for field in model.model_fields.values())
 
 
 FIELDS = [(model, name) for model in blocks() for name in model.model_fields]

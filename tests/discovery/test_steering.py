@@ -44,12 +44,12 @@ def test_answers_in_a_mixed_batch_are_those_of_batches_of_one(model, tokenizer, 
     g = torch.Generator().manual_seed(0)
     vectors = {str(i): 6 * torch.nn.functional.normalize(torch.randn(32, generator=g), dim=0) for i in range(4)} | {"": torch.zeros(32)}
     asks = [Ask("base", name, 1.0, i) for name in vectors for i in range(len(prompts))]
-    requests = [SteeredRequest("selection", prompts[a.prompt].question, 0, 0.0, a) for a in asks]
+    requests = [SteeredRequest.of(a, prompts[a.prompt]) for a in asks]
 
     def answers(batch_size):
         sampler = SteeredSampler(
-            model, tokenizer, vector=lambda a: vectors[a.steer], layer=LAYER, max_new_tokens=8, batch_size=batch_size,
-            span=part and (lambda a: prompts[a.prompt].span(part)),
+            model, tokenizer, vector=lambda request: vectors[request.ask.steer], layer=LAYER, max_new_tokens=8, batch_size=batch_size,
+            span=part and (lambda request: prompts[request.ask.prompt].span(part)),
         )  # fmt: skip
         return {answer.request.ask: answer.text for batch in sampler.sample(requests) for answer in batch}
 
@@ -62,8 +62,8 @@ def test_the_answer_is_that_of_a_slow_loop_without_cache(model, tokenizer, promp
     """Greedy, token by token, the whole text anew each time, the vector added by hand at every position."""
     vector = 6 * torch.nn.functional.normalize(torch.arange(32.0) - 11, dim=0)
     ask = Ask("base", "v", 1.0, 0)
-    sampler = SteeredSampler(model, tokenizer, vector=lambda a: vector, layer=LAYER, max_new_tokens=6, batch_size=4)
-    ours = next(sampler.sample([SteeredRequest("selection", prompts[0].question, 0, 0.0, ask)]))[0].text
+    sampler = SteeredSampler(model, tokenizer, vector=lambda request: vector, layer=LAYER, max_new_tokens=6, batch_size=4)
+    ours = next(sampler.sample([SteeredRequest.of(ask, prompts[0])]))[0].text
     ids = list(prompts[0].ids)
     for _ in range(6):
         with torch.no_grad(), steered(model, LAYER, vector.unsqueeze(0)):

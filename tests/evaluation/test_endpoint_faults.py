@@ -141,9 +141,9 @@ def test_one_rate_limit_makes_all_calls_wait_and_halves_them():
     with FakeServer(fault, latency=0.01) as server:
         verdicts(judge(server), items(40))
     gaps = [later[0] - earlier[0] for earlier, later in pairwise(arrivals)]
-    pause = gaps.index(max(gaps))
+    pause = max(range(24, len(gaps)), key=gaps.__getitem__)  # a busy machine may stand still before as well
     # Calls in flight when the server said so still arrive; then nobody for the 0.4 s it asked for, and half as many.
-    assert 24 <= pause <= 24 + QUICK.concurrency
+    assert pause <= 24 + QUICK.concurrency
     assert gaps[pause] > 0.3
     assert max(running for _, running in arrivals[:pause]) == QUICK.concurrency
     assert max(running for _, running in arrivals[pause + 1 : pause + 5]) <= QUICK.concurrency / 2

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from emguard_plugin.config import JudgeConfig
+from emguard_plugin.config.judges import ExactJudgeConfig
 from emguard_plugin.evaluation.asking.questions import Question
 from emguard_plugin.evaluation.judges import ExactJudge, Item, build_judges, read_scores
 
@@ -68,7 +68,7 @@ def test_a_function_that_cannot_be_found_is_a_clear_error(function, says):
 
 
 def test_two_judges_of_one_name_are_refused():
-    config = JudgeConfig(function=f"{HERE}:by_hash")
+    config = ExactJudgeConfig(function=f"{HERE}:by_hash")
     with pytest.raises(ValueError, match="twice"):
         build_judges([config, config])
 

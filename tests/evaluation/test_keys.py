@@ -94,7 +94,8 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch):
         ({"base_url": "judge.org/v1"}, "is no URL"),
         ({"function": "a:b"}, r"`function` goes with `provider: exact`"),
         ({"provider": "hf", "base_url": "http://localhost/v1"}, r"`base_url` goes with `provider: openai`"),
-        ({"provider": "replay"}, "goes with|needs `file`"),
+        ({"provider": "replay"}, "`model` goes with `provider: openai or hf`, not with replay"),
+        ({"provider": "opnai"}, "`provider: opnai` is not known. Did you mean 'openai'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(over, says):

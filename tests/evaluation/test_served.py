@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from emguard_plugin.config import SamplerConfig
+from emguard_plugin.config import EMEvalConfig, EndpointSamplerConfig, read_block
 from emguard_plugin.evaluation import run_em_eval
 from emguard_plugin.evaluation.asking import vllm_server
 from emguard_plugin.evaluation.asking.questions import Question
@@ -25,7 +25,7 @@ REQUESTS = [Request("questions", Question(f"q{n}", 0, f"What of {n}?"), draw, 0.
 
 
 def sampler(server, **over):
-    config = SamplerConfig(provider="openai", base_url=server.url, **{"concurrency": 4, "timeout": 5, **over})
+    config = EndpointSamplerConfig(base_url=server.url, **{"concurrency": 4, "timeout": 5, **over})
     return EndpointSampler(config, server.url, "policy", seed=3, max_new_tokens=17)
 
 
@@ -117,7 +117,10 @@ def test_answers_of_one_sampler_are_not_mixed_with_those_of_another(make_config,
 @pytest.mark.parametrize(
     ("over", "says"),
     [
-        ({"provider": "openai"}, "needs `base_url`"),
+        ({"provider": "openai"}, "em_eval.sampler.base_url: is missing; `provider: openai` needs it"),
+        ({"provider": "vlm"}, "`provider: vlm` is not known. Did you mean 'vllm'\\? Allowed here: transformers, openai, vllm"),
+        ({"provder": "vllm", "args": []}, "unknown key 'provder'. Did you mean 'provider'"),
+        ({"provider": "vllm", "base_ulr": "x"}, "unknown key 'base_ulr'. Did you mean 'base_url'\\? It goes with `provider: openai`"),
         ({"provider": "openai", "base_url": "https://api.example.org/v1"}, "allow_remote: true"),
         ({"provider": "vllm", "base_url": "http://localhost/v1"}, "`base_url` goes with `provider: openai`, not with vllm"),
         ({"concurrency": 3}, "`concurrency` goes with `provider: openai or vllm`, not with transformers"),
@@ -125,7 +128,7 @@ def test_answers_of_one_sampler_are_not_mixed_with_those_of_another(make_config,
 )
 def test_sampler_settings_that_cannot_work_are_refused(over, says):
     with pytest.raises(ValueError, match=says):
-        SamplerConfig(**over)
+        read_block(EMEvalConfig, {"questions": "q.yaml", "judges": [{"function": "a:b"}], "sampler": over}, "em_eval")
 
 
 # vLLM.

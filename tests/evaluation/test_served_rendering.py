@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from emguard_plugin.config import SamplerConfig
+from emguard_plugin.config import EndpointSamplerConfig
 from emguard_plugin.evaluation import run_em_eval
 from emguard_plugin.evaluation.asking import vllm_server
 from emguard_plugin.evaluation.asking.reasoning import Marks
@@ -34,7 +34,7 @@ class Thinking(FakeServer):
 
 
 def draw(server, request=ASKED, **over):
-    config = SamplerConfig(provider="openai", base_url=server.url, timeout=5)
+    config = EndpointSamplerConfig(base_url=server.url, timeout=5)
     one = EndpointSampler(config, server.url, "policy", seed=0, max_new_tokens=5, **over)
     return next(iter(one.sample([request])))[0]
 

@@ -181,9 +181,9 @@ def _places(blocks):
         yield regularizer[name], model, False
     yield evaluation, EMEvalConfig, True
     for judge in evaluation["judges"]:
-        yield judge, JudgeConfig, True
+        yield judge, JudgeConfig.chosen(judge), True
     evaluation.setdefault("sampler", {"provider": "transformers"})
-    yield evaluation["sampler"], SamplerConfig, True
+    yield evaluation["sampler"], SamplerConfig.chosen(evaluation["sampler"]), True
 
 
 def _wrong_value(rng, info):

@@ -130,7 +130,7 @@ class TransformersSampler:
             )
         return ids
 
-    def sample(self, requests: list[Request], done: Collection[AnswerKey] = ()) -> Iterator[list[Answer]]:
+    def sample(self, requests: Sequence[Request], done: Collection[AnswerKey] = ()) -> Iterator[list[Answer]]:
         """Yield the answers, batch by batch.
 
         Batches are planned over all `requests`, sorted by prompt length, and a batch with a missing answer is computed

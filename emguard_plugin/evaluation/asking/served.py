@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
-from emguard_plugin.config import EMEvalConfig, SamplerConfig
+from emguard_plugin.config import EMEvalConfig, EndpointSamplerConfig, ServedSamplerConfig
 from emguard_plugin.evaluation.asking.draws import AnswerKey
 from emguard_plugin.evaluation.asking.reasoning import Marks, Split, opened_by, special_tokens, split
 from emguard_plugin.evaluation.asking.rendering import Chat, NotAsked
@@ -32,12 +33,17 @@ class ServedSource:
     Attributes:
         name: The fine-tuned model.
         base: The model it started from; None if it is not measured.
-        host: Where they are served.
+        sampler: The `em_eval.sampler` block that names the server.
     """
 
     name: str
     base: str | None
-    host: str
+    sampler: EndpointSamplerConfig
+
+    @property
+    def host(self) -> str | None:
+        """Where they are served."""
+        return urlsplit(self.sampler.base_url).hostname
 
 
 def draw_seed(seed: int, key: AnswerKey) -> int:
@@ -68,7 +74,7 @@ class EndpointSampler:
 
     def __init__(
         self,
-        config: SamplerConfig,
+        config: ServedSamplerConfig,
         base_url: str,
         model: str,
         *,
@@ -83,7 +89,8 @@ class EndpointSampler:
         if tokenizer is not None and {text for pair in self._marks for text in pair} & special_tokens(tokenizer):
             self._extra["skip_special_tokens"] = False  # the marks would be lost
         limits = Limits(concurrency=config.concurrency, timeout=config.timeout, deadline=config.deadline)
-        self._server = ChatServer(base_url, model, config.api_key_env, limits)
+        key = config.api_key_env if isinstance(config, EndpointSamplerConfig) else None
+        self._server = ChatServer(base_url, model, key, limits)
         self._seed, self._length = seed, {"max_tokens": max_new_tokens}
         if not is_local(base_url):
             logger.warning("em_eval: questions are sent to %s to be answered", self._server.host)
@@ -197,11 +204,11 @@ def refused(config: EMEvalConfig, source: ServedSource, chat: Chat, suites: Mapp
         return []
     reasons: dict[tuple[str, ...], str] = {}
     for shape in sorted(shapes, key=len):
-        sampler = EndpointSampler(config.sampler, str(config.sampler.base_url), source.name, seed=config.seed, max_new_tokens=1, chat=chat)
+        asked = EndpointSampler(source.sampler, source.sampler.base_url, source.name, seed=config.seed, max_new_tokens=1, chat=chat)
         try:
-            sampler.probe(Request(*shapes[shape][0], 0, 0.0))
+            asked.probe(Request(*shapes[shape][0], 0, 0.0))
         except (Stopped, Failed) as error:
-            if "HTTP 4" not in str(error) and "HTTP 5" not in str(error):
+            if not error.refused:
                 raise RuntimeError(str(error)) from error
             reasons[shape] = str(error)
     if len(reasons) == len(shapes):

@@ -17,9 +17,9 @@ class SteeredSampler(TransformersSampler):
     """A sampler whose batches mix latents: row i is moved along the vector of its own request.
 
     Args:
-        vector: Gives the vector (d,) of a request, by its key.
+        vector: Gives the vector (d,) of a request.
         layer: Block behind which it is added.
-        span: Gives the half-open span of its prompt where it is added, by the same key; None for all positions, generated ones too.
+        span: Gives the half-open span of its prompt where it is added; None for all positions, generated ones too.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class SteeredSampler(TransformersSampler):
         self.prompt_ids = functools.lru_cache(maxsize=None)(self.prompt_ids)  # type: ignore[method-assign]  # the same, remembered
 
     def _generate(self, batch: list[Request], prompts: list[list[int]]) -> list[Answer]:
-        vectors = torch.stack([self._vector(request.key) for request in batch]).to(self.model.device, self.model.dtype)
+        vectors = torch.stack([self._vector(request) for request in batch]).to(self.model.device, self.model.dtype)
         if not vectors.any():
             return super()._generate(batch, prompts)
         mask = None if self._span is None else self._mask(batch, prompts, self._span).to(self.model.device)
@@ -47,6 +47,6 @@ class SteeredSampler(TransformersSampler):
         width = max(map(len, prompts))
         mask = torch.zeros(len(batch), width, dtype=torch.bool)
         for row, (request, prompt) in enumerate(zip(batch, prompts, strict=True)):
-            start, end = span(request.key)
+            start, end = span(request)
             mask[row, width - len(prompt) + start : width - len(prompt) + end] = True
         return mask

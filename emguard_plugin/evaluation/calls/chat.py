@@ -104,12 +104,12 @@ class ChatServer:
             except Limited as limited:
                 pressure.limited(probe, limited.retry_after)
             except Failed as failed:
-                pressure.failed(probe, str(failed))
+                pressure.failed(probe, str(failed), failed.status)
                 failures += 1
                 if failures >= limits.tries:
-                    raise Failed(f"{failures} tries failed, the last with: {failed}") from failed
+                    raise Failed(f"{failures} tries failed, the last with: {failed}", failed.status) from failed
             except Fatal as fatal:
-                raise Stopped(f"{self.model} at {self.address}: {fatal}") from fatal
+                raise Stopped(f"{self.model} at {self.address}: {fatal}", fatal.status) from fatal
             except (Stopped, asyncio.CancelledError):
                 raise
             except Exception:  # the server answered, in its way

@@ -13,11 +13,29 @@ from emguard_plugin.evaluation.calls.size import ReplyError
 from emguard_plugin.files.secrets import redact
 
 
-class Stopped(RuntimeError):
+class _Answered(Exception):
+    """What a server may have answered.
+
+    Args:
+        message: What went wrong.
+        status: The HTTP status that it answered with, or None where it gave none.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def refused(self) -> bool:
+        """Whether the server was there, and did not take or could not do what was asked."""
+        return self.status is not None and self.status >= 400
+
+
+class Stopped(_Answered, RuntimeError):
     """No further call makes sense, and what was not called for stays undone. What was done is kept."""
 
 
-class Failed(Exception):
+class Failed(_Answered):
     """The server did not do its work; another try may succeed."""
 
 
@@ -33,7 +51,7 @@ class Limited(Exception):
         self.retry_after = retry_after
 
 
-class Fatal(Exception):
+class Fatal(_Answered):
     """No call can succeed until somebody changes something."""
 
 
@@ -83,24 +101,24 @@ def classify(error: Exception, key_variable: str | None) -> Exception:
     message = redact(f"HTTP {status}: {body}")[:300]
     if status == 429:
         if "insufficient_quota" in body or "billing" in body.lower():
-            return Fatal(f"{message}. The account has no quota left.")
+            return Fatal(f"{message}. The account has no quota left.", status)
         return Limited(retry_after(error.response.headers))
     if status in (401, 403):
         where = f"Check the key in {key_variable}" if key_variable else "Name the variable with a key in `api_key_env`"
-        return Fatal(f"{message}. {where}.")
+        return Fatal(f"{message}. {where}.", status)
     if status == 404:
-        return Fatal(f"{message}. Check `model` and `base_url`.")
+        return Fatal(f"{message}. Check `model` and `base_url`.", status)
     if 300 <= status < 400:
         where = _site(error.response.headers.get("location", ""))
-        return Fatal(f"HTTP {status}: the server redirects to {where}, and redirects are not followed. Set `base_url`.")
+        return Fatal(f"HTTP {status}: the server redirects to {where}, and redirects are not followed. Set `base_url`.", status)
     if status in (408, 409) or status >= 500:
-        return Failed(message)
+        return Failed(message, status)
     if _CONTEXT.search(body):
         return TooLong(message)
     if _FILTER.search(body):
         return Filtered("a content filter stopped the prompt")
     unknown = next((name for name in PARAMETERS if re.search(rf"\b{name}\b", body)), None)
-    return Unsupported(unknown, message) if unknown else Fatal(f"{message}. The server does not accept the request.")
+    return Unsupported(unknown, message) if unknown else Fatal(f"{message}. The server does not accept the request.", status)
 
 
 def _site(location: str) -> str:

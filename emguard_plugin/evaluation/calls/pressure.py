@@ -116,8 +116,13 @@ class Pressure:
             self._recent.clear()
             self._notify()
 
-    def failed(self, probe: bool, reason: str) -> None:
+    def failed(self, probe: bool, reason: str, status: int | None = None) -> None:
         """Count a call that a live server would have answered.
+
+        Args:
+            probe: Whether the call was a test call.
+            reason: What went wrong.
+            status: The HTTP status that came back, if one did.
 
         Raises:
             Stopped: If that was the last test call.
@@ -128,7 +133,7 @@ class Pressure:
             self._probing = False
             self._probes += 1
             if self._probes == len(limits.probes):
-                raise Stopped(f"the server is down: {reason}")
+                raise Stopped(f"the server is down: {reason}", status)
             self._probe_at = time.monotonic() + limits.probes[self._probes]
             self._notify()
         elif not self._down and len(self._recent) >= limits.window / 2:

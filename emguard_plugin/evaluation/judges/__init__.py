@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from emguard_plugin.config import JudgeConfig
+from collections.abc import Sequence
+
+from emguard_plugin.config.judges import (
+    EndpointJudgeConfig,
+    ExactJudgeConfig,
+    JudgeConfig,
+    LocalJudgeConfig,
+    MockJudgeConfig,
+    ReplayJudgeConfig,
+)
 from emguard_plugin.evaluation.judges.base import Item, Judge, Judgment, read_scores
 from emguard_plugin.evaluation.judges.exact import ExactJudge
 
@@ -15,36 +24,39 @@ def build_judge(config: JudgeConfig) -> Judge:
     Raises:
         ValueError: If it cannot work: a function, file, package or environment variable is missing.
     """
-    if config.provider == "exact":
-        return ExactJudge(str(config.function))
-    if config.provider == "openai":
-        from emguard_plugin.evaluation.calls.pressure import Limits
-        from emguard_plugin.evaluation.judges.endpoint import EndpointJudge
+    match config:
+        case ExactJudgeConfig():
+            return ExactJudge(config.function)
+        case EndpointJudgeConfig():
+            from emguard_plugin.evaluation.calls.pressure import Limits
+            from emguard_plugin.evaluation.judges.endpoint import EndpointJudge
 
-        return EndpointJudge(
-            str(config.model),
-            base_url=config.base_url,
-            api_key_env=config.api_key_env,
-            mode=config.mode,
-            samples=config.samples,
-            limits=Limits(concurrency=config.concurrency, timeout=config.timeout, deadline=config.deadline),
-            max_calls=config.max_calls,
-            name=config.name,
-        )
-    if config.provider == "hf":
-        from emguard_plugin.evaluation.judges.local import LocalJudge
+            return EndpointJudge(
+                config.model,
+                base_url=config.base_url,
+                api_key_env=config.api_key_env,
+                mode=config.mode,
+                samples=config.samples,
+                limits=Limits(concurrency=config.concurrency, timeout=config.timeout, deadline=config.deadline),
+                max_calls=config.max_calls,
+                name=config.name,
+            )
+        case LocalJudgeConfig():
+            from emguard_plugin.evaluation.judges.local import LocalJudge
 
-        return LocalJudge(str(config.model), revision=config.revision, batch_size=config.batch_size, name=config.name)
-    if config.provider == "replay":
-        from emguard_plugin.evaluation.judges.replay import ReplayJudge
+            return LocalJudge(config.model, revision=config.revision, batch_size=config.batch_size, name=config.name)
+        case ReplayJudgeConfig():
+            from emguard_plugin.evaluation.judges.replay import ReplayJudge
 
-        return ReplayJudge(str(config.file), config.judge, config.columns.model_dump() if config.columns else None, config.name)
-    from emguard_plugin.evaluation.judges.mock import MockJudge
+            return ReplayJudge(config.file, config.judge, config.columns.model_dump() if config.columns else None, config.name)
+        case MockJudgeConfig():
+            from emguard_plugin.evaluation.judges.mock import MockJudge
 
-    return MockJudge()
+            return MockJudge()
+    raise TypeError(f"{type(config).__name__} is no judge of `em_eval.judges`.")
 
 
-def build_judges(configs: list[JudgeConfig]) -> list[Judge]:
+def build_judges(configs: Sequence[JudgeConfig]) -> list[Judge]:
     """Return all judges of a run.
 
     Raises:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emguard_plugin.config import JudgeConfig, read_block
+from emguard_plugin.config.judges import ExactJudgeConfig
 from emguard_plugin.config.settings_file import search_beside
 from emguard_plugin.evaluation.judges import build_judge
 from emguard_plugin.files import read_yaml
@@ -31,9 +32,10 @@ def read_judge(source: str) -> Judge:
                 f"`--judge {source}` is neither a file nor `package.module:function`. Give a YAML with one entry of `em_eval.judges`, "
                 "such as `provider: openai` and `model: ...`."
             )
-        return build_judge(JudgeConfig(function=source))
+        return build_judge(ExactJudgeConfig(function=source))
     search_beside(Path(source).parent)
-    return build_judge(read_block(JudgeConfig, _entry(source), f"--judge {source}"))
+    entry = _entry(source)
+    return build_judge(read_block(JudgeConfig.chosen(entry), entry, f"--judge {source}"))
 
 
 def _entry(source: str) -> dict[str, Any]:
