@@ -97,10 +97,10 @@ def in_words(error: Exception) -> tuple[str, int]:
     text = printable(text if len(text) <= LONGEST else f"{text[:LONGEST]}...")
     if isinstance(error, SecretInConfigError | ValueError) and text:
         return text, EXIT_INPUT
+    if type(error) is RuntimeError or (isinstance(error, RuntimeError | OSError) and type(error).__module__.startswith("emguard_plugin")):
+        return text, EXIT_ERROR
     if isinstance(error, OSError) and error.filename is not None:
         return printable(f"{redact(error.filename)}: {error.strerror or type(error).__name__}."), EXIT_ERROR
-    if type(error) is RuntimeError or (isinstance(error, RuntimeError) and type(error).__module__.startswith("emguard_plugin")):
-        return text, EXIT_ERROR
     hint = "" if os.environ.get("EMGUARD_DEBUG") else " EMGUARD_DEBUG=1 shows where."
     return f"{type(error).__name__}: {text or 'no message'}.{hint}".replace("..", "."), EXIT_ERROR
 

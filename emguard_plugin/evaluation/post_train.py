@@ -14,6 +14,7 @@ from pathlib import Path
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.config.settings_file import IMPORT_FROM
 from emguard_plugin.exit_codes import EXIT_ERROR, EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_INPUT
+from emguard_plugin.files.writing import write_text
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def measure_saved_model(config: EMEvalConfig, model: str | Path, base: str | Non
         out.mkdir(parents=True, exist_ok=True)
         (out / "FAILED.txt").unlink(missing_ok=True)
         content = {"em_eval": config.model_dump(exclude_unset=True), **({IMPORT_FROM: list(import_from)} if import_from else {})}
-        (out / "config.json").write_text(json.dumps(content, indent=2))
+        write_text(out / "config.json", json.dumps(content, indent=2))
         code = subprocess.run(command, stderr=None, check=False).returncode
         reason = f"`{shlex.join(command)}` ended with exit code {code}"
     except KeyboardInterrupt:
@@ -77,7 +78,7 @@ def measure_saved_model(config: EMEvalConfig, model: str | Path, base: str | Non
         message = f"em_eval failed: {reason}. The model in {model} is saved and unharmed; run the command again to measure it."
     print(message, file=sys.stderr, flush=True)
     try:
-        (out / "FAILED.txt").write_text(message + "\n")
+        write_text(out / "FAILED.txt", message + "\n")
     except OSError:
         print(f"(and {out} cannot be written)", file=sys.stderr)
     return Measured(summary if why else None, code if why or code == EXIT_INPUT else EXIT_ERROR)

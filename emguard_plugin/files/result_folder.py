@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from emguard_plugin.files import writing
+from emguard_plugin.files.writing import write_text
 
 PROTOCOL = "protocol.json"
 OPTION = "em_eval.output_dir"
@@ -53,10 +56,9 @@ class JsonLines:
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Add records and wait until they are on the disk; a torn last line is cut off first."""
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         # A lone surrogate has no UTF-8; its escape is valid JSON.
-        data = text.encode("utf-8", "backslashreplace")
-        with _naming(self.path), self.path.open("ab+") as stream:
+        data = _lines(records).encode("utf-8", "backslashreplace")
+        with writing.naming(self.path), self.path.open("ab+") as stream:
             end = stream.seek(0, os.SEEK_END)
             stream.seek(0)
             kept = end if end == 0 or _ends_line(stream, end) else stream.read().rfind(b"\n") + 1
@@ -67,10 +69,11 @@ class JsonLines:
 
     def replace(self, records: Iterable[dict[str, Any]]) -> None:
         """Write the file anew, in one piece."""
-        draft = JsonLines(self.path.with_name(self.path.name + ".tmp"))
-        draft.path.unlink(missing_ok=True)
-        draft.append(records)
-        draft.path.replace(self.path)
+        write_text(self.path, _lines(records))
+
+
+def _lines(records: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def _kind(value: Any) -> str:
@@ -124,25 +127,14 @@ def keep_private(folder: Path, model: Path) -> None:
         ignore.write_text(known + start + "\n".join(missing) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def locked(folder: Path, option: str = OPTION) -> Iterator[None]:
-    """Hold the folder for this process; the operating system frees it when the process dies, however it dies.
+def locked(folder: Path, option: str = OPTION) -> AbstractContextManager[None]:
+    """Hold the folder for this process.
 
     Raises:
         RuntimeError: If another process holds it.
     """
-    try:
-        import fcntl
-    except ImportError:
-        # Windows has no flock; its users run one evaluation per folder on their own care.
-        yield
-        return
-    with (folder / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another process is evaluating into {folder}. Wait for it, or set another `{option}`.") from None
-        yield
+    taken = f"another process is evaluating into {folder}. Wait for it, or set another `{option}`."
+    return writing.locked(folder, ".lock", option, taken)
 
 
 def claim(
@@ -252,28 +244,6 @@ def plain(content: Any) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file in one piece: a reader sees the old file or the new one."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one piece: a reader sees the old file or the new one."""
-    draft = path.with_name(path.name + ".tmp")
-    # A lone surrogate has no UTF-8; its escape is valid JSON.
-    with _naming(path):
-        try:
-            draft.write_text(text, encoding="utf-8", errors="backslashreplace")
-            draft.replace(path)
-        except OSError:
-            draft.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file in what goes wrong: the operating system does not where a disk is full."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _differences(old: Any, new: Any, where: str) -> Iterator[tuple[str, Any, Any]]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import logging
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from emguard_plugin.files import writing
+from emguard_plugin.files.writing import moved_into_place
+
 FORMAT = 2
 """2: identities see every weight, and the hash sees every field."""
 LOCK = ".emguard.lock"
@@ -21,34 +19,6 @@ LOCK = ".emguard.lock"
 
 class Damaged(ValueError):
     """A file of ours that is cut, changed, or no such file."""
-
-
-@contextlib.contextmanager
-def moved_into_place(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; move it there when the block ends, remove it when it raises.
-
-    Raises:
-        OSError: naming `path` and why, when it cannot be written.
-    """
-    # A folder of our own: libraries write beside the name that they are given (safetensors: `.tmpXXXXXX`).
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.mkdir(exist_ok=True)
-        part = beside / path.name
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as exc:
-        raise cannot_write(path, exc) from exc
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def cannot_write(path: Path, why: Any) -> OSError:
-    """Return the error for a path that cannot be written."""
-    said = getattr(why, "strerror", None) or str(why)
-    return OSError(f"{path} cannot be written ({said}). Free space or permissions there, or name another folder.")
 
 
 def write_json(path: Path, stated: Mapping[str, Any]) -> None:
@@ -94,9 +64,8 @@ def digest(stated: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def locked(folder: Path, key: str) -> Iterator[None]:
-    """Hold a folder for writing; wait, and say so, while another process does. The system frees it when a process dies.
+def locked(folder: Path, key: str) -> contextlib.AbstractContextManager[None]:
+    """Hold a folder for writing; wait, and say so, while another process does.
 
     Args:
         folder: Made when it is not there.
@@ -105,27 +74,4 @@ def locked(folder: Path, key: str) -> Iterator[None]:
     Raises:
         OSError: when the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / LOCK).open("a")
-    except OSError as exc:
-        raise cannot_write(folder, exc) from exc
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("%s: another run is writing %s; waiting for it", key, folder)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as exc:  # a file system without locks
-            raise OSError(f"`{key}`: {folder} cannot be locked ({exc.strerror}). Name a folder on another disk.") from exc
-        yield
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    return writing.locked(folder, LOCK, key)

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from emguard_plugin.files import EXACT, parsed, read_json, shown
 from emguard_plugin.files.ours import may_replace
+from emguard_plugin.files.writing import moved_into_place, write_text
 from emguard_plugin.latents.encoder import SubsetEncoder
 from emguard_plugin.models.adapters import peft_model
 from emguard_plugin.reference.stored import tensors_hash
@@ -168,9 +169,8 @@ class LatentSet:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"layers.{e.layer}.{name}": t.detach().cpu().contiguous() for e in self.encoders for name, t in e.tensors().items()}
         columns = path.with_suffix(".safetensors")
-        draft = columns.with_name(columns.name + ".part")
-        save_file(tensors, str(draft))
-        draft.replace(columns)
+        with moved_into_place(columns) as part:
+            save_file(tensors, str(part))
         stated = {
             "format": FORMAT, "version": VERSION, "model": self.model, "model_revision": self.model_revision,
             "width": self.width, "shape": self.shape, "layers": [e.settings() for e in self.encoders], "scores": self.scores,
@@ -179,9 +179,7 @@ class LatentSet:
         }  # fmt: skip
         stated = json.loads(json.dumps(stated))  # the hash must see what a reader will
         self.digest = _digest(stated)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps({**stated, "sha256": self.digest}, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_text(path, json.dumps({**stated, "sha256": self.digest}, indent=1) + "\n")
         columns.chmod(path.stat().st_mode)  # safetensors writes for the owner alone
         return path
 

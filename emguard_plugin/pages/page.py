@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from emguard_plugin.files.result_folder import write_text
+from emguard_plugin.files.writing import write_text
 from emguard_plugin.pages.text import bounds, clean, number, percent
 
 GENERATOR = 'name="generator" content="emguard"'

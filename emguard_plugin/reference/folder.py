@@ -23,12 +23,10 @@ from torch import Tensor
 from emguard_plugin.files.state import (
     LOCK,
     Damaged,
-    cannot_write,
-    moved_into_place,
     read_json,
-    sync_folder,
     write_json,
 )
+from emguard_plugin.files.writing import CannotWrite, moved_into_place, sync_folder
 
 META, HIDDEN, HEAD = "reference.json", "hidden.bin", "head.safetensors"
 RECORDING = HIDDEN + ".recording"
@@ -90,7 +88,7 @@ class ReferenceCache:
                 file.seek(self.ends[row] * hidden.shape[-1] * hidden.element_size())
                 file.write(hidden.view(torch.uint8).numpy().tobytes())
         except OSError as exc:
-            raise cannot_write(path, exc) from exc
+            raise CannotWrite(path, exc) from exc
 
     def take(self, rows: Sequence[int], device: torch.device) -> Tensor:
         """Return the hidden states of these anchors, one after the other: (held positions, H)."""
@@ -119,13 +117,13 @@ class ReferenceCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
-            raise cannot_write(folder, exc) from exc
+            raise CannotWrite(folder, exc) from exc
         if self._recording is not None:
             width, kind = self._recording
             try:
                 (folder / RECORDING).replace(folder / HIDDEN)
             except OSError as exc:
-                raise cannot_write(folder / HIDDEN, exc) from exc
+                raise CannotWrite(folder / HIDDEN, exc) from exc
         else:
             assert self._hidden is not None
             (width, kind), hidden = (self._hidden.shape[1], self._hidden.dtype), self._hidden

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from emguard_plugin.files.state import Damaged, cannot_write
+from emguard_plugin.files.state import Damaged
+from emguard_plugin.files.writing import CannotWrite
 from emguard_plugin.reference.stored import load_reference, save_reference
 
 KEY = "em_regularizer.block_em.cache"
@@ -82,7 +83,7 @@ class RowStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
-            raise cannot_write(folder, exc) from exc
+            raise CannotWrite(folder, exc) from exc
         at = sum(1 for _ in folder.glob(f"rows-{self.rank}-*.safetensors"))
         path = folder / f"rows-{self.rank}-{at:05d}-{uuid.uuid4().hex[:12]}.safetensors"
         save_reference(path, {n: self.rows[n] for n in names}, self.about)

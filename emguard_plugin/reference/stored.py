@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from emguard_plugin.files.state import FORMAT, Damaged, digest, moved_into_place, older
+from emguard_plugin.files.state import FORMAT, Damaged, digest, older
+from emguard_plugin.files.writing import moved_into_place
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

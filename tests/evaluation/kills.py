@@ -116,7 +116,7 @@ def differences(whole: Path, folder: Path) -> Iterator[str]:
     if counts[0] != counts[1]:
         lost, double = len(counts[1] - counts[0]), len(counts[0] - counts[1])
         yield f"{lost} judgments lost, {double} made twice"
-    if any(path.name.endswith(".tmp") for path in folder.rglob("*")):
+    if any(path.name.endswith(".part") for path in folder.rglob("*")):
         yield "a draft is left"
 
 

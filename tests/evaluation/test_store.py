@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from emguard_plugin.files import result_folder as store
+from emguard_plugin.files import writing
 from emguard_plugin.files.result_folder import JsonLines, claim, locked, prepare_folder
 
 
@@ -97,13 +98,16 @@ def test_a_full_disk_names_the_file_and_leaves_no_draft(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     said = done.stdout.splitlines()
-    assert said == [f"{tmp_path / name}: File too large. 2" for name in ("a.jsonl", "a.json")], done.stderr
+    assert said == [
+        f"{tmp_path / name} cannot be written (File too large). Free space or permissions there, or name another folder. 2"
+        for name in ("a.jsonl", "a.json")
+    ], done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
     (tmp_path / "page").mkdir()
     with pytest.raises(OSError, match="directory") as error:
-        store.write_text(tmp_path / "page", "x")
+        writing.write_text(tmp_path / "page", "x")
     assert error.value.filename == str(tmp_path / "page")
     assert [path.name for path in tmp_path.iterdir()] == ["page"]

@@ -10,8 +10,8 @@ from emguard_plugin.files.ours import MARK, clear, is_ours, may_replace, our_fol
 PACKAGE = Path(__file__).parents[2] / "emguard_plugin"
 REMOVES = {
     "files/ours.py": "the one place for folders that a user names",
-    "files/state.py": "its own half-written files, in a folder that it has just made",
-    "files/result_folder.py": "its own drafts and the file that tries a folder out",
+    "files/writing.py": "its own half-written files, in a folder that it has just made",
+    "files/result_folder.py": "the file that tries a folder out",
     "reference/folder.py": "files of a cache by their own names",
     "regularizers/block_em/base_latents.py": "rows-*.safetensors in the folder that it writes beside checkpoints",
     "evaluation/post_train.py": "FAILED.txt of an earlier measurement",

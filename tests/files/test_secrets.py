@@ -19,7 +19,7 @@ SHAPES = [canary(RNG) for _ in range(25)]
 def text_fields(schema, data, defs, path=()):
     """Yield (path, whether a list) of every text field that the JSON schema of a block has."""
     schema = defs.get(schema.get("$ref", "").rsplit("/", 1)[-1], schema)
-    for option in schema.get("anyOf", []):
+    for option in (*schema.get("anyOf", []), *schema.get("oneOf", [])):
         yield from text_fields(option, data, defs, path)
     if schema.get("type") == "string" or "enum" in schema or "const" in schema:
         yield path

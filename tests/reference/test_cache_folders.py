@@ -221,7 +221,7 @@ def test_a_disk_that_is_full_is_one_sentence_with_the_path(tmp_path, what):
         WRITERS[what](folder)
 
     said = in_child(write)
-    assert said.startswith(f"OSError: {folder}/")
+    assert said.startswith(f"CannotWrite: {folder}/")
     assert "cannot be written (" in said
     assert "\n" not in said
     assert not is_cache(folder)

@@ -15,7 +15,8 @@ from emguard_plugin.evaluation.report.columns import stored_rows
 from emguard_plugin.evaluation.report.prose import agreements
 from emguard_plugin.evaluation.run_folder.summary import JudgeResult, Summary
 from emguard_plugin.evaluation.statistics.figures import Rate
-from emguard_plugin.files.result_folder import write_json, write_text
+from emguard_plugin.files.result_folder import write_json
+from emguard_plugin.files.writing import write_text
 from emguard_plugin.pages.text import bounds, cell, clean, percent
 
 SECTION = "## Emergent misalignment"

@@ -18,7 +18,8 @@ from emguard_plugin.evaluation.statistics.figures import (
     trainer_metrics,
 )
 from emguard_plugin.files import parsed, read_record, seal_of
-from emguard_plugin.files.result_folder import PROTOCOL, claimed, write_text
+from emguard_plugin.files.result_folder import PROTOCOL, claimed
+from emguard_plugin.files.writing import write_text
 
 SCHEMA = 2
 

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from emguard_plugin.files import read_yaml
 from emguard_plugin.files.secrets import redact
+from emguard_plugin.files.writing import moved_into_place
 
 DERIVED = {
     "open_ended_json": (
@@ -70,9 +71,8 @@ def fetch(url: str, cache: Path | None = None) -> Path:
     if found != digest:
         raise ValueError(f"{shown} has sha256 {found}, not the pinned {digest}. It has changed: look, then re-pin.")
     folder.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(f".{os.getpid()}")
-    draft.write_bytes(content)
-    draft.replace(file)
+    with moved_into_place(file) as part:
+        part.write_bytes(content)
     return file
 
 
