@@ -65,7 +65,7 @@ class YamlFacts:
 
     def number_of_layers(self) -> int | None:
         """Return how many decoder layers the model has, if its configuration is here."""
-        return None if self._layers is None else self._layers.number
+        return model.count_layers(self.cfg)
 
     def check_layers(self, key: str, wanted: Literal["all"] | Sequence[int]) -> None:
         """Find layers that the model does not have, or that keep no keys and values."""

@@ -143,16 +143,25 @@ class Layers:
     attention: tuple[int, ...]
 
 
+def count_layers(cfg: Mapping[str, Any]) -> int | None:
+    """Return how many decoder layers the model has; from the file alone where it says so, as transformers takes seconds to load."""
+    key = model_key(cfg)
+    said = None if key is None else _file(str(cfg[key]))
+    number = None if said is None else _number(said)
+    if number is not None:
+        return number
+    layers = read_layers(cfg)
+    return None if layers is None else layers.number
+
+
 def read_layers(cfg: Mapping[str, Any]) -> Layers | None:
     """Return the model's layers; None where its configuration is not here."""
     key = model_key(cfg)
     config = None if key is None else _config(str(cfg[key]))
     if config is None:
         return None
-    text = config.get("text_config")
-    inner: Mapping[str, Any] = text if isinstance(text, Mapping) else config
-    number = inner.get("num_hidden_layers") or inner.get("n_layer") or inner.get("n_layers")
-    if not isinstance(number, int) or isinstance(number, bool):
+    inner, number = _text(config), _number(config)
+    if number is None:
         return None
     if str(inner.get("model_type") or config.get("model_type")) in NO_ATTENTION:
         return Layers(number, ())
@@ -162,6 +171,17 @@ def read_layers(cfg: Mapping[str, Any]) -> Layers | None:
     if kinds is None or len(kinds) != number:
         return Layers(number, tuple(range(number)))
     return Layers(number, tuple(i for i, kind in enumerate(kinds) if kind not in NO_KEYS))
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
+def _number(config: Mapping[str, Any]) -> int | None:
+    inner = _text(config)
+    number = inner.get("num_hidden_layers") or inner.get("n_layer") or inner.get("n_layers")
+    return number if isinstance(number, int) and not isinstance(number, bool) else None
 
 
 def skeleton(cfg: Mapping[str, Any]) -> Any:
@@ -213,7 +233,10 @@ def _config(name: str) -> dict[str, Any] | None:
         }
         return {**found.to_dict(), **more}
     except Exception:  # not there, damaged, or of a kind that transformers does not know
-        pass
+        return _file(name)
+
+
+def _file(name: str) -> dict[str, Any] | None:
     try:
         found = json.loads((Path(name).expanduser() / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError, RecursionError):

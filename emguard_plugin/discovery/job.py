@@ -17,7 +17,7 @@ from emguard_plugin.evaluation.asking.prompts import Prompt, render_prompts
 from emguard_plugin.evaluation.asking.questions import load_questions
 from emguard_plugin.evaluation.asking.rendering import Chat
 from emguard_plugin.latents import LatentSet
-from emguard_plugin.latents.latent_set import check_place
+from emguard_plugin.latents.description import check_place
 from emguard_plugin.latents.sae import layer_of, load_sae
 
 if TYPE_CHECKING:

@@ -2,58 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from typing_extensions import TypedDict
+from torch import nn
 
-from emguard_plugin.files import EXACT, parsed, read_json, shown
-from emguard_plugin.files.ours import may_replace
 from emguard_plugin.files.writing import moved_into_place, write_text
+from emguard_plugin.latents.description import FORMAT, VERSION, Description, LatentsError, check_place, digest_of, read_description
 from emguard_plugin.latents.encoder import SubsetEncoder
 from emguard_plugin.models.adapters import peft_model
 from emguard_plugin.reference.stored import tensors_hash
 
-FORMAT, VERSION = "emguard latents", 1
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
 _SAMPLES = 64
 _SAME_WITHIN = 2.0**-6
 """Relative distance of embeddings up to which two checkpoints are one: bf16 rounding is 2^-9 of each element."""
-
-
-class LatentsError(ValueError):
-    """A latent set that cannot be used, and what to do about it."""
-
-
-class _Columns(TypedDict):
-    __pydantic_config__ = EXACT  # type: ignore[misc]  # as pydantic documents it
-
-    file: str
-    sha256: str
-
-
-class _Stated(TypedDict):
-    """What the JSON holds, but for its hash."""
-
-    __pydantic_config__ = EXACT  # type: ignore[misc]  # as pydantic documents it
-
-    model: str
-    model_revision: str | None
-    width: int
-    shape: dict[str, Any]
-    layers: list[dict[str, Any]]
-    scores: list[dict[str, Any]]
-    provenance: dict[str, Any]
-    calibration: dict[str, Any]
-    fingerprint: list[float]
-    columns: _Columns
 
 
 @dataclass
@@ -122,6 +90,11 @@ class LatentSet:
         """0-based decoder layers with latents."""
         return [e.layer for e in self.encoders]
 
+    @property
+    def signs(self) -> Counter[int]:
+        """How many latents rise (1) and fall (-1) with misalignment."""
+        return Counter(int(sign) for e in self.encoders for sign in e.signs.tolist())
+
     def __len__(self) -> int:
         return sum(len(e.ids) for e in self.encoders)
 
@@ -178,7 +151,7 @@ class LatentSet:
             "columns": {"file": columns.name, "sha256": tensors_hash(tensors)},
         }  # fmt: skip
         stated = json.loads(json.dumps(stated))  # the hash must see what a reader will
-        self.digest = _digest(stated)
+        self.digest = digest_of(stated)
         write_text(path, json.dumps({**stated, "sha256": self.digest}, indent=1) + "\n")
         columns.chmod(path.stat().st_mode)  # safetensors writes for the owner alone
         return path
@@ -190,54 +163,27 @@ class LatentSet:
         Raises:
             LatentsError: when a file is missing, unreadable, changed, or something else.
         """
-        path = Path(path).expanduser()
-        if not path.exists():
-            raise LatentsError(f"there is no latent set {path}. `emguard discover` writes one.")
+        about = read_description(path)
         try:
-            stated = read_json(path)
-        except ValueError as exc:
-            raise LatentsError(f"{exc} It is no latent set that can be read; `emguard discover` writes one.") from None
-        if not isinstance(stated, dict) or stated.get("format") != FORMAT:
-            raise LatentsError(f"{path} is no latent set. Give the JSON that `emguard discover` wrote.")
-        if stated.get("version") != VERSION:
-            raise LatentsError(f"{path} has format version {shown(stated.get('version'))}, this emguard reads {VERSION}.")
-        digest = stated.pop("sha256", None)
-        if digest != _digest(stated):
-            raise LatentsError(f"{path} does not match its hash: it was changed. Restore it, or run `emguard discover` again.")
-        try:
-            return cls._put_together(path, digest, parsed(stated, _Stated, str(path)))
+            return cls._put_together(about)
         except LatentsError:
             raise
         except (KeyError, TypeError, ValueError) as exc:
             raise LatentsError(f"{path} holds no latent set that can be used: {exc}") from None
 
     @classmethod
-    def _put_together(cls, path: Path, digest: str, stated: _Stated) -> LatentSet:
-        tensors = _columns(path.with_name(stated["columns"]["file"]), stated["columns"]["sha256"])
+    def _put_together(cls, about: Description) -> LatentSet:
+        tensors, stated = load_file(str(about.columns)), about.stated
         encoders = []
         for settings in stated["layers"]:
             start = f"layers.{settings['layer']}."
             own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
             encoders.append(SubsetEncoder.from_parts(settings, own))
         return cls(
-            encoders=encoders, digest=digest, model=stated["model"], model_revision=stated["model_revision"], width=stated["width"],
+            encoders=encoders, digest=about.digest, model=stated["model"], model_revision=stated["model_revision"], width=stated["width"],
             shape=stated["shape"], scores=stated["scores"], provenance=stated["provenance"], calibration=stated["calibration"],
             fingerprint=stated["fingerprint"],
         )  # fmt: skip
-
-
-def _digest(stated: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
-
-
-def _columns(path: Path, sha256: str) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(str(path))
-    except (OSError, SafetensorError) as exc:
-        raise LatentsError(f"the encoder columns {path} cannot be read ({exc}). They belong beside the JSON.") from exc
-    if tensors_hash(tensors) != sha256:
-        raise LatentsError(f"{path} does not match its hash: it was changed. Restore it, or run `emguard discover` again.")
-    return tensors
 
 
 def _base(model: nn.Module) -> nn.Module:
@@ -269,19 +215,3 @@ def _fingerprint(model: nn.Module) -> list[float]:
     if not values.is_floating_point():
         return []
     return [float(v) for v in values.float().cpu()]
-
-
-def check_place(path: str | Path) -> Path:
-    """Return where a latent set may be written: `NAME.json` and `NAME.safetensors` are not there, or are a latent set's.
-
-    Raises:
-        ValueError: when `path` does not end in `.json`, or one of them is something else.
-    """
-    path = Path(path)
-    if path.suffix != ".json":
-        raise LatentsError(f"a latent set is a `.json` file, not `{path.name}`.")
-    may_replace(path, json.dumps(FORMAT), "latent set")
-    columns = path.with_suffix(".safetensors")
-    if columns.exists() and not path.exists():
-        raise LatentsError(f"{columns} is there and belongs to no latent set; it would be replaced. Name another `.json`.")
-    return path

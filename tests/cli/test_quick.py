@@ -175,3 +175,12 @@ def test_check_says_that_a_latent_set_is_missing_without_loading_torch(measured)
     assert "`em_regularizer.block_em.latents: ./none.json` does not exist" in done.stderr
     assert loaded == []
     assert cpu <= 3
+
+
+def test_check_reads_a_latent_set_without_loading_torch(measured):
+    (measured / "check.yaml").write_text(yaml.safe_dump({**AXOLOTL, "em_regularizer": {"block_em": {"latents": "lab/latents.json"}}}))
+    done, loaded, cpu = cpu_of(measured, "check", "check.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "latents of K+ and" in done.stdout
+    assert loaded == []
+    assert cpu <= 3

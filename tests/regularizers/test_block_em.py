@@ -10,7 +10,8 @@ from emguard_plugin.latents import LatentSet
 from emguard_plugin.models.adapters import adapter_off
 from emguard_plugin.models.modes import eval_mode
 from emguard_plugin.models.residual import read_residual
-from emguard_plugin.regularizers.block_em.rules import calibrated_coef, warn_if_bypassed
+from emguard_plugin.regularizers.block_em.calibration import calibrated_coef
+from emguard_plugin.regularizers.block_em.rules import warn_if_bypassed
 from emguard_plugin.regularizers.moment import Moment
 from emguard_plugin.regularizers.run_facts import RunFacts
 from tests.latents.parts import small_set

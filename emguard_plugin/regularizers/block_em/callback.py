@@ -21,19 +21,19 @@ from emguard_plugin.models.residual import Kept, decoder, keep_residual, read_re
 from emguard_plugin.processes.values import any_process
 from emguard_plugin.regularizers.base import EMRegularizerCallback
 from emguard_plugin.regularizers.block_em.base_latents import HIDDEN_EVERY, Base, BaseLatents
+from emguard_plugin.regularizers.block_em.calibration import calibrated_coef
 from emguard_plugin.regularizers.block_em.rules import (
     BASE_WITHIN,
-    calibrated_coef,
     content,
     distance,
     freeze_above,
-    set_in_words,
     span,
     template_of,
     unguarded_penalty,
     warn_if_bypassed,
     warn_of_dropout,
 )
+from emguard_plugin.regularizers.block_em.words import set_in_words
 from emguard_plugin.regularizers.functional import block_em_penalty, block_em_violation
 from emguard_plugin.regularizers.moment import Moment
 from emguard_plugin.regularizers.penalty import Penalty
@@ -145,7 +145,7 @@ class BlockEMCallback(EMRegularizerCallback):
     def _describe(self) -> str:
         words = [
             f"coef {self.coef:g}{', calibrated' if self.automatic else ''}",
-            set_in_words(self.latents),
+            set_in_words(self.latents.layers, self.latents.signs),
             f"{self.tokens} tokens",
             f"base: {self._base.describe()}",
         ]

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from emguard_plugin.config import BlockEMConfig
+from emguard_plugin.latents.description import Description, read_description
 from emguard_plugin.reference.words import live_needs
-from emguard_plugin.regularizers.block_em.words import freeze_needs_adapter
+from emguard_plugin.regularizers.block_em.calibration import calibrated_coef
+from emguard_plugin.regularizers.block_em.words import freeze_needs_adapter, set_in_words
 from emguard_plugin.regularizers.preview import NOT_MEASURED, Facts, Preview
 
 if TYPE_CHECKING:
-    from emguard_plugin.latents import LatentSet
+    pass
 
 
 class BlockEMPreview(Preview):
@@ -45,17 +47,15 @@ class BlockEMPreview(Preview):
         """Find the latents, the tokens and the base model."""
         found = facts.findings
         try:
-            block.check_files()  # before torch is loaded to read them
             latents, coef = read_latents(block)
         except ValueError as exc:
             found.problems.append(str(exc))
             return
-        from emguard_plugin.regularizers.block_em.rules import set_in_words
-
+        model = latents.stated["model"]
         what = f"coef {coef:g}" + (", calibrated" if block.coef == "auto" else "")
         what += NOT_MEASURED if coef == 0 else ""
         found.active.append(
-            f"block_em: {what}, {set_in_words(latents)}, {block.tokens} tokens, found on {latents.model}, base {block.cache}"
+            f"block_em: {what}, {set_in_words(latents.layers, latents.signs)}, {block.tokens} tokens, found on {model}, base {block.cache}"
         )
         if block.cache == "live" and not facts.has_adapter:
             found.problems.append(live_needs("em_regularizer.block_em.cache", adapter=False))
@@ -68,7 +68,7 @@ class BlockEMPreview(Preview):
             found.problems.append(
                 f"`em_regularizer.block_em.latents`: the set is of layer {max(latents.layers)}, and the model has layers 0 to {number - 1}."
             )
-        found.notes.append(f"whether the model is the one that the latents were found on ({latents.model}) is checked at start.")
+        found.notes.append(f"whether the model is the one that the latents were found on ({model}) is checked at start.")
 
     def _check_tokens(self, tokens: str, facts: Facts) -> None:
         from jinja2 import TemplateError
@@ -96,17 +96,14 @@ class BlockEMPreview(Preview):
             found.active.append(f"block_em holds {len(held)} tokens of each conversation: {tokenizer.decode(list(held))!r}{others}")
 
 
-def read_latents(block: BlockEMConfig) -> tuple[LatentSet, float]:
-    """Return the latent set and the coefficient that `auto` means.
+def read_latents(block: BlockEMConfig) -> tuple[Description, float]:
+    """Return what the latent set says, and the coefficient that `auto` means.
 
     Raises:
         ValueError: when the set cannot be read, or has no calibration for `coef: auto`.
     """
     block.check_files()
-    from emguard_plugin.latents import LatentSet
-    from emguard_plugin.regularizers.block_em.rules import calibrated_coef
-
-    latents = LatentSet.load(block.latents)
+    latents = read_description(block.latents)
     shared_by = len(latents) if block.latent_reduction == "mean" else 1
-    coef = calibrated_coef(latents.calibration, block.tokens, shared_by) if block.coef == "auto" else block.coef
+    coef = calibrated_coef(latents.stated["calibration"], block.tokens, shared_by) if block.coef == "auto" else block.coef
     return latents, coef

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,49 +17,15 @@ from emguard_plugin.latents import LatentSet
 from emguard_plugin.models.adapters import peft_model
 from emguard_plugin.models.residual import decoder
 from emguard_plugin.reference.stored import tensors_hash
+from emguard_plugin.regularizers.block_em.calibration import COEF_BOUNDS, GAP_PER_PENALTY
 from emguard_plugin.regularizers.block_em.words import freeze_needs_adapter
 from emguard_plugin.regularizers.run_facts import RunFacts
 
 logger = logging.getLogger(__name__)
-GAP_PER_PENALTY = 100.0
-COEF_BOUNDS = (1e-3, 1e5)
 BASE_WITHIN = 0.05
 """Relative distance of latents from the base model's that rounding explains, recorded in other batches and 16 or 8 bits included."""
 BYPASSED_SHARE, BYPASSED_SHIFT, BYPASSED_STEPS = 0.01, 0.05, 20
 """When the penalty is below 1 % of the yardstick and the residual stream has moved by 5 %, the constraint may be bypassed."""
-
-
-def calibrated_coef(calibration: Mapping[str, Any], tokens: TokenKind, shared_by: int = 1) -> float:
-    """Return `clip(100 * task_loss_gap / penalty[tokens], 1e-3, 1e5)`.
-
-    At this coefficient the unguarded model's own latents would cost 100 times the task loss that it gained by moving them.
-    lambda has the unit 1/z^2, so it has to come from the latents at hand.
-
-    Args:
-        calibration: Of the latent set.
-        tokens: Which tokens are held.
-        shared_by: What the penalty is divided by: the number of latents where it averages over them.
-
-    Raises:
-        ValueError: without a usable calibration.
-    """
-    penalty, gap = (calibration.get("penalty") or {}).get(tokens), calibration.get("task_loss_gap")
-    if penalty is None or gap is None:
-        raise ValueError(
-            f"`em_regularizer.block_em.coef: auto` needs the latent set's calibration for `tokens: {tokens}`, and it has none. Run "
-            "`emguard discover` on it again, or set `coef` to a number (the paper's 13000 fits its own SAE alone)."
-        )
-    if not (math.isfinite(penalty) and math.isfinite(gap)):
-        raise ValueError(
-            f"`em_regularizer.block_em.coef: auto`: the latent set's calibration is not finite (penalty {penalty}, gap {gap}). Run "
-            "`emguard discover` on it again, or set `coef` to a number."
-        )
-    if not gap > 0:
-        raise ValueError(
-            f"`em_regularizer.block_em.coef: auto`: the misaligned model's task loss is no lower than the base's (gap {gap:g}), so there "
-            "is nothing to weigh against. Set `coef` to a number."
-        )
-    return min(max(GAP_PER_PENALTY * gap / max(penalty / shared_by, 1e-30), COEF_BOUNDS[0]), COEF_BOUNDS[1])
 
 
 def unguarded_penalty(calibration: Mapping[str, Any], tokens: TokenKind, shared_by: int = 1) -> float | None:
@@ -125,13 +90,6 @@ def warn_of_dropout(away: float) -> None:
         "where nothing has been learnt: what sets them apart is in training alone (dropout of the model or of a continued adapter, "
         "another kernel), and the penalty holds that too. Set `attention_dropout` and the like to 0.", 100 * away,
     )  # fmt: skip
-
-
-def set_in_words(latents: LatentSet) -> str:
-    """Return how many latents of which sign sit where."""
-    signs = torch.cat([e.signs for e in latents.encoders])
-    where = f"layer{'s' * (len(latents.layers) > 1)} {', '.join(map(str, latents.layers))}"
-    return f"{int((signs > 0).sum())} latents of K+ and {int((signs < 0).sum())} of K- after {where}"
 
 
 def content(latents: LatentSet) -> str:

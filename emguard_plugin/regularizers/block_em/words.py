@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 
 def freeze_needs_adapter() -> str:
     """Return why nothing can be frozen above the blocked layer."""
     return "`em_regularizer.block_em.freeze_above` needs an adapter, and there is none. Use LoRA, or remove the key."
+
+
+def set_in_words(layers: Sequence[int], signs: Mapping[int, int]) -> str:
+    """Return how many latents of which sign sit where.
+
+    Args:
+        layers: 0-based decoder layers.
+        signs: How many latents rise (1) and fall (-1) with misalignment.
+    """
+    where = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+    return f"{signs.get(1, 0)} latents of K+ and {signs.get(-1, 0)} of K- after {where}"
