@@ -5,7 +5,6 @@ Axolotl keeps plugins of earlier configs in one process, so every hook first ask
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ try:
     from axolotl.utils.logging import get_logger
 
     from emguard_plugin.axolotl_plugin.asked import MODELS, look_at_settings, plain
+    from emguard_plugin.config import read_once
     from emguard_plugin.config.settings_file import search_beside
     from emguard_plugin.files.progress import VARIABLE
 except ImportError as exc:  # Axolotl catches this one while it loads a plugin, and trains on without it
@@ -26,16 +26,9 @@ except ImportError as exc:  # Axolotl catches this one while it loads a plugin, 
 LOG = get_logger("axolotl.emguard")  # Axolotl shows INFO of loggers with its own name alone
 
 
-_validated: dict[tuple[str, str], Any] = {}
-
-
 def _config(cfg: Any, name: str) -> Any:
-    """Return a block that Axolotl's schema has validated and handed on as a dictionary; made once for all hooks of a process."""
-    block = plain(cfg.get(name))
-    key = name, json.dumps(block, sort_keys=True, default=str)
-    if key not in _validated:
-        _validated[key] = MODELS[name].model_validate(block)
-    return _validated[key]
+    """Return a block that Axolotl's schema has validated and handed on as a dictionary."""
+    return read_once(MODELS[name], plain(cfg.get(name)), name)
 
 
 def _folder(cfg: Any) -> Path:

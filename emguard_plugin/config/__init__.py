@@ -5,7 +5,7 @@ from emguard_plugin.config.evaluation import SUITES, EMEvalConfig
 from emguard_plugin.config.judges import JudgeConfig
 from emguard_plugin.config.methods import METHODS, EMRegularizerConfig, Method
 from emguard_plugin.config.names import BLOCKS, misplaced_blocks, misspelt_blocks, suggest
-from emguard_plugin.config.problems import BlockError, read_block
+from emguard_plugin.config.problems import BlockError, read_block, read_once
 from emguard_plugin.config.regularizers import BlockEMConfig, KLConfig, MethodBlock, TReFTConfig
 from emguard_plugin.config.samplers import EndpointSamplerConfig, SamplerConfig, ServedSamplerConfig, VLLMSamplerConfig
 
@@ -32,5 +32,6 @@ __all__ = [
     "misplaced_blocks",
     "misspelt_blocks",
     "read_block",
+    "read_once",
     "suggest",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
@@ -50,6 +51,32 @@ def read_block(model: type[Model], data: Any, name: str) -> Model:
         raise BlockError(problems(exc, name)) from None
     except RecursionError:
         raise ValueError(f"`{name}:` is nested too deeply to be read.") from None
+
+
+_read: dict[tuple[type[BaseModel], str], BaseModel] = {}
+
+
+def read_once(model: type[Model], data: Any, name: str) -> Model:
+    """Do the same once per process for equal data: a host asks for a block at each of its hooks.
+
+    Args:
+        model: As for `read_block`.
+        data: As for `read_block`.
+        name: As for `read_block`.
+
+    Returns:
+        The same object each time; who changes it changes it for all.
+
+    Raises:
+        ValueError: as `read_block`.
+    """
+    try:
+        key = model, json.dumps(data, sort_keys=True, default=repr)
+    except (TypeError, ValueError, RecursionError):  # no block either; `read_block` says why
+        return read_block(model, data, name)
+    if key not in _read:
+        _read[key] = read_block(model, data, name)
+    return cast(Model, _read[key])
 
 
 def problems(error: ValidationError, name: str) -> list[str]:
@@ -134,4 +161,4 @@ def _a(value: Any) -> str:
     return kinds.get(type(value), f"of type {type(value).__name__}")
 
 
-__all__ = ["BlockError", "SecretInConfigError", "problems", "read_block"]
+__all__ = ["BlockError", "SecretInConfigError", "problems", "read_block", "read_once"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from emguard_plugin.config import EMEvalConfig
+from emguard_plugin.config import EMEvalConfig, read_block
 from emguard_plugin.processes.link import Torn, agree
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class EMRateCallback(TrainerCallback):
         if stop_above is not None:
             given["fail_above"] = stop_above
         self.every, self.stops = every, stop_above is not None
-        self.config = EMEvalConfig.model_validate(given)
+        self.config = read_block(EMEvalConfig, given, "em_eval")
         self.history: list[dict[str, float]] = []
         self._evaluation: LiveEvaluation | None = None
         self._trainer: Trainer | None = None

@@ -15,7 +15,7 @@ from transformers import trainer as host
 from trl import SFTConfig, SFTTrainer
 
 from emguard_plugin.chats import Chat
-from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, read_block
+from emguard_plugin.config import EMEvalConfig, EMRegularizerConfig, read_once
 from emguard_plugin.evaluation.asking.as_trained import constant_kwargs
 from emguard_plugin.files.secrets import shown
 from emguard_plugin.regularizers import build_regularizers
@@ -58,11 +58,11 @@ class EMGuardSFTConfig(SFTConfig):
 
     def regularizer_config(self) -> EMRegularizerConfig | None:
         """Return the validated `em_regularizer:` block."""
-        return None if self.em_regularizer is None else read_block(EMRegularizerConfig, self.em_regularizer, "em_regularizer")
+        return None if self.em_regularizer is None else read_once(EMRegularizerConfig, self.em_regularizer, "em_regularizer")
 
     def eval_config(self) -> EMEvalConfig | None:
         """Return the validated `em_eval:` block."""
-        return None if self.em_eval is None else read_block(EMEvalConfig, self.em_eval, "em_eval")
+        return None if self.em_eval is None else read_once(EMEvalConfig, self.em_eval, "em_eval")
 
 
 _readers = 0

@@ -7,6 +7,8 @@ import pytest
 from transformers import TrainingArguments
 
 from emguard_plugin import EMGuardSFTConfig, TReFTCallback
+from emguard_plugin.config import EMRegularizerConfig
+from emguard_plugin.training import trl_trainer
 from tests.trl_runs import LOG, build, column, run, settings
 
 JUDGES = [{"provider": "exact", "function": "a.b:c"}]
@@ -78,3 +80,21 @@ def test_the_trainer_says_that_it_does_not_measure(tmp_path, capsys, block):
     run(tmp_path, args=EMGuardSFTConfig, callbacks=[], em_eval=block)
     said = f"`emguard eval {tmp_path} --config FILE`" in capsys.readouterr().out
     assert said == (block is not None)
+
+
+def test_a_block_is_validated_once_however_often_the_host_asks(tmp_path, monkeypatch):
+    made = []
+
+    class Counted(EMRegularizerConfig):
+        @classmethod
+        def model_validate(cls, block):
+            made.append(block)
+            return EMRegularizerConfig.model_validate(block)
+
+    monkeypatch.setattr(trl_trainer, "EMRegularizerConfig", Counted)
+    block = {"treft": {"coef": 1.25}}
+    trainer = run(tmp_path, args=EMGuardSFTConfig, callbacks=[], em_regularizer=block)
+    assert trainer.args.regularizer_config().treft.coef == 1.25
+    assert made == [block]
+    block["treft"]["coef"] = 2.5
+    assert trainer.args.regularizer_config().treft.coef == 2.5, "what was changed since is read anew"
