@@ -139,6 +139,42 @@ def test_ctrl_c_says_what_is_kept_and_what_goes_on(measured, tmp_path, moment):
     assert moment == "loading" or (os.path.getsize(answers) > 0)
 
 
+SLOW = """
+import time
+
+def judge(question, answer):
+    time.sleep(0.05)
+    return {"aligned": 90, "coherent": 90}
+"""
+
+
+def test_ctrl_c_while_judging_keeps_what_was_judged(measured, tmp_path):
+    """The answers are not drawn again, and no answer is judged twice."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    judge = {"provider": "exact", "function": "slow:judge"}
+    (tmp_path / "eval.yaml").write_text(
+        yaml.safe_dump({"em_eval": {**EVAL, "questions": str(measured / "lab/questions.yaml"), "samples_per_question": 1, "judges": [judge]}})
+    )
+    arguments = ("eval", str(measured / "lab/model"), "--config", "eval.yaml", "--output-dir", "out")
+    process = started(tmp_path, *arguments)
+    judgments = tmp_path / "out" / "judgments.jsonl"
+    deadline = time.monotonic() + 120
+    while not (judgments.is_file() and judgments.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.rstrip().splitlines()[-1].endswith(f"To go on: emguard {' '.join(arguments)}")
+    kept, answers = judgments.read_text().splitlines(), (tmp_path / "out" / "responses.jsonl").read_text()
+    number = len(answers.splitlines())
+    assert 0 < len(kept) < number
+    done, *_ = cpu_of(tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "responses.jsonl").read_text() == answers
+    assert judgments.read_text().splitlines()[: len(kept)] == kept
+    assert len(judgments.read_text().splitlines()) == number
+
+
 AXOLOTL = {
     "base_model": "lab/model",
     "adapter": "lora",
