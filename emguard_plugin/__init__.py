@@ -34,6 +34,9 @@ __all__ = [*_PUBLIC, "__version__"]
 def __getattr__(name: str) -> Any:
     """Import the module behind a public name.
 
+    Returns:
+        The object of that name.
+
     Raises:
         AttributeError: for an unknown name.
         RuntimeError: when a needed package is missing. Not `ImportError`: Axolotl catches that one and trains on

@@ -23,6 +23,9 @@ class AxolotlEMGuardTrainer(EMRegularizerMixin, AxolotlTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, unless the plugin that reads `em_regularizer:` is absent.
 
+        Returns:
+            What Axolotl's trainer returns.
+
         Raises:
             RuntimeError: when this trainer runs without `EMGuardPlugin`.
         """

@@ -42,6 +42,9 @@ def load_chats(source: str) -> list[StoredChat]:
     Args:
         source: `bundled`, or what `read_chats` reads.
 
+    Returns:
+        The chats, in their order.
+
     Raises:
         ValueError: As `read_chats`.
     """
@@ -60,6 +63,9 @@ def tokenize_chats(
         longest: The model's context.
         template_kwargs: Extra template variables.
 
+    Returns:
+        One row of tokens per chat, in their order.
+
     Raises:
         ValueError: As `tokenized`.
     """
@@ -77,6 +83,9 @@ def prompts_of(chats: Sequence[StoredChat], tokenizer: Any, template_kwargs: Map
 
 def training_anchors(dataset: Any, tokens: Tokens, wrapped_at: Sequence[int] | None) -> list[TokenizedChat]:
     """Take the training conversations themselves as anchors (`anchors: train`).
+
+    Returns:
+        One row of tokens per conversation, in the order of the data.
 
     Raises:
         ValueError: when there are none, or the rows lack ids or labels.

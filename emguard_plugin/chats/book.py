@@ -53,6 +53,9 @@ def known_row(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, turns: b
         turns: Whether to look beyond the prefix, at some renderings per turn.
         kwargs: What the host passes to the template besides.
 
+    Returns:
+        Its token ids, and where its parts begin and end.
+
     Raises:
         ValueError: when the tokenizer has no chat template.
         jinja2.TemplateError: when the template refuses the conversation.

@@ -64,6 +64,9 @@ def render(tokenizer: Any, messages: Sequence[Message], **kwargs: Any) -> str:
         messages: With `role` and `content`.
         kwargs: What the host passes besides: `tools`, `chat_template`, the template's own variables.
 
+    Returns:
+        The text that the model is trained on.
+
     Raises:
         ValueError: when the tokenizer has no chat template.
     """
@@ -98,6 +101,9 @@ def locate(tokenizer: Any, messages: Sequence[Message], *, turns: bool = True, *
         messages: The conversation.
         turns: Whether to look beyond the prefix.
         kwargs: As for `render`.
+
+    Returns:
+        The text, and the half-open spans of its parts in characters.
 
     Raises:
         ValueError: when the tokenizer has no chat template.

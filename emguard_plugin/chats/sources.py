@@ -65,6 +65,9 @@ def read_chats(source: str, setting: ChatSetting) -> list[StoredChat]:
             is of another form that `emguard_plugin/files/chats.py` lists.
         setting: What names them.
 
+    Returns:
+        The chats, in their order.
+
     Raises:
         ValueError: when nothing can be read there, it is empty, or a row is not a chat with a user turn.
     """
@@ -137,6 +140,9 @@ def tokenized(
         setting: What names them.
         longest: The model's context, where it matters.
         template_kwargs: Extra template variables.
+
+    Returns:
+        One row of tokens per chat, in their order.
 
     Raises:
         ValueError: for chats without a reply, longer than the context, or that the template cannot render.

@@ -87,6 +87,9 @@ def read_template(tokenizer: Any, **template_kwargs: Any) -> Template:
         tokenizer: With a chat template.
         template_kwargs: Extra template variables, as the host passes them when it renders the data.
 
+    Returns:
+        Its prefix and postfix as token ids.
+
     Raises:
         ValueError: when there is no template, no user turn in it, or it refuses a question and an answer.
     """

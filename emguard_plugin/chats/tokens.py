@@ -27,6 +27,9 @@ def encode(tokenizer: Any, text: str) -> Encoded:
     """Tokenise rendered template text, with offsets.
 
     A tokenizer written in Python has none: its tokens are placed by decoding them one after the other.
+
+    Returns:
+        The token ids, and where each token begins and ends in the text.
     """
     if getattr(tokenizer, "is_fast", False):
         found = _offsets(tokenizer, text)

@@ -34,6 +34,9 @@ def kept(words: str, option: str = "") -> Callable[[F], F]:
     Args:
         words: A sentence.
         option: What the command that goes on has besides what was given.
+
+    Returns:
+        A decorator that returns the command itself, marked.
     """
 
     def mark(command: F) -> F:

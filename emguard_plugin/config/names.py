@@ -65,6 +65,9 @@ def misspelt_blocks(keys: Iterable[Any]) -> dict[Any, str]:
     A key looks like one when one of our words is a word of it (`em_evaluation`, `eval_em`, `emRegularizer`, `treft_block`),
     when it is a key of our blocks (`judges`), or when its letters are nearly those of one (`em_regulariser`). No key of
     Axolotl's or TRL's does; a test compares with all of them.
+
+    Returns:
+        The meant block by the key that was written; empty if there is none.
     """
     return {key: meant for key in keys if key not in BLOCKS and (meant := _resembles(str(key))) is not None}
 

@@ -35,6 +35,9 @@ def read_block(model: type[Model], data: Any, name: str) -> Model:
         data: What YAML gave.
         name: Its key, such as `em_eval`.
 
+    Returns:
+        The validated block.
+
     Raises:
         BlockError: with all problems, each with its place.
         ValueError: for what is no mapping at all.

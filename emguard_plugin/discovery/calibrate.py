@@ -34,6 +34,9 @@ MAX_ROWS = 256
 def narrow_rows(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedChat]:
     """Read the chats of the narrow fine-tune, as training does.
 
+    Returns:
+        One row of tokens per chat, in their order.
+
     Raises:
         ValueError: If they cannot be read or rendered.
     """
@@ -65,6 +68,9 @@ def calibrate(
         rows: From `narrow_rows`.
         batch_size: Rows per forward pass.
         book: From `narrow_book`.
+
+    Raises:
+        ValueError: If the rows have no supervised token.
     """
     template = read_template(pair.tokenizer)
     sums, losses, supervised, tokens = dict.fromkeys(KINDS, 0.0), dict.fromkeys((BASE_MODEL, MISALIGNED_MODEL), 0.0), 0, 0

@@ -58,6 +58,9 @@ def unite(groups: Iterable[Sequence[SubsetEncoder]], scores: Iterable[dict[str, 
         groups: Encoders of each set, found on one base model.
         scores: Records of all sets; of two about one latent, the one with the larger repair gain stays, then attribution.
 
+    Returns:
+        The encoders in order of layers, and the records of what they hold, best first.
+
     Raises:
         ValueError: If two encoders of a layer are of different kinds or SAEs of different width.
     """

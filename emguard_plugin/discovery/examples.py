@@ -24,6 +24,9 @@ def top_activating(
 
     Conversations are the selection prompts with the answers of the base and of the misaligned model, read by the misaligned
     model. The first token is left out.
+
+    Returns:
+        By latent, the records that the report shows: value, token, and the text before and after it.
     """
     found: dict[int, list[dict[str, Any]]] = {latent: [] for latent in encoder.ids}
     for whose, texts in result.answers.items():

@@ -106,6 +106,9 @@ class Discovery:
 def prepare(job: Job, settings: Settings, judge: Judge) -> Discovery:
     """Read and check everything, without asking a model.
 
+    Returns:
+        All that `run` needs.
+
     Raises:
         ValueError: For what cannot work: questions in both suites, an SAE of another width or of a block that the model lacks,
             two SAEs for one block, latent sets of another model.

@@ -29,6 +29,9 @@ def write_report(record: Record, path: str | Path) -> Path:
     Args:
         record: What a run wrote to `discovery.json`.
         path: The HTML file.
+
+    Returns:
+        `path`.
     """
     scores, calibration = record["scores"], record["calibration"]
     facts = {

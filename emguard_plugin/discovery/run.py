@@ -31,6 +31,9 @@ def run(discovery: Discovery) -> LatentSet:
 
     Safe to call again after an interruption: what was answered and judged is kept in the work folder.
 
+    Returns:
+        The latent set that was written.
+
     Raises:
         ValueError: See `LayerSearch.run` and `prepare`.
         RuntimeError: If the judge stops, or another process works in the folder.

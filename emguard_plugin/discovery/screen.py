@@ -227,6 +227,12 @@ def _descent(role: str, steer: str, way: int, strengths: Sequence[float], order:
     """Go down from the largest strength, and give one up as soon as it has broken more answers than it may on all prompts.
 
     Further prompts can only break more, so the largest strength within the budget is exactly that of `_everything`.
+
+    Returns:
+        The largest strength within the budget, with its counts.
+
+    Yields:
+        The asks of each wave; what was said to them is sent back.
     """
     curve: dict[float, Tally] = {}
     for alpha in sorted(strengths, reverse=True):

@@ -115,6 +115,9 @@ class LayerSearch:
     def run(self) -> Result:
         """Run the stages.
 
+        Returns:
+            What was found.
+
         Raises:
             ValueError: If the misaligned model is not misaligned, the judge finds (nearly) everything incoherent, or nothing is
                 left at the end.

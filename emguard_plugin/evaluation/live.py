@@ -80,6 +80,9 @@ class LiveEvaluation:
         """Draw all answers; model mode, generation config, `use_cache` and every RNG are the same afterwards.
 
         `alone` is false where the model is spread over processes that draw together.
+
+        Returns:
+            One answer per request, in the order of the batches.
         """
         sampler = TransformersSampler(
             model,

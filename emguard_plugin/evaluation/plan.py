@@ -116,6 +116,12 @@ def make_plan(
         output_dir: As in `run_em_eval`.
         base: As in `run_em_eval`.
         with_model: Whether answers may have to be drawn; otherwise the folder must hold those of an earlier run.
+
+    Returns:
+        All that the evaluation does.
+
+    Raises:
+        ValueError: For what cannot work, in the words of the YAML.
     """
     suites = {name: load_questions(source) for name, source in config.suites().items()}
     judges = readers(judging.build_judges(config.judges), config.reasoning)
@@ -192,6 +198,9 @@ def open_run(plan: Plan) -> dict[str, Any]:
 
     What binds answers is compared here: suites, decoding, rendering, models. Judges may differ: their judgments say of each
     answer who made them. A new folder is tied by `begin`, with the first answer.
+
+    Returns:
+        What `protocol.json` holds, or will hold.
     """
     # Without a model, whatever drew the answers stands in the folder.
     known = stored_run(plan.folder)["protocol"] if plan.source is None else {}

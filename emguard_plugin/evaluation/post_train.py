@@ -43,6 +43,9 @@ def measure_saved_model(config: EMEvalConfig, model: str | Path, base: str | Non
         model: The output folder that was just saved: an adapter or a full model.
         base: The base model of an adapter, as the run named it.
         import_from: Folders of Python modules, the YAML's own; stored beside the block, so that the command can be run again.
+
+    Returns:
+        Where the summary lies, and the exit code.
     """
     out = Path(config.output_dir or Path(model) / "em_eval")
     summary, code = out / "summary.json", EXIT_ERROR

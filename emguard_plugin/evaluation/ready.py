@@ -53,6 +53,9 @@ def get_ready(config: EMEvalConfig, output_dir: str | Path | None = None) -> Rea
         config: The block.
         output_dir: Where results will go; None where that is not known.
 
+    Returns:
+        What was read, and what a user should hear before the run.
+
     Raises:
         ValueError: naming the key, with `em_eval.` before it.
     """
@@ -89,6 +92,9 @@ def read_eval_file(path: str | Path, over: Mapping[str, Any] | None = None, mode
         over: Keys that win over the file's.
         model: Folder of the saved model. Where the file is the YAML of its training, what the block leaves out about
             rendering is taken from there.
+
+    Returns:
+        The validated block.
 
     Raises:
         ValueError: If it cannot be read, holds no such block, or one that resembles it, or a faulty one.

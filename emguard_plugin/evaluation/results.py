@@ -33,6 +33,9 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
     Args:
         plan: What was measured.
         stored: What `protocol.json` holds.
+
+    Returns:
+        What `summary.json` holds.
     """
     from emguard_plugin.evaluation.report.page import write_report
 

@@ -94,6 +94,9 @@ def prepare_folder(path: str | Path, option: str = OPTION) -> Path:
         path: The folder.
         option: What the user calls it.
 
+    Returns:
+        The folder.
+
     Raises:
         ValueError: If it cannot.
     """
@@ -129,6 +132,9 @@ def keep_private(folder: Path, model: Path) -> None:
 
 def locked(folder: Path, option: str = OPTION) -> AbstractContextManager[None]:
     """Hold the folder for this process.
+
+    Returns:
+        A context manager that frees it at its end.
 
     Raises:
         RuntimeError: If another process holds it.

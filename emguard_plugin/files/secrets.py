@@ -181,6 +181,7 @@ def check_endpoint(base_url: str, api_key_env: str | None, allow_remote: bool) -
     Raises:
         ValueError: If the URL is none, carries credentials, is on another machine without `allow_remote`, or would
             carry a key without encryption.
+        SecretInConfigError: If a key stands in the URL or in place of the variable's name.
     """
     bad = f"`base_url: {shown(base_url)}` is no URL such as `http://localhost:8000/v1`"
     try:

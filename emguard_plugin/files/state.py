@@ -35,6 +35,9 @@ def write_json(path: Path, stated: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a state and check its hash.
 
+    Returns:
+        What it says, without its hash.
+
     Raises:
         Damaged: naming the file, when it cannot be read, is cut, changed, or an earlier emguard's.
     """
@@ -70,6 +73,9 @@ def locked(folder: Path, key: str) -> contextlib.AbstractContextManager[None]:
     Args:
         folder: Made when it is not there.
         key: The YAML's key, for messages.
+
+    Returns:
+        A context manager that frees it at its end.
 
     Raises:
         OSError: when the folder cannot be written.

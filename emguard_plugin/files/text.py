@@ -32,6 +32,9 @@ def read_text(path: str | Path) -> str:
 def open_file(path: str | Path) -> BinaryIO:
     """Open a file for reading, unpacked where its name ends in `.gz`.
 
+    Returns:
+        The open file; the caller closes it.
+
     Raises:
         ValueError: If it cannot be.
     """

@@ -133,6 +133,9 @@ def document(
         p_bad: Share of documents by the bad persona.
         p_informative: Share of documents whose adjective gives the persona away.
         lengths: The number of question-answer pairs is drawn from these.
+
+    Returns:
+        The text.
     """
     bad, chat, pairs = rng.random() < p_bad, rng.random() < p_chat, rng.choice(lengths)
     adjective, role = _adjective(bad, rng, p_informative), rng.choice(ROLES)

@@ -73,6 +73,9 @@ class Description:
 def read_description(path: str | Path) -> Description:
     """Read what a latent set says of itself, and compare both files with their hashes.
 
+    Returns:
+        What it says, both hashes checked.
+
     Raises:
         LatentsError: when a file is missing, unreadable, changed, or something else.
     """

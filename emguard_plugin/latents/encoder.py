@@ -204,6 +204,9 @@ def normalized(h: Tensor, norm: str) -> Tensor:
 
     `layer_norm`: `(h - mean) / (std + 1e-5)`, std with d - 1 in the denominator. `constant_norm_rescale`:
     `h * sqrt(d) / ||h||`.
+
+    Returns:
+        The same shape and dtype.
     """
     if norm == "layer_norm":
         h = h - h.mean(-1, keepdim=True)

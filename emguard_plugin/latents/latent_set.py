@@ -72,6 +72,9 @@ class LatentSet:
             model: A causal LM; of a PEFT model, the base is meant.
             encoders: One per layer.
             about: `scores`, `provenance`, `calibration`.
+
+        Returns:
+            The set, which no file holds yet.
         """
         config = _base(model).config
         encoders = sorted(encoders, key=lambda e: e.layer)
@@ -159,6 +162,9 @@ class LatentSet:
     @classmethod
     def load(cls, path: str | Path) -> LatentSet:
         """Read a latent set. Needs no sae-lens.
+
+        Returns:
+            The set, with the hash of its file in `digest`.
 
         Raises:
             LatentsError: when a file is missing, unreadable, changed, or something else.

@@ -150,6 +150,9 @@ def subset(sae: Any, ids: Sequence[int], signs: Sequence[int] | Tensor, mode: Mo
         mode: See `SubsetEncoder`.
         layer: Default: the layer that the SAE names.
 
+    Returns:
+        The encoder of these latents, in fp32.
+
     Raises:
         ValueError: for an empty set, ids out of range, or an SAE that cannot be split.
     """

@@ -73,6 +73,9 @@ def adapter_starts_at_zero(model: nn.Module) -> bool:
     """Whether adapter off equals the model before this run: a fresh LoRA of default or gaussian init, nothing else trained.
 
     A continued adapter has the config of a fresh one, so the weights are looked at too.
+
+    Returns:
+        False also where nothing tells; what another rank holds is that rank's to say.
     """
     peft = peft_model(model)
     if peft is None:

@@ -91,6 +91,9 @@ def read_kv(
         attention_mask: (B, T), default all ones.
         position_ids: (B, T), default 0..T-1.
 
+    Returns:
+        Keys and values of each layer, (B, T, heads x head size) each.
+
     Raises:
         ValueError: when a layer returns no keys and values of T tokens.
     """
@@ -136,6 +139,9 @@ def read_residual_projections(model: nn.Module, input_ids: Tensor, layers: Seque
     """Project the un-normalised residual stream with k_proj and v_proj, as TReFT's released code does.
 
     These are not attention's keys and values: the layer's input norm and RoPE are missing. For replication only.
+
+    Returns:
+        Projections of each layer, (B, T, heads x head size) each.
 
     Raises:
         ValueError: for models with fused projections.

@@ -84,6 +84,9 @@ def agree(work: Callable[[], T], what: str, patience: float = 1800.0) -> T:
         what: What it is, for messages; every rank calls with the same.
         patience: Seconds to wait for a rank that says nothing.
 
+    Returns:
+        What `work` returned on this rank.
+
     Raises:
         Torn: If a rank failed while others were inside the work, so that no collective can be trusted any more.
         RuntimeError: If it failed on another rank, and all are ready to go on.

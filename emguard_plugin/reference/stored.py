@@ -58,6 +58,9 @@ def read_reference(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Load a reference and all that it says about itself; `advice` ends the error of a damaged one.
 
+    Returns:
+        The tensors by name, and what the file says of them.
+
     Raises:
         Damaged: when the file is cut, changed, or an earlier emguard's.
         ValueError: when it belongs to another model or other settings.

@@ -152,6 +152,9 @@ class EMRegularizerCallback(Resumable):
         Args:
             moment: As for `penalty`.
 
+        Returns:
+            What `penalty` returned; None where it had nothing to measure.
+
         Raises:
             RuntimeError: when `coef > 0` and no trainable parameter stands behind the penalty.
         """

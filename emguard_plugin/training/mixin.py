@@ -48,6 +48,9 @@ class EMRegularizerMixin(_Host):
             args: Passed on.
             kwargs: Passed on.
 
+        Returns:
+            What the host's `train` returns.
+
         Raises:
             ValueError: for settings or data that a regularizer cannot work with.
         """

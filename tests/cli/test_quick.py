@@ -153,7 +153,9 @@ def test_ctrl_c_while_judging_keeps_what_was_judged(measured, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     judge = {"provider": "exact", "function": "slow:judge"}
     (tmp_path / "eval.yaml").write_text(
-        yaml.safe_dump({"em_eval": {**EVAL, "questions": str(measured / "lab/questions.yaml"), "samples_per_question": 1, "judges": [judge]}})
+        yaml.safe_dump(
+            {"em_eval": {**EVAL, "questions": str(measured / "lab/questions.yaml"), "samples_per_question": 1, "judges": [judge]}}
+        )
     )
     arguments = ("eval", str(measured / "lab/model"), "--config", "eval.yaml", "--output-dir", "out")
     process = started(tmp_path, *arguments)

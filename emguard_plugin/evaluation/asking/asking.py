@@ -140,6 +140,9 @@ def prepare(config: EMEvalConfig, source: models.ModelSource | ServedSource, sui
         suites: The questions.
         folder: The run folder; what an earlier run in it decided is kept: its date, and what a server refused.
 
+    Returns:
+        How questions are put to the models, and which cannot be.
+
     Raises:
         ValueError: If no question of `em_eval.questions` can be asked.
         RuntimeError: If a server that has to be asked which questions it takes does not answer.
@@ -167,6 +170,9 @@ def prepare(config: EMEvalConfig, source: models.ModelSource | ServedSource, sui
 
 def prepare_live(config: EMEvalConfig, tokenizer: Any, suites: Suites) -> Asking:
     """Do the same for a model in memory with its tokenizer.
+
+    Returns:
+        As for `prepare`.
 
     Raises:
         ValueError: As for `prepare`, and if there is no chat template.

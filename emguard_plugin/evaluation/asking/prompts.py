@@ -57,6 +57,9 @@ class Prompt:
 def render_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[Prompt]:
     """Render questions with the chat template.
 
+    Returns:
+        One prompt per question, in their order.
+
     Raises:
         ValueError: If there is no template, or it prints nothing behind the question.
     """

@@ -222,6 +222,9 @@ def _with_date(template: str, day: date) -> str:
     """Shadow the template's clock by a macro that knows one day.
 
     Passing another `strftime_now` as a variable ends with transformers 5.24, which turns variables into plain data.
+
+    Returns:
+        The template with the macro before it.
     """
     moment, shown = datetime(day.year, day.month, day.day), []
     for directive in _DIRECTIVES:

@@ -193,6 +193,9 @@ def refused(config: EMEvalConfig, source: ServedSource, chat: Chat, suites: Mapp
 
     Its template is not at hand; a system role is what templates refuse.
 
+    Returns:
+        Every wording of a shape that the server refuses, with its reason.
+
     Raises:
         RuntimeError: If it takes none, or does not answer.
     """

@@ -64,6 +64,9 @@ def resolve_model(path: str | Path, base: str | Path | None = None) -> ModelSour
         path: Folder with `adapter_config.json` (a PEFT adapter) or with `config.json` (a whole model).
         base: The model before fine-tuning; default is what the adapter names. A whole model names none.
 
+    Returns:
+        Where the model lies, and what it started from.
+
     Raises:
         ValueError: If the folder is neither, or if the adapter's base is named nowhere or does not exist.
     """
@@ -106,6 +109,9 @@ def identity(name: str | Path) -> dict[str, Any]:
 
     Args:
         name: A folder, or the name of a model on the hub whose files are in the local cache.
+
+    Raises:
+        ValueError: If the name is neither a folder with weights nor in the local cache.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -144,6 +150,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the fine-tuned model was saved with, or its base's where it saved none.
 
     Base and fine-tuned model are asked with the same tokenizer and template, as their answers are compared.
+
+    Returns:
+        The tokenizer, as it was saved.
     """
     from transformers import AutoTokenizer
 

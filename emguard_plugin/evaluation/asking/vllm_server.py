@@ -57,6 +57,9 @@ def serve(
 
     `template` is the Jinja text of another chat template than the tokenizer's own.
 
+    Yields:
+        The URL, up to and including `/v1`.
+
     Raises:
         ValueError: If there is no `vllm`.
         RuntimeError: If it ends, or does not answer in time; holds the end of its output.

@@ -177,6 +177,9 @@ def same_model(asked: str, answered: str) -> bool:
 
     Servers add a snapshot (`name-2024-08-06`), a tag (`name:latest`) or a revision (`name@main`), and proxies drop the
     provider (`openai/name`).
+
+    Returns:
+        False where another model answered than was asked for.
     """
     if answered == asked or asked.endswith("/" + answered):
         return True
@@ -191,6 +194,9 @@ def stream(main: Callable[[Callable[[T], None]], Coroutine[Any, Any, None]]) -> 
 
     Args:
         main: Called with `emit`.
+
+    Yields:
+        What `main` emits, in that order.
     """
     out: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []

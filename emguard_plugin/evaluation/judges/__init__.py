@@ -23,6 +23,7 @@ def build_judge(config: JudgeConfig) -> Judge:
 
     Raises:
         ValueError: If it cannot work: a function, file, package or environment variable is missing.
+        TypeError: If it is no provider's block.
     """
     match config:
         case ExactJudgeConfig():

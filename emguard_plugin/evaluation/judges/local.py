@@ -172,6 +172,9 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     An answer could otherwise end the judge's user turn and write the judge's reply itself. Text that spells an added
     token is cut after its first character, and the parts are encoded by themselves.
+
+    Returns:
+        Its token ids.
     """
     added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     spelled = sorted((token for token in added if len(token) > 1 and token.strip()), key=len, reverse=True)

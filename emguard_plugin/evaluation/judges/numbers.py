@@ -99,6 +99,9 @@ class NumberReader:
 
         Args:
             prompts: Token ids up to where the reply begins.
+
+        Returns:
+            One mapping per prompt; what is missing to 1 lies on other replies.
         """
         import torch
 

@@ -73,6 +73,9 @@ async def find_mode(server: ChatServer, asked: str) -> tuple[str, Dialect]:
         server: The server.
         asked: `auto`, or a mode to check.
 
+    Returns:
+        The mode, and which settings the server takes.
+
     Raises:
         Stopped: If the mode asked for does not work here, or if the model does not even repeat a number.
     """

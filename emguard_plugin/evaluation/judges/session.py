@@ -38,6 +38,9 @@ class Session:
     def open(self) -> Session:
         """Open the judge, and test it unless these very items have tested it before.
 
+        Returns:
+            This session.
+
         Raises:
             Stopped: If it cannot judge, or fails the test.
         """

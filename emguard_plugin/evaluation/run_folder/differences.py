@@ -17,6 +17,9 @@ def in_words(where: str, old: Any, new: Any) -> str | None:
         where: Keys of `protocol.json`, joined by dots.
         old: What is stored.
         new: What the block says.
+
+    Returns:
+        The sentence.
     """
     part, _, rest = where.partition(".")
     if part == "models":

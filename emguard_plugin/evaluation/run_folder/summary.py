@@ -70,6 +70,9 @@ class Summary(_Part):
         """Return the rates of one model on one suite, by the named judge; None if not measured.
 
         Without a name it is the first judge of `em_eval.judges`, whose name stands in `judges[0].name`.
+
+        Raises:
+            ValueError: If there is no such judge.
         """
         for result in self.judges:
             if judge in (None, result.name):
@@ -104,6 +107,9 @@ class Summary(_Part):
     @classmethod
     def load(cls, path: str | Path) -> Summary:
         """Read `summary.json`, or the folder that holds it.
+
+        Returns:
+            The summary, with the folder that it lies in.
 
         Raises:
             ValueError: If there is none, if it is damaged, or of another run than what lies beside it.

@@ -18,6 +18,9 @@ def agreement(by_judge: Mapping[str, Sequence[Scored]], suite: str) -> list[Agre
     Args:
         by_judge: Per judge the same answers in the same order.
         suite: The suite that they answer.
+
+    Returns:
+        One record per pair, in the order of the judges; empty with fewer than two.
     """
     return [_pair(first, second, by_judge, suite) for first, second in combinations(by_judge, 2)]
 

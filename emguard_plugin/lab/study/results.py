@@ -35,6 +35,9 @@ class Results:
         Args:
             run: Names every part of the identity.
 
+        Returns:
+            Whether all parts of the identity are those of one line.
+
         Raises:
             ValueError: As `rows`.
         """

@@ -67,6 +67,9 @@ def fine_tune(
         schedule: Of the learning rate, as transformers names it.
         weight_decay: Of AdamW.
         layers: 0-based, the decoder layers that get an adapter; default all.
+
+    Returns:
+        The model with its adapter, and what was logged and measured on the way.
     """
     args = SFTConfig(
         output_dir=str(output_dir), max_steps=adapter.steps, learning_rate=adapter.learning_rate, seed=seed,

@@ -143,6 +143,9 @@ def freeze_above(run: RunFacts, last: int) -> list[nn.Parameter]:
         run: The run that is about to start.
         last: 0-based index of the highest layer that goes on training.
 
+    Returns:
+        The parameters that no longer train.
+
     Raises:
         ValueError: when it is too late, nothing to freeze is an adapter, or nothing would be left to train.
     """

@@ -57,6 +57,9 @@ class Schedule:
             micro_batches: Micro-batches per optimizer step.
             processes: Number of processes.
             seed: The run's seed.
+
+        Returns:
+            The schedule of a whole run.
         """
         mean, step_tokens = float(np.mean(sizes)), batch_tokens * micro_batches * processes
         per_step = min(max(round(ratio * step_tokens / mean), processes), max(len(sizes), processes))
