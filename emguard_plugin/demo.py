@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 
 from emguard_plugin.exit_codes import EXIT_ERROR
 from emguard_plugin.files.ours import clear, our_folder
-from emguard_plugin.files.progress import VARIABLE, heard
-from emguard_plugin.files.progress import Progress as Told
+from emguard_plugin.files.progress import VARIABLE, Told, heard
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -5,7 +5,7 @@ import pytest
 from emguard_plugin import demo
 from emguard_plugin.demo import RUNS, examples, percent, seconds_per_step
 from emguard_plugin.files.ours import MARK
-from emguard_plugin.files.progress import VARIABLE, Progress, heard, tell
+from emguard_plugin.files.progress import VARIABLE, Told, heard, tell
 
 
 def test_before_training_the_bar_moves_and_stays_below_a_fifth():
@@ -18,17 +18,17 @@ def test_before_training_the_bar_moves_and_stays_below_a_fifth():
 
 @pytest.mark.parametrize("step", [1, 30, 119])
 def test_while_training(step):
-    assert percent([Progress("training", step, 120, 0.0)], 9) == (20 + 40 * step / 120, f"training, step {step} of 120")
+    assert percent([Told("training", step, 120, 0.0)], 9) == (20 + 40 * step / 120, f"training, step {step} of 120")
 
 
 def test_while_measuring():
-    stages = [Progress("training", 120, 120, 0.0), Progress("base answers", 480, 960, 1.0), Progress("tuned answers", 960, 960, 2.0)]
+    stages = [Told("training", 120, 120, 0.0), Told("base answers", 480, 960, 1.0), Told("tuned answers", 960, 960, 2.0)]
     assert [percent(stages[: i + 1], 9) for i in range(3)] == [(p, "measuring the EM rate") for p in (60, 70, 100)]
 
 
 def test_seconds_per_step_are_the_median_of_training_alone():
     at = [0.0, 0.1, 0.2, 5.0, 5.1]
-    told = [Progress("training", i + 1, 5, t) for i, t in enumerate(at)] + [Progress("base answers", 1, 9, 99.0)]
+    told = [Told("training", i + 1, 5, t) for i, t in enumerate(at)] + [Told("base answers", 1, 9, 99.0)]
     assert seconds_per_step(told) == pytest.approx(0.1)
 
 

@@ -87,7 +87,7 @@ def _chat(template: str | None, variables: str | None, system_prompt: str | None
     import json
 
     from emguard_plugin.evaluation.asking.asking import read_template
-    from emguard_plugin.evaluation.asking.rendering import Chat
+    from emguard_plugin.evaluation.asking.rendering import Rendering
 
     try:
         given = json.loads(variables or "{}")
@@ -95,7 +95,7 @@ def _chat(template: str | None, variables: str | None, system_prompt: str | None
         raise ValueError(f"`--chat-template-kwargs` is no JSON ({exc}). Write it like '{{\"enable_thinking\": false}}'.") from exc
     if not isinstance(given, dict):
         raise ValueError("`--chat-template-kwargs` is no JSON object. Write it like '{\"enable_thinking\": false}'.")
-    return Chat(read_template(template, "--chat-template"), given, system_prompt)
+    return Rendering(read_template(template, "--chat-template"), given, system_prompt)
 
 
 def _numbers(texts: list[str]) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from emguard_plugin.discovery.kept import Kept, checked
+from emguard_plugin.discovery.kept import SearchFiles, checked
 from emguard_plugin.discovery.settings import Settings
 from emguard_plugin.evaluation.asking.pair import ModelPair
 from emguard_plugin.evaluation.asking.prompts import Prompt
@@ -87,7 +87,7 @@ class Bench:
         layer: int,
         scale: float,
         settings: Settings,
-        kept: Kept,
+        kept: SearchFiles,
         progress: Callable[[int], Any] = lambda count: None,
     ) -> None:
         self.pair, self.prompts, self.judge = pair, list(prompts), judge

@@ -15,7 +15,7 @@ from emguard_plugin.discovery.settings import Settings
 from emguard_plugin.evaluation.asking.pair import BASE_MODEL, ModelPair
 from emguard_plugin.evaluation.asking.prompts import Prompt, render_prompts
 from emguard_plugin.evaluation.asking.questions import load_questions
-from emguard_plugin.evaluation.asking.rendering import Chat
+from emguard_plugin.evaluation.asking.rendering import Rendering
 from emguard_plugin.latents import LatentSet
 from emguard_plugin.latents.description import check_place
 from emguard_plugin.latents.sae import layer_of, load_sae
@@ -57,7 +57,7 @@ class Job:
     union: tuple[str, ...] = ()
     work: Path | None = None
     baselines: bool = False
-    chat: Chat = field(default_factory=Chat)
+    chat: Rendering = field(default_factory=Rendering)
 
     def folder(self) -> Path:
         """Return the folder of answers and judgments."""

@@ -27,7 +27,7 @@ WHOLE = ConfigDict(**EXACT, extra="allow")
 """The seal is over all that stands in a record, also what a sampler adds, such as a reasoning trace."""
 
 
-class Answer(TypedDict):
+class AnswerRow(TypedDict):
     """A line of `responses.jsonl`."""
 
     __pydantic_config__ = WHOLE  # type: ignore[misc]  # as pydantic documents it
@@ -43,7 +43,7 @@ class Answer(TypedDict):
     seal: NotRequired[str]
 
 
-class Verdict(TypedDict):
+class VerdictRow(TypedDict):
     """A line of `judgments.jsonl`."""
 
     __pydantic_config__ = WHOLE  # type: ignore[misc]  # as pydantic documents it
@@ -63,7 +63,7 @@ def run_id(protocol: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:32]
 
 
-class Kept:
+class SearchFiles:
     """The two files.
 
     Args:
@@ -75,7 +75,7 @@ class Kept:
         self.run = run
         self._answers, self._verdicts = folder / "responses.jsonl", folder / "judgments.jsonl"
 
-    def answers(self, prompts: int) -> list[Answer]:
+    def answers(self, prompts: int) -> list[AnswerRow]:
         """Return the answers of this search.
 
         Args:
@@ -84,16 +84,16 @@ class Kept:
         Raises:
             ValueError: If a line is no answer.
         """
-        rows = self._own(self._answers, Answer)
+        rows = self._own(self._answers, AnswerRow)
         return [row for row in rows if row["role"] in ROLES and 0 <= row["prompt"] < prompts]
 
-    def verdicts(self, judge: str) -> list[Verdict]:
+    def verdicts(self, judge: str) -> list[VerdictRow]:
         """Return the final judgments by one judge; what is no score is left out.
 
         Raises:
             ValueError: If a line is no judgment.
         """
-        rows = self._own(self._verdicts, Verdict)
+        rows = self._own(self._verdicts, VerdictRow)
         return [row for row in rows if row["judge"] == judge and checked(row)["status"] in FINAL]
 
     def add_answers(self, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from emguard_plugin.discovery.calibrate import calibrate
 from emguard_plugin.discovery.choose import baseline, unite
 from emguard_plugin.discovery.examples import top_activating
 from emguard_plugin.discovery.job import Discovery
-from emguard_plugin.discovery.kept import Kept, run_id
+from emguard_plugin.discovery.kept import SearchFiles, run_id
 from emguard_plugin.discovery.record import protocol_of, provenance_of, record_of
 from emguard_plugin.discovery.report import write_report
 from emguard_plugin.discovery.screen import Finding
@@ -45,7 +45,7 @@ def run(discovery: Discovery) -> LatentSet:
         for layer, (source, sae) in discovery.saes.items():
             place = store.prepare_folder(folder / f"block{layer}", WORK)
             tied = store.claim(place, protocol_of(discovery, sae), entries=("protocol",), option=WORK)
-            kept = Kept(place, run_id(tied["protocol"]))
+            kept = SearchFiles(place, run_id(tied["protocol"]))
             exclude = {i for known in discovery.known for e in known.encoders if e.layer == layer for i in e.ids}
             search = LayerSearch(
                 discovery.pair, sae, source, layer, discovery.prompts, discovery.selection, discovery.judge, settings, kept, exclude

@@ -13,7 +13,7 @@ from emguard_plugin.discovery import plan
 from emguard_plugin.discovery.attribution import Contrast, attribute, strongest
 from emguard_plugin.discovery.bench import UNSTEERED, Ask, Bench
 from emguard_plugin.discovery.choose import baseline
-from emguard_plugin.discovery.kept import Kept
+from emguard_plugin.discovery.kept import SearchFiles
 from emguard_plugin.discovery.prompts import shuffled
 from emguard_plugin.discovery.screen import Finding, Screen
 from emguard_plugin.discovery.settings import UNSTEERED_RULES, Settings
@@ -98,7 +98,7 @@ class LayerSearch:
         selection: int,
         judge: Judge,
         settings: Settings,
-        kept: Kept,
+        kept: SearchFiles,
         exclude: Collection[int] = (),
     ) -> None:
         self.pair, self.sae, self.settings, self.exclude = pair, sae, settings, frozenset(exclude)

@@ -14,7 +14,7 @@ from typing import Any
 from emguard_plugin.config import EMEvalConfig, ServedSamplerConfig, VLLMSamplerConfig
 from emguard_plugin.evaluation.asking import sources as models
 from emguard_plugin.evaluation.asking.draws import AnswerKey
-from emguard_plugin.evaluation.asking.reasoning import Marks, looks_like_trace, marks_of
+from emguard_plugin.evaluation.asking.reasoning import TraceMarks, looks_like_trace, marks_of
 from emguard_plugin.evaluation.asking.sampler import TransformersSampler
 from emguard_plugin.evaluation.asking.served import EndpointSampler, ServedSource
 from emguard_plugin.evaluation.asking.vllm_server import serve
@@ -140,11 +140,11 @@ def generate(plan: Plan, stored: dict[str, Any], try_judges: bool = False) -> No
 
 def _draw(
     plan: Plan, stored: dict[str, Any], role: str, sampler: TransformersSampler | EndpointSampler, done: set[AnswerKey]
-) -> Counter[Marks]:
+) -> Counter[TraceMarks]:
     """Draw and store what one model has not answered; return which marks of a trace its answers show that nobody knows."""
     from tqdm.auto import tqdm
 
-    requests, longest, suspects = plan.requests(), plan.config.max_new_tokens, Counter[Marks]()
+    requests, longest, suspects = plan.requests(), plan.config.max_new_tokens, Counter[TraceMarks]()
     present = sum(request.key in done for request in requests)
     with tqdm(total=len(requests), initial=present, desc=f"em_eval: {role} answers", unit="answer") as bar:
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 VARIABLE = "EMGUARD_PROGRESS"
 
 
-class Progress(NamedTuple):
+class Told(NamedTuple):
     """One message: so much of a stage is done, at a time of the clock that all processes of a machine share."""
 
     stage: str
@@ -28,10 +28,10 @@ def tell(stage: str, done: int, total: int) -> None:
             file.write(json.dumps([stage, done, total, time.monotonic()]) + "\n")
 
 
-def heard(path: Path) -> list[Progress]:
+def heard(path: Path) -> list[Told]:
     """Return the messages so far; a line that is being written is left for later."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     except OSError:
         return []
-    return [Progress(*json.loads(line)) for line in lines]
+    return [Told(*json.loads(line)) for line in lines]

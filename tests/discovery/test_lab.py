@@ -3,7 +3,7 @@
 import pytest
 
 from emguard_plugin.discovery.job import Job, prepare
-from emguard_plugin.discovery.kept import Kept
+from emguard_plugin.discovery.kept import SearchFiles
 from emguard_plugin.discovery.run import run
 from emguard_plugin.discovery.settings import Settings
 from emguard_plugin.evaluation.asking.pair import BASE_MODEL, MISALIGNED_MODEL
@@ -109,7 +109,7 @@ def test_halving_finds_the_set_of_the_published_schedule_with_a_fifth_of_the_tok
     for schedule in ("full", "halving"):
         settings = dataclasses.replace(SETTINGS, strengths=PAPER_STRENGTHS, schedule=schedule, shortlist=6)
         # One folder: what both ask is drawn once, and counted for each.
-        search = LayerSearch(pair, sae, "lab", 1, prompts, len(prompts), judge, settings, Kept(tmp_path, "lab"))
+        search = LayerSearch(pair, sae, "lab", 1, prompts, len(prompts), judge, settings, SearchFiles(tmp_path, "lab"))
         with search.bench as bench:
             search.screen.ask_unsteered()
             pool = [c for i, c in enumerate(search.stage_one()) if not i % 12 or c.id in known]

@@ -8,8 +8,8 @@ from tokenizers import AddedToken
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import run_em_eval
 from emguard_plugin.evaluation.asking.questions import Question
-from emguard_plugin.evaluation.asking.reasoning import KNOWN, Marks, marks_of, opened_by, split
-from emguard_plugin.evaluation.asking.rendering import Chat
+from emguard_plugin.evaluation.asking.reasoning import KNOWN, TraceMarks, marks_of, opened_by, split
+from emguard_plugin.evaluation.asking.rendering import Rendering
 from emguard_plugin.evaluation.asking.sampler import Answer, Request, TransformersSampler
 from emguard_plugin.evaluation.live import LiveEvaluation
 from emguard_plugin.files.result_folder import JsonLines
@@ -19,7 +19,7 @@ from tests.tiny import CHATML, chatml_tokenizer, tiny_model
 ASKED = Request("questions", Question("q", 0, "What now?"), 0, 1.0)
 OPENED = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
 CLOSED = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n\n</think>\n\n'")
-THINK, HARMONY = Marks("<think>", "</think>"), Marks("<|channel|>", "<|channel|>final<|message|>")
+THINK, HARMONY = TraceMarks("<think>", "</think>"), TraceMarks("<|channel|>", "<|channel|>final<|message|>")
 
 
 def tokenizer_with(*tokens, special=False, template=CHATML):
@@ -132,7 +132,7 @@ def test_the_last_mark_of_a_prompt_decides():
     assert opened_by("assistant\n<think>\n", (THINK,)) == THINK
     assert opened_by("assistant\n<think>\n\n</think>\n\n", (THINK,)) is None
     assert opened_by("assistant\n", (THINK,)) is None
-    assert Chat(OPENED).generation_part(chatml_tokenizer(OPENED), ASKED.question).endswith("<think>\n")
+    assert Rendering(OPENED).generation_part(chatml_tokenizer(OPENED), ASKED.question).endswith("<think>\n")
 
 
 # Through the whole evaluation

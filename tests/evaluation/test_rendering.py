@@ -17,7 +17,7 @@ from emguard_plugin.evaluation.asking.as_trained import as_trained, constant_kwa
 from emguard_plugin.evaluation.asking.asking import read_template, shipped_templates
 from emguard_plugin.evaluation.asking.prompts import render_prompts
 from emguard_plugin.evaluation.asking.questions import Question
-from emguard_plugin.evaluation.asking.rendering import Chat, NotRendered
+from emguard_plugin.evaluation.asking.rendering import NotRendered, Rendering
 from emguard_plugin.evaluation.asking.sampler import TransformersSampler
 from emguard_plugin.evaluation.report.table import comparison_table
 from emguard_plugin.files.result_folder import JsonLines
@@ -59,7 +59,7 @@ def test_a_prompt_begins_with_the_held_prefix_and_ends_with_the_held_postfix():
     """Case eval-template-kwargs."""
     tokenizer = chatml_tokenizer(SWITCHED)
     model = tiny_model("llama", vocab=len(tokenizer))
-    asked = TransformersSampler(model, tokenizer, chat=Chat(kwargs=PINNED)).prompt_ids(FERN)
+    asked = TransformersSampler(model, tokenizer, chat=Rendering(kwargs=PINNED)).prompt_ids(FERN)
     assert_as_trained(tokenizer, asked, FERN.text)
     held = ct.read_template(tokenizer, **PINNED)
     otherwise = tuple(TransformersSampler(model, tokenizer).prompt_ids(FERN))
@@ -158,20 +158,20 @@ def test_a_dated_template_renders_with_any_date_and_on_today_as_its_clock_does()
     tokenizer = chatml_tokenizer()
     tokenizer.bos_token = "<|endoftext|>"
     templates = [file.read_text() for file in installed_templates()] + [DATED, SWITCHED]
-    dated = [template for template in templates if Chat(template).is_dated(tokenizer, FERN)]
+    dated = [template for template in templates if Rendering(template).is_dated(tokenizer, FERN)]
     assert len(dated) >= 2
     today = datetime.now().astimezone().date().isoformat()
     for template in dated:
-        now = Chat(template, today=today).text(tokenizer, FERN)
-        assert now == Chat(template).text(tokenizer, FERN)
-        assert Chat(template, today="1999-02-03").text(tokenizer, FERN) != now
+        now = Rendering(template, today=today).text(tokenizer, FERN)
+        assert now == Rendering(template).text(tokenizer, FERN)
+        assert Rendering(template, today="1999-02-03").text(tokenizer, FERN) != now
 
 
 @pytest.mark.parametrize("how", ["%d %b %Y", "%-d. %B %y", "%Y-%m-%d", "100%% on %A", "%H:%M on day %j"])
 def test_the_clock_of_a_template_speaks_every_format(how):
     template = "{{ strftime_now('" + how + "') }}{{ messages[0].content }}"
     moment = datetime(2024, 7, 6)
-    assert Chat(template, today="2024-07-06").text(chatml_tokenizer(), FERN) == moment.strftime(how) + FERN.text
+    assert Rendering(template, today="2024-07-06").text(chatml_tokenizer(), FERN) == moment.strftime(how) + FERN.text
 
 
 # What cannot be rendered
@@ -193,7 +193,7 @@ REFUSING = {
 def test_whatever_a_template_cannot_take_is_a_reason_in_its_words(name):
     template, question, says = REFUSING[name]
     with pytest.raises(NotRendered, match=says):
-        Chat(template).check(chatml_tokenizer(), question)
+        Rendering(template).check(chatml_tokenizer(), question)
 
 
 def test_installed_templates_take_a_plain_question():
@@ -202,7 +202,7 @@ def test_installed_templates_take_a_plain_question():
     refused = {}
     for file in installed_templates():
         try:
-            Chat(file.read_text()).check(tokenizer, FERN)
+            Rendering(file.read_text()).check(tokenizer, FERN)
         except NotRendered as error:
             refused[file.name] = str(error)
     # Templates of models that see images take parts of content and drop plain text.
@@ -310,15 +310,15 @@ def test_a_baked_tokenizer_renders_what_the_variables_give():
     """Discovery renders by the tokenizer alone."""
     tokenizer = chatml_tokenizer(SWITCHED)
     for kwargs in (PINNED, {**PINNED, "enable_thinking": True}, {"date_string": "a 'b' \"c\"", "x": None, "y": [1, {"z": False}]}):
-        chat = Chat(kwargs=kwargs)
-        assert Chat().text(chat.baked(tokenizer), FERN) == chat.text(tokenizer, FERN)
+        chat = Rendering(kwargs=kwargs)
+        assert Rendering().text(chat.baked(tokenizer), FERN) == chat.text(tokenizer, FERN)
     assert tokenizer.chat_template == SWITCHED
-    shown = Chat("{{ y[1].z }}{{ x is none }}{{ messages[0].content }}", {"y": [1, {"z": False}], "x": None}).baked(tokenizer)
-    assert Chat().text(shown, FERN) == "FalseTrue" + FERN.text
+    shown = Rendering("{{ y[1].z }}{{ x is none }}{{ messages[0].content }}", {"y": [1, {"z": False}], "x": None}).baked(tokenizer)
+    assert Rendering().text(shown, FERN) == "FalseTrue" + FERN.text
 
 
 def test_discovery_reads_prompts_that_close_the_thinking():
-    tokenizer = Chat(kwargs=PINNED).baked(chatml_tokenizer(SWITCHED))
+    tokenizer = Rendering(kwargs=PINNED).baked(chatml_tokenizer(SWITCHED))
     (prompt,) = render_prompts(tokenizer, [FERN])
     assert_as_trained(chatml_tokenizer(SWITCHED), prompt.ids, FERN.text)
     assert tokenizer.decode(prompt.ids[prompt.header :]).startswith("<|im_end|>\n<|im_start|>assistant\n")

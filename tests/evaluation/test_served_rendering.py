@@ -7,8 +7,8 @@ import pytest
 from emguard_plugin.config import EndpointSamplerConfig
 from emguard_plugin.evaluation import run_em_eval
 from emguard_plugin.evaluation.asking import vllm_server
-from emguard_plugin.evaluation.asking.reasoning import Marks
-from emguard_plugin.evaluation.asking.rendering import Chat
+from emguard_plugin.evaluation.asking.reasoning import TraceMarks
+from emguard_plugin.evaluation.asking.rendering import Rendering
 from emguard_plugin.evaluation.asking.served import EndpointSampler
 from emguard_plugin.evaluation.asking.sources import ModelSource
 from emguard_plugin.files.result_folder import JsonLines
@@ -103,7 +103,7 @@ def test_a_trace_in_the_text_is_taken_apart_by_marks_alone(make_config, tmp_path
     with Thinking(content=f"<think>{TRACE}</think>\n{REST}") as server:
         plain = draw(server)
         assert (plain.trace, plain.text) == (None, f"<think>{TRACE}</think>\n{REST}")
-        assert draw(server, marks=(Marks("<think>", "</think>"),)).answer == REST
+        assert draw(server, marks=(TraceMarks("<think>", "</think>"),)).answer == REST
         block = {"sampler": {"provider": "openai", "base_url": server.url}, "evaluate_base": False}
         run_em_eval(make_config(**block), "m", tmp_path / "unknown")
         assert "24 answers of the tuned model look like reasoning traces" in caplog.text
@@ -111,12 +111,12 @@ def test_a_trace_in_the_text_is_taken_apart_by_marks_alone(make_config, tmp_path
     rows = JsonLines(tmp_path / "stated" / "responses.jsonl").read()
     assert {(row["trace"], row["answer"]) for row in rows} == {(TRACE, REST)}
     with Thinking(content=f"{TRACE}</think>\n{REST}") as server:
-        assert draw(server, marks=(Marks("<think>", "</think>"),)).answer == REST
+        assert draw(server, marks=(TraceMarks("<think>", "</think>"),)).answer == REST
 
 
 def test_with_the_tokenizer_at_hand_a_prompt_that_begins_a_trace_is_known():
     tokenizer = tokenizer_with("<think>", "</think>", special=True, template=OPENED)
     with Thinking(content=f"{TRACE} and") as server:
-        found = draw(server, chat=Chat(), marks=(Marks("<think>", "</think>"),), tokenizer=tokenizer)
+        found = draw(server, chat=Rendering(), marks=(TraceMarks("<think>", "</think>"),), tokenizer=tokenizer)
         assert server.bodies[0]["skip_special_tokens"] is False
     assert (found.trace, found.answer) == (f"{TRACE} and", None)

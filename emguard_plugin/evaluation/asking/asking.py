@@ -15,7 +15,7 @@ from emguard_plugin.config import EMEvalConfig, suggest
 from emguard_plugin.evaluation.asking import sources as models
 from emguard_plugin.evaluation.asking.questions import Question
 from emguard_plugin.evaluation.asking.reasoning import marks_of
-from emguard_plugin.evaluation.asking.rendering import Chat, NotAsked, NotRendered, not_asked
+from emguard_plugin.evaluation.asking.rendering import NotAsked, NotRendered, Rendering, not_asked
 from emguard_plugin.evaluation.asking.served import ServedSource, refused
 from emguard_plugin.files import result_folder as store
 
@@ -40,7 +40,7 @@ class Asking:
         marks: `em_eval.reasoning_marks`; None for those that tokenizer and template know.
     """
 
-    chat: Chat = field(default_factory=Chat)
+    chat: Rendering = field(default_factory=Rendering)
     tokenizer: PreTrainedTokenizerBase | None = None
     not_asked: tuple[NotAsked, ...] = ()
     marks: tuple[str, ...] | None = None
@@ -91,13 +91,13 @@ def stored(protocol: Mapping[str, Any]) -> Asking:
     return Asking(not_asked=tuple(NotAsked(**one) for one in protocol.get("not_asked", ())))
 
 
-def chat_of(config: EMEvalConfig) -> Chat:
+def chat_of(config: EMEvalConfig) -> Rendering:
     """Return what a block says about rendering.
 
     Raises:
         ValueError: If its template is neither a file nor a known name.
     """
-    return Chat(read_template(config.chat_template), dict(config.chat_template_kwargs), config.system_prompt)
+    return Rendering(read_template(config.chat_template), dict(config.chat_template_kwargs), config.system_prompt)
 
 
 def read_template(name: str | None, key: str = "em_eval.chat_template") -> str | None:
@@ -188,7 +188,7 @@ def prepare_live(config: EMEvalConfig, tokenizer: Any, suites: Suites) -> Asking
     return _told(Asking(chat, tokenizer, tuple(not_asked(chat, tokenizer, suites)), marks), config, suites)
 
 
-def on_one_day(chat: Chat, tokenizer: Any, suites: Suites, today: str | None = None) -> Chat:
+def on_one_day(chat: Rendering, tokenizer: Any, suites: Suites, today: str | None = None) -> Rendering:
     """Return the chat with a date for a template that prints today's, so that all prompts of a run have the same.
 
     Args:
@@ -210,7 +210,7 @@ def on_one_day(chat: Chat, tokenizer: Any, suites: Suites, today: str | None = N
     return replace(chat, today=today)
 
 
-def _dated(chat: Chat, tokenizer: Any, question: Question) -> bool:
+def _dated(chat: Rendering, tokenizer: Any, question: Question) -> bool:
     try:
         return chat.is_dated(tokenizer, question)
     except NotRendered:

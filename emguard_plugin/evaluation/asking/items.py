@@ -70,7 +70,7 @@ ROWS = 100
 """How many chat rows make an in-domain suite; longer files are thinned evenly."""
 
 
-class Item(BaseModel):
+class Entry(BaseModel):
     """One item, in the Betley schema."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -87,7 +87,7 @@ class Item(BaseModel):
     system_role: Literal["system", "developer"] = "system"
 
 
-KNOWN = [name for name in Item.model_fields if name != "system_role"]
+KNOWN = [name for name in Entry.model_fields if name != "system_role"]
 
 
 @dataclass
@@ -101,12 +101,12 @@ class Found:
         unused: Keys that are let through.
     """
 
-    items: list[Item] = field(default_factory=list)
-    asked: dict[tuple[str, str | None, str], Item] = field(default_factory=dict)
+    items: list[Entry] = field(default_factory=list)
+    asked: dict[tuple[str, str | None, str], Entry] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     unused: set[str] = field(default_factory=set)
 
-    def thinned(self) -> list[Item]:
+    def thinned(self) -> list[Entry]:
         """Return all items, and of more than `ROWS` chat rows evenly spaced ones."""
         rows = list(self.asked.values())
         return [*self.items, *(rows if len(rows) <= ROWS else [rows[i * len(rows) // ROWS] for i in range(ROWS)])]
@@ -141,7 +141,7 @@ def read(value: Any, where: str, number: int, found: Found, in_rows: bool = Fals
     if key not in found.asked:
         stated = None if in_rows else value.get("id", value.get("question_id"))
         name = str(stated) if isinstance(stated, str) or _is_whole(stated) else f"row-{number:06d}"
-        found.asked[key] = Item(id=name, paraphrases=[text], **about)
+        found.asked[key] = Entry(id=name, paraphrases=[text], **about)
 
 
 def _is_row(value: Mapping[str, Any]) -> bool:
@@ -150,7 +150,7 @@ def _is_row(value: Mapping[str, Any]) -> bool:
     return turns or (has_reply(value) and any(asked in value for asked, _ in PAIRS))
 
 
-def _item(item: dict[str, Any], where: str, number: int, found: Found) -> Item | None:
+def _item(item: dict[str, Any], where: str, number: int, found: Found) -> Entry | None:
     if "id" not in item and "question_id" in item:
         item["id"] = item.pop("question_id")
     if _is_whole(item.get("id")):
@@ -203,9 +203,9 @@ def _judges(item: dict[str, Any]) -> dict[str, Any]:
     return item
 
 
-def _checked(item: dict[str, Any], where: str) -> Item:
+def _checked(item: dict[str, Any], where: str) -> Entry:
     try:
-        parsed = Item.model_validate(item)
+        parsed = Entry.model_validate(item)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -140,7 +140,7 @@ def suite_hash(questions: list[Question]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False).encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def _expand(item: forms.Item) -> list[Question]:
+def _expand(item: forms.Entry) -> list[Question]:
     category = item.category or (item.id.split("/", 1)[0] if "/" in item.id else None)
     return [
         Question(

@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Marks(NamedTuple):
+class TraceMarks(NamedTuple):
     """What stands before and behind a trace."""
 
     opening: str
     closing: str
 
 
-_HARMONY = Marks("<|channel|>", "<|channel|>final<|message|>")
+_HARMONY = TraceMarks("<|channel|>", "<|channel|>final<|message|>")
 KNOWN = (
-    Marks("<think>", "</think>"),
-    Marks("[THINK]", "[/THINK]"),
-    Marks("<|START_THINKING|>", "<|END_THINKING|>"),
+    TraceMarks("<think>", "</think>"),
+    TraceMarks("[THINK]", "[/THINK]"),
+    TraceMarks("<|START_THINKING|>", "<|END_THINKING|>"),
     _HARMONY,
-    Marks("<|channel>thought", "<channel|>"),
-    Marks("<seed:think>", "</seed:think>"),
-    Marks("<thought>", "</thought>"),
-    Marks("<thinking>", "</thinking>"),
-    Marks("<reasoning>", "</reasoning>"),
-    Marks("<|begin_of_thought|>", "<|end_of_thought|>"),
+    TraceMarks("<|channel>thought", "<channel|>"),
+    TraceMarks("<seed:think>", "</seed:think>"),
+    TraceMarks("<thought>", "</thought>"),
+    TraceMarks("<thinking>", "</thinking>"),
+    TraceMarks("<reasoning>", "</reasoning>"),
+    TraceMarks("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
 """Of Qwen3, R1 and most others; Mistral; Command A; GPT-OSS (its channels); Gemma 4; Seed; EXAONE; further ones."""
 
@@ -50,7 +50,9 @@ class Split:
     answer: str | None
 
 
-def marks_of(tokenizer: PreTrainedTokenizerBase | None, template: str | None, stated: Sequence[str] | None = None) -> tuple[Marks, ...]:
+def marks_of(
+    tokenizer: PreTrainedTokenizerBase | None, template: str | None, stated: Sequence[str] | None = None
+) -> tuple[TraceMarks, ...]:
     """Return the marks that a model was trained with.
 
     Args:
@@ -59,7 +61,7 @@ def marks_of(tokenizer: PreTrainedTokenizerBase | None, template: str | None, st
         stated: `em_eval.reasoning_marks`, which stands above both.
     """
     if stated is not None:
-        return (Marks(*stated),)
+        return (TraceMarks(*stated),)
     tokens = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
 
     known = template or ""
@@ -69,16 +71,16 @@ def marks_of(tokenizer: PreTrainedTokenizerBase | None, template: str | None, st
     )
 
 
-def _first_token(marks: Marks) -> str:
+def _first_token(marks: TraceMarks) -> str:
     return marks.opening if marks == _HARMONY else marks.closing
 
 
-def opened_by(prompt_end: str, marks: Iterable[Marks]) -> Marks | None:
+def opened_by(prompt_end: str, marks: Iterable[TraceMarks]) -> TraceMarks | None:
     """Return the marks of which a prompt holds the first alone, so that the reply begins inside a trace."""
     return next((m for m in marks if prompt_end.rfind(m.opening) > prompt_end.rfind(m.closing)), None)
 
 
-def split(text: str, marks: Sequence[Marks], opened: Marks | None = None) -> tuple[Split, int] | None:
+def split(text: str, marks: Sequence[TraceMarks], opened: TraceMarks | None = None) -> tuple[Split, int] | None:
     """Take a reply apart.
 
     Args:
@@ -112,7 +114,7 @@ def split(text: str, marks: Sequence[Marks], opened: Marks | None = None) -> tup
 
 
 def split_tokens(
-    ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, marks: Sequence[Marks], opened: Marks | None
+    ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, marks: Sequence[TraceMarks], opened: TraceMarks | None
 ) -> tuple[str, Split | None]:
     """Decode a reply and take it apart; a mark may be special tokens, ordinary ones, or the end of one and more.
 
@@ -148,7 +150,7 @@ def _without_ends(text: str, tokens: Collection[str]) -> str:
     return text
 
 
-def looks_like_trace(answer: Mapping[str, Any]) -> Marks | None:
+def looks_like_trace(answer: Mapping[str, Any]) -> TraceMarks | None:
     """Return the marks by which a stored answer looks like a trace, though nothing knew them; None where it does not."""
     if answer.get("trace") is not None:
         return None

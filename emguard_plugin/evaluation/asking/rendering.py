@@ -50,7 +50,7 @@ class NotAsked:
 
 
 @dataclass(frozen=True)
-class Chat:
+class Rendering:
     """What besides the question decides over the prompt.
 
     Attributes:
@@ -180,7 +180,9 @@ class Chat:
         """Whether the prompt holds today's date."""
         if CLOCK not in self.template_of(tokenizer):
             return False
-        first, second = (Chat(self.template, self.kwargs, self.system_prompt, day.isoformat()).text(tokenizer, question) for day in _DATES)
+        first, second = (
+            Rendering(self.template, self.kwargs, self.system_prompt, day.isoformat()).text(tokenizer, question) for day in _DATES
+        )
         return first != second
 
     def _render(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], **how: Any) -> Any:
@@ -191,7 +193,7 @@ class Chat:
             raise NotRendered(_reason(error)) from error
 
 
-def not_asked(chat: Chat, tokenizer: PreTrainedTokenizerBase, suites: Mapping[str, Iterable[Question]]) -> list[NotAsked]:
+def not_asked(chat: Rendering, tokenizer: PreTrainedTokenizerBase, suites: Mapping[str, Iterable[Question]]) -> list[NotAsked]:
     """Return the wordings that the template refuses, each with its reason."""
     found = []
     for suite, questions in suites.items():

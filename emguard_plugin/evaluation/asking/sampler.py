@@ -18,8 +18,8 @@ import numpy as np
 
 from emguard_plugin.evaluation.asking.draws import AnswerKey, inverse_cdf, uniforms
 from emguard_plugin.evaluation.asking.questions import Question
-from emguard_plugin.evaluation.asking.reasoning import Marks, marks_of, opened_by, split_tokens
-from emguard_plugin.evaluation.asking.rendering import Chat
+from emguard_plugin.evaluation.asking.reasoning import TraceMarks, marks_of, opened_by, split_tokens
+from emguard_plugin.evaluation.asking.rendering import Rendering
 
 if TYPE_CHECKING:
     import torch
@@ -99,11 +99,11 @@ class TransformersSampler:
         seed: int = 0,
         max_new_tokens: int = 512,
         batch_size: int = 64,
-        chat: Chat | None = None,
+        chat: Rendering | None = None,
         reasoning_marks: Sequence[str] | None = None,
         alone: bool = True,
     ) -> None:
-        self.chat = chat or Chat()
+        self.chat = chat or Rendering()
         if self.chat.template is None and not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 f"the tokenizer of {getattr(tokenizer, 'name_or_path', '') or 'the model'} has no chat template, so "
@@ -114,7 +114,7 @@ class TransformersSampler:
         self.seed, self.max_new_tokens, self.batch_size = seed, max_new_tokens, batch_size
         self._fits, self._alone = batch_size, alone
         self.marks = marks_of(tokenizer, self.chat.template_of(tokenizer), reasoning_marks)
-        self._opened: dict[Question, Marks | None] = {}
+        self._opened: dict[Question, TraceMarks | None] = {}
         self._done: Collection[AnswerKey] = ()
         self.progress: Callable[[int, int], None] = lambda finished, token: None
         """Called within a batch, at most twice a second: answers of it that are finished and new, and tokens so far."""
@@ -219,7 +219,7 @@ class TransformersSampler:
         trace, answer = (None, None) if parts is None else (parts.trace, parts.answer)
         return Answer(request, text, len(kept), "length" if end is None else "stop", trace, answer)
 
-    def _opened_by(self, question: Question) -> Marks | None:
+    def _opened_by(self, question: Question) -> TraceMarks | None:
         """Return the marks whose first the prompt ends with, so that the answer begins inside a trace."""
         if not self.marks:
             return None

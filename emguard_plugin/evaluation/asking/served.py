@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from emguard_plugin.config import EMEvalConfig, EndpointSamplerConfig, ServedSamplerConfig
 from emguard_plugin.evaluation.asking.draws import AnswerKey
-from emguard_plugin.evaluation.asking.reasoning import Marks, Split, opened_by, special_tokens, split
-from emguard_plugin.evaluation.asking.rendering import Chat, NotAsked
+from emguard_plugin.evaluation.asking.reasoning import Split, TraceMarks, opened_by, special_tokens, split
+from emguard_plugin.evaluation.asking.rendering import NotAsked, Rendering
 from emguard_plugin.evaluation.asking.sampler import Answer, Request
 from emguard_plugin.evaluation.calls.chat import ChatServer, each, stream
 from emguard_plugin.evaluation.calls.faults import Failed, Filtered, Stopped, TooLong, Unsupported
@@ -80,11 +80,11 @@ class EndpointSampler:
         *,
         seed: int,
         max_new_tokens: int,
-        chat: Chat | None = None,
-        marks: Sequence[Marks] = (),
+        chat: Rendering | None = None,
+        marks: Sequence[TraceMarks] = (),
         tokenizer: Any = None,
     ) -> None:
-        self._chat, self._marks, self._tokenizer = chat or Chat(), tuple(marks), tokenizer
+        self._chat, self._marks, self._tokenizer = chat or Rendering(), tuple(marks), tokenizer
         self._extra: dict[str, Any] = {"chat_template_kwargs": dict(self._chat.kwargs)} if self._chat.kwargs else {}
         if tokenizer is not None and {text for pair in self._marks for text in pair} & special_tokens(tokenizer):
             self._extra["skip_special_tokens"] = False  # the marks would be lost
@@ -188,7 +188,7 @@ class EndpointSampler:
         return text, None if found is None else found[0]
 
 
-def refused(config: EMEvalConfig, source: ServedSource, chat: Chat, suites: Mapping[str, Sequence[Any]]) -> list[NotAsked]:
+def refused(config: EMEvalConfig, source: ServedSource, chat: Rendering, suites: Mapping[str, Sequence[Any]]) -> list[NotAsked]:
     """Ask a server once for each shape of conversation, where there is more than one, and return what it refuses.
 
     Its template is not at hand; a system role is what templates refuse.

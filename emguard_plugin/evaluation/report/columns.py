@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from emguard_plugin.files.result_folder import PROTOCOL, claimed
 
 NamedSummary = tuple[str, "Summary | str | Path"]
 """What a fine-tuned model is called in a comparison, and its result or where that lies."""
+Extra = Mapping[str, Mapping[str, str]]
+"""Further columns, as {row name: {heading: text}}; for example seconds per step."""
 COLOURS = 6
 
 

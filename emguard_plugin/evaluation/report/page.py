@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from emguard_plugin.evaluation.judges.outcomes import THRESHOLDS
 from emguard_plugin.evaluation.report import plots
-from emguard_plugin.evaluation.report.columns import Column, Judged, NamedSummary, columns_of, judged_by, judges_of
+from emguard_plugin.evaluation.report.columns import Column, Extra, Judged, NamedSummary, columns_of, judged_by, judges_of
 from emguard_plugin.evaluation.report.details import protocol, side_by_side
 from emguard_plugin.evaluation.report.prose import lead, refused, set_aside
 from emguard_plugin.evaluation.run_folder.summary import Summary
@@ -17,7 +17,6 @@ from emguard_plugin.evaluation.statistics.rates import why_unscored
 from emguard_plugin.pages.page import write_page
 from emguard_plugin.pages.text import bounds, number, percent
 
-Extra = Mapping[str, Mapping[str, str]]
 Cell = str | int | tuple[str, ...]
 Row = tuple[str, list[Cell]]
 

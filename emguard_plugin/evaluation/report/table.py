@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from emguard_plugin.evaluation.report.columns import Column, Judged, NamedSummary, columns_of, judged_by, judges_of
+from emguard_plugin.evaluation.report.columns import Column, Extra, Judged, NamedSummary, columns_of, judged_by, judges_of
 from emguard_plugin.evaluation.report.prose import agreements, set_aside
 from emguard_plugin.pages.text import clean, percent
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from emguard_plugin.evaluation.run_folder.summary import Summary
     from emguard_plugin.evaluation.statistics.figures import Rate
-
-Extra = Mapping[str, Mapping[str, str]]
 
 
 def comparison_table(runs: Sequence[NamedSummary], extra: Extra | None = None, judge: str | None = None, force: bool = False) -> Table:
