@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from emguard_plugin.axolotl_plugin.hosts import PLUGIN_NAMES, finds_plugins
 from emguard_plugin.config import METHODS
 from emguard_plugin.regularizers.preview import preview_of
 
-PLUGIN_NAMES = ("emguard_plugin.EMGuardPlugin", "emguard_plugin.axolotl_plugin.plugin.EMGuardPlugin")
 # Plugins that bring a trainer class of their own, and the key that switches it on (None: always).
 TRAINER_PLUGINS = {
     "axolotl.integrations.kd.KDPlugin": "kd_trainer",
@@ -82,6 +82,7 @@ def find_conflicts(cfg: Mapping[str, Any], world_size: int | None = None) -> lis
     for i, plugin in enumerate(listed_plugins(cfg)):
         name = plugin if plugin.startswith("axolotl.") else f"axolotl.integrations.{plugin}"
         if name in TRAINER_PLUGINS and ((switch := TRAINER_PLUGINS[name]) is None or cfg.get(switch)):
-            order = "would win over" if ours is None or i < ours else "expects its own trainer instead of"
+            wins = not finds_plugins() and (ours is None or i < ours)  # found by its entry point, ours comes first
+            order = "would win over" if wins else "expects its own trainer instead of"
             found.append(f"the plugin {plugin} {order} emguard's trainer. Remove one of the two.")
     return found

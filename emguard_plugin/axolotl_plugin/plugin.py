@@ -13,9 +13,8 @@ try:
     from axolotl.integrations.base import BasePlugin
     from axolotl.utils.logging import get_logger
 
-    from emguard_plugin.axolotl_plugin.asked import MODELS, look_at_settings, plain
-    from emguard_plugin.config import read_once
-    from emguard_plugin.config.settings_file import search_beside
+    from emguard_plugin.axolotl_plugin.hosts import PLUGIN_NAMES, finds_plugins
+    from emguard_plugin.config.names import BLOCKS, misplaced_blocks, misspelt_blocks
     from emguard_plugin.files.progress import VARIABLE
 except ImportError as exc:  # Axolotl catches this one while it loads a plugin, and trains on without it
     raise RuntimeError(
@@ -28,6 +27,9 @@ LOG = get_logger("axolotl.emguard")  # Axolotl shows INFO of loggers with its ow
 
 def _config(cfg: Any, name: str) -> Any:
     """Return a block that Axolotl's schema has validated and handed on as a dictionary."""
+    from emguard_plugin.axolotl_plugin.asked import MODELS, plain
+    from emguard_plugin.config import read_once
+
     return read_once(MODELS[name], plain(cfg.get(name)), name)
 
 
@@ -41,14 +43,29 @@ def _is_rank_0() -> bool:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
+def _listed(cfg: Any) -> bool:
+    plugins = cfg.get("plugins") or []
+    return any(name in PLUGIN_NAMES for name in (plugins if isinstance(plugins, list | tuple) else [plugins]))
+
+
+def _is_ours(plugin: Any) -> bool:
+    return (type(plugin).__module__, type(plugin).__name__) == (__name__, EMGuardPlugin.__name__)
+
+
 class EMGuardPlugin(BasePlugin):
-    """`plugins: [emguard_plugin.EMGuardPlugin]`."""
+    """`plugins: [emguard_plugin.EMGuardPlugin]`; Axolotl 0.21 and later find it by its entry point.
+
+    So it is asked about every configuration there. Where that has nothing of ours, it adds no keys to Axolotl's schema and imports
+    nothing more.
+    """
 
     _announced: Any = None
+    _acts = True
+    """Whether the configuration is ours, and no other instance acts for it."""
 
-    def get_input_args(self) -> str:
+    def get_input_args(self) -> str | None:
         """Return the path of the pydantic class that adds our keys."""
-        return "emguard_plugin.axolotl_plugin.args.EMGuardArgs"
+        return "emguard_plugin.axolotl_plugin.args.EMGuardArgs" if self._acts else None
 
     def register(self, cfg: Any) -> None:
         """Read the raw YAML, before unknown keys are dropped and before the whole configuration is printed.
@@ -57,17 +74,28 @@ class EMGuardPlugin(BasePlugin):
             ValueError: for a misspelt, misplaced, empty or faulty block, and for a key that stands twice in one.
             SecretInConfigError: for a key of an API in a block.
         """
-        from emguard_plugin.axolotl_plugin.conflicts import PLUGIN_NAMES, listed_plugins
-
-        if not set(listed_plugins(cfg)) & set(PLUGIN_NAMES):
+        self._acts = self._asked(cfg)
+        if not self._acts:
             return
+        from emguard_plugin.axolotl_plugin.asked import look_at_settings
+
         look_at_settings(cfg)
-        if cfg.get("em_regularizer") is None:
+        if cfg.get("em_regularizer") is None and _listed(cfg):
             LOG.warning("EMGuardPlugin is listed but there is no `em_regularizer:` block: this run is NOT regularized.")
         reentrant_default = cfg.get("gradient_checkpointing") and not cfg.get("gradient_checkpointing_kwargs")
         if cfg.get("em_regularizer") and reentrant_default and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             LOG.info("em_regularizer: setting gradient_checkpointing_kwargs to {use_reentrant: false}")
             cfg["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+
+    def _asked(self, cfg: Any) -> bool:
+        from axolotl.integrations.base import PluginManager
+
+        if next((plugin for plugin in PluginManager.get_instance().plugins.values() if _is_ours(plugin)), self) is not self:
+            return False  # the entry point's acts, or the one that is listed under our other name
+        if _listed(cfg):
+            return True
+        # Axolotl keeps plugins of earlier configurations in one process: not listed means ours only where nobody need list us.
+        return finds_plugins() and bool(any(block in cfg for block in BLOCKS) or misspelt_blocks(list(cfg)) or misplaced_blocks(cfg))
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Look at files, judges and servers: this hook is the first that `axolotl train` calls and `merge-lora` does not.
@@ -75,8 +103,10 @@ class EMGuardPlugin(BasePlugin):
         Raises:
             ValueError: when one cannot work.
         """
-        if preprocess or not (cfg.em_regularizer or cfg.em_eval):
+        if preprocess or not self._acts or not (cfg.em_regularizer or cfg.em_eval):
             return
+        from emguard_plugin.config.settings_file import search_beside
+
         search_beside(_folder(cfg))
         if cfg.em_regularizer:
             from emguard_plugin.regularizers.preview import check_inputs
@@ -91,7 +121,7 @@ class EMGuardPlugin(BasePlugin):
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
         """Return our trainer when a regularizer is asked for."""
-        if not cfg.em_regularizer:
+        if not self._acts or not cfg.em_regularizer:
             return None
         from emguard_plugin.axolotl_plugin.trainer import AxolotlEMGuardTrainer
 
@@ -99,7 +129,7 @@ class EMGuardPlugin(BasePlugin):
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
         """Return what tells the program that started this run where it is, if it asked."""
-        if not os.environ.get(VARIABLE):
+        if not self._acts or not os.environ.get(VARIABLE):
             return []
         from emguard_plugin.training.steps import StepsCallback
 
@@ -111,7 +141,7 @@ class EMGuardPlugin(BasePlugin):
         Raises:
             RuntimeError: when another plugin's trainer won.
         """
-        if not cfg.em_regularizer:
+        if not self._acts or not cfg.em_regularizer:
             return []
         from emguard_plugin.regularizers import build_regularizers
         from emguard_plugin.training.mixin import EMRegularizerMixin
@@ -125,7 +155,7 @@ class EMGuardPlugin(BasePlugin):
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """Say who measures: `axolotl.train.train()`, called from Python, never gets to `post_train_unload`."""
-        if not cfg.em_eval or not _is_rank_0() or self._announced is cfg:
+        if not self._acts or not cfg.em_eval or not _is_rank_0() or self._announced is cfg:
             return
         self._announced = cfg  # this hook is called before and after the save
         path = cfg.axolotl_config_path or "YAML"
@@ -136,7 +166,7 @@ class EMGuardPlugin(BasePlugin):
 
     def post_train_unload(self, cfg: Any) -> None:
         """Measure the EM rate of the saved model, on rank 0, in a process of its own."""
-        if not cfg.em_eval or not _is_rank_0():
+        if not self._acts or not cfg.em_eval or not _is_rank_0():
             return
         from emguard_plugin.evaluation.asking.as_trained import as_trained, saved_template
         from emguard_plugin.evaluation.post_train import measure_saved_model

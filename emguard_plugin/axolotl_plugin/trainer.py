@@ -8,7 +8,7 @@ from typing import Any
 
 from axolotl.core.trainers.base import AxolotlTrainer
 
-from emguard_plugin.axolotl_plugin.conflicts import PLUGIN_NAMES
+from emguard_plugin.axolotl_plugin.hosts import PLUGIN_NAMES, finds_plugins
 from emguard_plugin.chats import Chat
 from emguard_plugin.training.mixin import EMRegularizerMixin
 
@@ -17,7 +17,7 @@ class AxolotlEMGuardTrainer(EMRegularizerMixin, AxolotlTrainer):
     """`AxolotlTrainer` plus `EMRegularizerMixin`.
 
     `EMGuardPlugin` selects it. Naming it as `trainer_cls: emguard_plugin.AxolotlEMGuardTrainer` as well makes a missing or
-    misspelt plugin an error: Axolotl skips a plugin that it cannot import, but not a trainer.
+    misspelt plugin an error: before 0.21 Axolotl skips a plugin that it cannot import, but not a trainer.
     """
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -33,7 +33,7 @@ class AxolotlEMGuardTrainer(EMRegularizerMixin, AxolotlTrainer):
 
         plugins = PluginManager.get_instance().plugins
         listed = self.axolotl_cfg.plugins or []
-        if not any(name in PLUGIN_NAMES and name in listed for name in plugins):
+        if not any(name in PLUGIN_NAMES and (name in listed or finds_plugins()) for name in plugins):
             raise RuntimeError(
                 "`trainer_cls: emguard_plugin.AxolotlEMGuardTrainer` without the plugin: any `em_regularizer:` block was "
                 "dropped. Add `plugins: [emguard_plugin.EMGuardPlugin]`."

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from emguard_plugin.axolotl_plugin.conflicts import PLUGIN_NAMES, find_conflicts, listed_plugins
+from emguard_plugin.axolotl_plugin.conflicts import find_conflicts, listed_plugins
+from emguard_plugin.axolotl_plugin.hosts import PLUGIN_NAMES, finds_plugins, skips_missing_plugins
 from emguard_plugin.check import data
 from emguard_plugin.check.facts import YamlFacts
 from emguard_plugin.check.host import is_trl
@@ -114,16 +115,19 @@ def _check_plugin(cfg: Mapping[str, Any], found: Findings) -> None:
         )
     plugins = listed_plugins(cfg)
     asked = [b for b in BLOCKS if b in cfg]
-    if asked and not set(plugins) & set(PLUGIN_NAMES):
+    if asked and not set(plugins) & set(PLUGIN_NAMES) and not finds_plugins():
         found.problems.append(
-            f"`{asked[0]}:` is set but the plugin is not listed, so Axolotl drops the block without a word. Add "
+            f"`{asked[0]}:` is set but the plugin is not listed, so Axolotl before 0.21 drops the block without a word. Add "
             "`plugins: [emguard_plugin.EMGuardPlugin]`."
         )
+    for plugin in (p for p in plugins if p.partition(".")[0] == "emguard_plugin" and p not in PLUGIN_NAMES):
+        found.problems.append(f"`plugins: {shown(plugin)}` is no plugin of emguard's. Did you mean `{PLUGIN_NAMES[0]}`?")
     for plugin in plugins:
         module = plugin.rpartition(".")[0]
         names = [module, f"axolotl.integrations.{module}"]
         if not any(_importable(name) for name in names if name):
-            found.problems.append(f"the plugin `{shown(plugin)}` cannot be imported; Axolotl would go on without it.")
+            then = "Axolotl would go on without it" if skips_missing_plugins() else "Axolotl stops at it, before 0.21 it goes on without"
+            found.problems.append(f"the plugin `{shown(plugin)}` cannot be imported; {then}.")
     if asked and not _importable("axolotl"):
         found.notes.append("axolotl is not installed here.")
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 
+from emguard_plugin.axolotl_plugin.hosts import axolotl_version, finds_plugins, skips_missing_plugins
 from emguard_plugin.check import check_config
 from tests.e2e.axolotl_runs import Failed, read_log, train, validate
 from tests.e2e.tiny_run import PLUGIN, column, penalties, tiny_yaml, treft
@@ -114,7 +115,8 @@ def watch_compute_loss():
         row = {
             "accumulated": self.current_gradient_accumulation_steps,
             "last": self.accelerator.sync_gradients,
-            "divides": (not self.model_accepts_loss_kwargs or num_items_in_batch is None) and self.compute_loss_func is None,
+            "divides": not (self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)),
+            "ours": self._host_divides(num_items_in_batch),
             "callbacks": sum(type(c).__name__ == "TReFTCallback" for c in self.callback_handler.callbacks),
             "tokenizer": hasattr(self.processing_class, "chat_template"),
             "step": self.state.global_step,
@@ -134,7 +136,8 @@ def test_what_the_trainer_is_like_inside_compute_loss(axolotl, tiny, tmp_path):
     assert [r["accumulated"] for r in rows] == [2, 2, 2, 2, 1, 2, 2]
     assert [r["last"] for r in rows] == [False, True, False, True, True, False, True]
     assert [r["step"] for r in rows] == [0, 0, 1, 1, 2, 3, 3]
-    assert all(r["divides"] and r["callbacks"] == 1 and r["tokenizer"] for r in rows)
+    assert all(r["divides"] == r["ours"] and r["callbacks"] == 1 and r["tokenizer"] for r in rows)
+    assert {r["divides"] for r in rows} == {axolotl_version() < (0, 21)}, "since 0.21 a Llama's loss is normalised by the step's tokens"
 
 
 # Loading
@@ -188,15 +191,28 @@ def validate_text(text):
 
 def test_axolotl_itself_would_drop_a_misspelt_block(axolotl, tiny, tmp_path):
     """The reason for `register`; when this fails, Axolotl has become strict."""
-    found = axolotl.call(validate, tmp_path, tiny_yaml(tiny, plugins=[NEUTRAL], em_regulariser={"treft": {}}))
+    found = axolotl.call(without_us, tmp_path, tiny_yaml(tiny, plugins=[NEUTRAL], em_regulariser={"treft": {}}))
     assert "em_regulariser" not in found
 
 
+def without_us(config):
+    """Validate as if emguard were not installed."""
+    import axolotl.integrations.base as host
+
+    if finds_plugins():
+        host._plugin_entry_points, host._plugin_entry_points_source = (), host.entry_points
+    host.PluginManager.get_instance().plugins.clear()
+    return validate(config)
+
+
 def with_broken(module, config):
+    from axolotl.integrations.base import PluginManager
+
     """Train while `module` cannot be imported, as with a half-installed package."""
     for name in [n for n in sys.modules if n.split(".")[0] == "emguard_plugin"]:
         del sys.modules[name]
     sys.modules[module] = None
+    PluginManager.get_instance().plugins.clear()
     validate(config)
     train(config)
 
@@ -241,21 +257,78 @@ def test_without_axolotl_the_plugin_says_what_to_install(axolotl, tmp_path):
     assert "pip install 'emguard-plugin[axolotl]'" in message
 
 
-def test_a_misspelt_package_is_swallowed_by_axolotl_and_reported_by_check(axolotl, tiny, tmp_path, check):
+def test_a_misspelt_package_is_swallowed_before_0_21_and_reported_by_check(axolotl, tiny, tmp_path, check):
     over = {"plugins": ["emgaurd_plugin.EMGuardPlugin"], **treft()}
+    assert "`emgaurd_plugin.EMGuardPlugin` cannot be imported" in check(**over)
+    if not skips_missing_plugins():
+        with pytest.raises(Failed, match="No module named 'emgaurd_plugin'"):
+            axolotl.call(train, tmp_path / "refused", tiny_yaml(tiny, **over))
+        return
     result = axolotl.call(train, tmp_path / "swallowed", tiny_yaml(tiny, **over))
     assert result["trainer"] == "AxolotlTrainer"
     assert penalties(result) == []
     assert "Failed to load plugin: emgaurd_plugin" in read_log(tmp_path / "swallowed")
-    assert "`emgaurd_plugin.EMGuardPlugin` cannot be imported" in check(**over)
 
 
 @pytest.mark.parametrize("plugins", [["emgaurd_plugin.EMGuardPlugin"], [NEUTRAL], None])
 def test_naming_the_trainer_makes_an_absent_plugin_an_error(axolotl, tiny, tmp_path, check, plugins):
     over = {"plugins": plugins, "trainer_cls": "emguard_plugin.AxolotlEMGuardTrainer", **treft()}
-    with pytest.raises(Failed, match=r"Add `plugins: \[emguard_plugin.EMGuardPlugin\]`"):
+    if finds_plugins() and plugins in ([NEUTRAL], None):
+        assert len(penalties(axolotl.call(train, tmp_path / "found", tiny_yaml(tiny, **over)))) == 3, "it is not absent"
+        return
+    with pytest.raises(Failed, match=r"Add `plugins: \[emguard_plugin.EMGuardPlugin\]`|No module named 'emgaurd_plugin'"):
         axolotl.call(train, tmp_path / "absent", tiny_yaml(tiny, **over))
     assert check(**over)
+
+
+def test_the_block_alone_is_enough_where_axolotl_finds_plugins(axolotl, tiny, tmp_path, check):
+    result = axolotl.call(train, tmp_path / "alone", tiny_yaml(tiny, plugins=None, **treft()))
+    if not finds_plugins():
+        assert result["trainer"] == "AxolotlTrainer"
+        assert "Axolotl before 0.21 drops the block" in check(plugins=None, **treft())
+        return
+    assert result["trainer"] == "AxolotlEMGuardTrainer"
+    assert penalties(result) == penalties(axolotl.call(train, tmp_path / "listed", tiny_yaml(tiny, **treft())))
+    assert check(plugins=None, **treft()) == ""
+    refused(axolotl, tiny, tmp_path, "Did you mean `em_regularizer:`", plugins=None, em_regulariser={"treft": {}})
+    refused(axolotl, tiny, tmp_path, "stands where nothing reads it", plugins=None, lora_config={"em_regularizer": {"treft": {}}})
+
+
+@pytest.mark.parametrize("plugins", [[LONG], [PLUGIN, LONG], [LONG, PLUGIN]])
+def test_two_names_for_us_are_one_plugin(axolotl, tiny, tmp_path, plugins):
+    """With the entry point beside it, every run that lists the longer name has two instances of the plugin."""
+    once = axolotl.call(train, tmp_path / "once", tiny_yaml(tiny, **treft()))
+    twice = axolotl.call(train, tmp_path / "twice", tiny_yaml(tiny, plugins=plugins, **treft()), prelude=f"{__name__}:watch_compute_loss")
+    assert penalties(once) == penalties(twice)
+    rows = [yaml.safe_load(line) for line in (tmp_path / "twice" / "seen.jsonl").read_text().splitlines()]
+    assert {row["callbacks"] for row in rows} == {1}
+
+
+def without_blocks(config):
+    """Return what of ours a configuration without our blocks loads, and the milliseconds that all our hooks take."""
+    import time
+
+    from axolotl.integrations.base import PluginManager, load_plugin
+    from axolotl.utils.dict import DictDefault
+
+    for name in [n for n in sys.modules if n.partition(".")[0] == "emguard_plugin"]:
+        del sys.modules[name]
+    PluginManager.get_instance().plugins.clear()
+    cfg = DictDefault(config)
+    begun = time.perf_counter()
+    plugin = load_plugin(PLUGIN)
+    plugin.register(cfg)
+    found = [plugin.get_input_args(), plugin.get_trainer_cls(cfg), plugin.add_callbacks_pre_trainer(cfg, None)]
+    found += [plugin.add_callbacks_post_trainer(cfg, None), plugin.load_datasets(cfg), plugin.post_train_unload(cfg)]
+    took = 1000 * (time.perf_counter() - begun)
+    return found, sorted(n for n in sys.modules if n.startswith("emguard_plugin.")), took
+
+
+def test_a_run_without_our_blocks_pays_next_to_nothing(axolotl, tiny, tmp_path):
+    found, loaded, took = axolotl.call(without_blocks, tmp_path, tiny_yaml(tiny, plugins=None))
+    assert found == [None, None, [], [], None, None]
+    assert not {"emguard_plugin.config.block", "emguard_plugin.axolotl_plugin.args", "emguard_plugin.training"} & set(loaded)
+    assert took < 20 * 3  # and slack for a busy machine
 
 
 def test_naming_the_trainer_with_the_plugin_is_fine(axolotl, tiny, tmp_path):
@@ -291,6 +364,7 @@ def test_a_plugin_kept_from_an_earlier_config_does_nothing(axolotl, tiny, tmp_pa
 # Conflicts
 
 KD, DIFFUSION = "axolotl.integrations.kd.KDPlugin", "axolotl.integrations.diffusion.DiffusionPlugin"
+WINS = "expects its own trainer" if finds_plugins() else "would win over"
 CONFLICTS = {
     "rl": ({"rl": "dpo"}, "`rl: dpo`"),
     "reward model": ({"reward_model": True}, "`reward_model: True`"),
@@ -298,9 +372,9 @@ CONFLICTS = {
     "tensor parallel": ({"tensor_parallel_size": 2}, "`tensor_parallel_size: 2`"),
     "context parallel": ({"context_parallel_size": 2}, "`context_parallel_size: 2`"),
     "fsdp 1": ({"fsdp_version": 1, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}, "Set `fsdp_version: 2`"),
-    "KD before": ({"plugins": [KD, PLUGIN], "kd_trainer": True}, f"{KD} would win over"),
+    "KD before": ({"plugins": [KD, PLUGIN], "kd_trainer": True}, f"{KD} {WINS}"),
     "KD after": ({"plugins": [PLUGIN, KD], "kd_trainer": True}, f"{KD} expects its own trainer"),
-    "diffusion before": ({"plugins": [DIFFUSION, PLUGIN]}, f"{DIFFUSION} would win over"),
+    "diffusion before": ({"plugins": [DIFFUSION, PLUGIN]}, f"{DIFFUSION} {WINS}"),
     "diffusion after": ({"plugins": [PLUGIN, DIFFUSION]}, f"{DIFFUSION} expects its own trainer"),
 }
 
@@ -320,6 +394,9 @@ def test_without_the_block_nothing_is_refused(axolotl, tiny, tmp_path, check):
 def test_another_plugins_trainer_that_wins_is_an_error(axolotl, tiny, tmp_path):
     """For plugins that we do not know by name."""
     over = {"plugins": [f"{__name__}.TrainerPlugin", PLUGIN], **treft()}
+    if finds_plugins():  # then ours is asked first
+        assert axolotl.call(train, tmp_path, tiny_yaml(tiny, **over))["trainer"] == "AxolotlEMGuardTrainer"
+        return
     with pytest.raises(Failed, match="the trainer is AxolotlTrainer, which another plugin brought"):
         axolotl.call(train, tmp_path, tiny_yaml(tiny, **over))
 
@@ -371,6 +448,9 @@ def test_reentrant_checkpointing_on_several_processes_becomes_non_reentrant(axol
 def several_processes(config):
     import os
 
+    import axolotl.utils.trainer as host
+
+    host.check_cuda_p2p_ib_support = lambda: True  # 0.21 asks a GPU, which a fork may not
     os.environ["WORLD_SIZE"] = "2"
     return validate(config)["gradient_checkpointing_kwargs"]
 
@@ -378,7 +458,7 @@ def several_processes(config):
 def validated_for_hooks():
     from axolotl.utils.dict import DictDefault
 
-    from emguard_plugin.axolotl_plugin import plugin
+    from emguard_plugin.axolotl_plugin import asked, plugin
     from emguard_plugin.config import EMRegularizerConfig
 
     made = []
@@ -389,7 +469,7 @@ def validated_for_hooks():
             made.append(block)
             return EMRegularizerConfig.model_validate(block)
 
-    plugin.MODELS["em_regularizer"] = Counted
+    asked.MODELS["em_regularizer"] = Counted
     cfgs = [DictDefault({"em_regularizer": {"treft": {"coef": coef}}}) for coef in (2.0, 2.0, 3.0)]
     found = [plugin._config(cfg, "em_regularizer") for cfg in cfgs for _ in range(3)]
     return len(made), [f.treft.coef for f in found[::3]], found[0] is found[5]
