@@ -1,5 +1,5 @@
 # `make demo` runs the main job, `make test` passes the tests. Both set up a .venv first, when it is not current.
-VENV   := .venv
+VENV   ?= .venv
 STAMP  := $(VENV)/.emguard-ready
 export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
@@ -14,11 +14,16 @@ FIND_PYTHON = for v in 3.11 3.12 3.13; do \
     done; done
 PYTHON ?= $(shell $(FIND_PYTHON))
 
+# Axolotl 0.19 is the last that Python 3.11 is offered.
+RUNS  = $(shell for p in $(VENV)/bin/python "$(PYTHON)"; do "$$p" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null && break; done)
+STACK = $(if $(filter 3.11,$(RUNS)),axolotl-0.19,axolotl-0.21)
+LOCK  = constraints/$(STACK).txt
+
 # uv has settings of its own: the certificates and the package index that pip was pointed at are its as well.
 UV_LIKE_PIP = UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 \
     UV_DEFAULT_INDEX="$$($(VENV)/bin/python -m pip config get global.index-url 2>/dev/null || echo https://pypi.org/simple)"
 
-.PHONY: demo test test-all check clean browser lock
+.PHONY: demo test test-all check clean browser lock compat
 demo: $(STAMP)
 	$(VENV)/bin/emguard demo
 
@@ -48,29 +53,41 @@ browser:
 
 # torch first, by pip and by itself, so that a CPU build that pip was pointed at is kept. Then the locked rest, unresolved: by uv where
 # the package index has it (12 s), else by pip (2 min).
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 	@[ -x $(VENV)/bin/python ] || [ -n "$(PYTHON)" ] || \
 	  { echo "Python 3.11, 3.12 or 3.13 is needed and none was found. Install one, or name it: make PYTHON=/path/to/python"; exit 1; }
 	@[ -x $(VENV)/bin/python ] || "$(PYTHON)" -m venv $(VENV)
 	@$(VENV)/bin/python -c 'import torch' 2>/dev/null || \
-	  ! $(VENV)/bin/python -m pip install -q --dry-run --report - -c constraints.txt torch 2>/dev/null | grep -q '"nvidia-' || \
+	  ! $(VENV)/bin/python -m pip install -q --dry-run --report - -c $(LOCK) torch 2>/dev/null | grep -q '"nvidia-' || \
 	  echo "torch comes with CUDA from this package index: several GB are loaded. Point pip at a CPU build to avoid it."
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt torch
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile -c $(LOCK) torch
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile uv || echo "no uv here: pip installs the rest"
-	grep -v '^torch==' constraints.txt > $(VENV)/locked.txt
+	grep -v '^torch==' $(LOCK) > $(VENV)/locked.txt
 	if [ -x $(VENV)/bin/uv ]; then $(UV_LIKE_PIP) $(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --no-deps -r $(VENV)/locked.txt; else false; fi || \
 	  $(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile --no-deps -r $(VENV)/locked.txt
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $(STAMP)
 
-# Resolve anew what pyproject.toml asks for, with Axolotl's own pins.
+# Resolve anew what pyproject.toml asks for, with Axolotl's own pins: of the stack of PYTHON. What torch brings is left to torch.
 lock:
 	rm -rf build/lock && "$(PYTHON)" -m venv build/lock
 	build/lock/bin/python -m pip install -q torch
 	build/lock/bin/python -m pip install -q -e ".[all,dev]"
-	{ sed -n '/^#/p' constraints.txt; build/lock/bin/python -m pip freeze --exclude-editable | sed -E 's/^(torch==[^+]*)\+.*/\1/; \
-	  s/^(zstandard==.*)/\1 ; python_version < "3.13"\nzstandard==0.25.0 ; python_version >= "3.13"/'; } > build/constraints.txt
-	mv build/constraints.txt constraints.txt
+	{ sed -n '/^#/p' $(LOCK); build/lock/bin/python -m pip freeze --exclude-editable | grep -vE '^(cuda-|nvidia-[^m])' | \
+	  sed -E 's/^(torch==[^+]*)\+.*/\1/; \
+	  s/^(zstandard==.*)/\1 ; python_version < "3.13"\nzstandard==0.25.0 ; python_version >= "3.13"/'; } > build/lock.txt
+	mv build/lock.txt $(LOCK)
+
+# The other stacks of Axolotl, each by a Python of its own, in environments of their own: what we rely on, training, the examples.
+OTHERS = 3.12
+compat:
+	@for v in $(OTHERS); do \
+	  python=$$(for p in python$$v "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v.*/bin/python; do "$$p" -c '' 2>/dev/null && echo "$$p" && break; done); \
+	  [ -n "$$python" ] || { echo "compat: no Python $$v here: not run"; continue; }; \
+	  $(MAKE) VENV=build/compat-$$v PYTHON="$$python" build/compat-$$v/.emguard-ready || exit 1; \
+	  OMP_NUM_THREADS=1 build/compat-$$v/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider $(COMPAT_TESTS) || exit 1; \
+	done
+COMPAT_TESTS = tests/contract tests/regularizers tests/training tests/models tests/latents tests/e2e tests/examples/test_yamls.py
 
 # ./demo goes only if `emguard demo` made it.
 clean:

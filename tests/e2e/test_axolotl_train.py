@@ -62,7 +62,11 @@ def reference_hash(path):
 # Modes
 
 MODES = {  # overrides, evidence that the mode was on, and whether the arithmetic is that of the plain run
-    "reentrant checkpointing": ({"gradient_checkpointing": True}, lambda r: r["reentrant"] is True, True),
+    "reentrant checkpointing": (  # the default before 0.21
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        lambda r: r["reentrant"] is True,
+        True,
+    ),
     "non-reentrant checkpointing": (
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
         lambda r: r["checkpointing"] and r["reentrant"] is False,
