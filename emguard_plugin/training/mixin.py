@@ -24,6 +24,7 @@ from emguard_plugin.training.held_guard import check_held
 from emguard_plugin.training.held_watch import HeldWatch
 from emguard_plugin.training.host_checks import check_trainer
 from emguard_plugin.training.scale import scale, share
+from emguard_plugin.training.tested_hosts import check_host
 
 if TYPE_CHECKING:
     _Host: TypeAlias = Any  # the trainer that the mixin stands in front of
@@ -78,6 +79,8 @@ class EMRegularizerMixin(_Host):
         names = [c.name for c in self._regularizers]
         if len(set(names)) < len(names):
             raise ValueError(f"a method is registered twice: {names}. Keep one callback per method.")
+        if warning := check_host(self):
+            self.accelerator.print(warning)
         check_trainer(self)
         run = RunFacts(
             model=self.accelerator.unwrap_model(self.model, keep_torch_compile=False),

@@ -296,6 +296,14 @@ def test_questions_that_the_template_refuses_are_named(tmp_path):
         assert any("refuse" in line for line in getattr(found, named)), found
 
 
+def test_a_host_that_was_not_tested_is_noted(check, monkeypatch):
+    from emguard_plugin.training import tested_hosts
+
+    real = tested_hosts.version
+    monkeypatch.setattr(tested_hosts, "version", lambda name: "9.9.1" if name == "peft" else real(name))
+    assert any("not tested with peft 9.9.1 (tested: 0.20 to 0.21)" in note for note in check(em_regularizer={"treft": {}}).notes)
+
+
 def test_a_problem_that_holds_a_bar_is_one_problem(check):
     found = check(em_eval={"questions": "open_ended", "judges": [{"provider": "exact", "function": "a | b"}]}).problems
     assert [p for p in found if "function" in p] == [p for p in found if "a | b" in p]
