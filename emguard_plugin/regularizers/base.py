@@ -84,7 +84,7 @@ class EMRegularizerCallback(Resumable):
         self.coef = coef
         self.prepared = False
         self._last: Penalty | None = None
-        self._trains = False
+        self._trains = self._joined = False
         self._layer_names: Sequence[int] = ()
         self.reference_name = "the reference"
         self._identity: Identity | None = None
@@ -179,6 +179,10 @@ class EMRegularizerCallback(Resumable):
         self._last = Penalty(value, penalty.metrics, None if penalty.per_layer is None else penalty.per_layer.detach())
         return penalty
 
+    def joined(self) -> None:
+        """Note that a loss of this optimizer step passed through the mixin."""
+        self._joined = True
+
     def ended(self) -> None:
         """Undo what the run changed. The trainer mixin calls it when training ends, however it ends."""
         self.release()
@@ -203,14 +207,21 @@ class EMRegularizerCallback(Resumable):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Stop before a non-finite penalty reaches the weights, and before the first update where the reference is another model.
+        """Stop before weights change by a loss without the penalty, by one that is not finite, or from another model than the reference.
 
         Here the host has synchronised already.
 
         Raises:
             FloatingPointError: with the step and the first layer concerned.
-            RuntimeError: naming reference and model.
+            RuntimeError: when the trainer's own `compute_loss` hides the mixin's; naming reference and model where they differ.
         """
+        joined, self._joined = self._joined, False
+        if self.prepared and not joined:
+            raise RuntimeError(
+                f"em_regularizer.{self.name}: in optimizer step {state.global_step + 1} no loss was asked of `EMRegularizerMixin`, so the run "
+                "is not regularized: a class before it overrides `compute_loss` and does not call `super().compute_loss(...)`, or "
+                "`training_step` goes around it. Call it, and add your own loss to what it returns."
+            )
         if self._start is not None:
             start, self._start = self._start, None
             self._check_start(start)

@@ -179,6 +179,8 @@ class EMRegularizerMixin(_Host):
             micro_batches=n,
             tokens=self._loss_tokens(batch, num_items_in_batch),
         )
+        for regularizer in active:
+            regularizer.joined()
         due = [r for r in active if last or r.every == "micro_batch"]
         # A penalty with a forward pass of its own goes before the host's: backward then reaches it last, and its weight
         # gradients do not wait beside the host's activations (TReFT, full fine-tuning: 6.8 % of peak memory).
