@@ -17,11 +17,10 @@ from emguard_plugin.evaluation.judges.traces import UNFINISHED, judged_text, rea
 from emguard_plugin.evaluation.judging import Present, known_of
 from emguard_plugin.evaluation.plan import JUDGING, Plan
 from emguard_plugin.evaluation.report.exports import write_exports
+from emguard_plugin.evaluation.run_folder.figures import figures_of
 from emguard_plugin.evaluation.run_folder.records import judge_id
-from emguard_plugin.evaluation.run_folder.summary import JudgeResult, NotAsked, Summary
-from emguard_plugin.evaluation.statistics.agreement import agreement, fleiss
-from emguard_plugin.evaluation.statistics.rates import Scored, difference, suite_rates, why_unscored
-from emguard_plugin.evaluation.statistics.verdict import verdict
+from emguard_plugin.evaluation.run_folder.summary import NotAsked, Summary
+from emguard_plugin.evaluation.statistics.rates import Scored, why_unscored
 from emguard_plugin.files.result_folder import plain
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
     """
     from emguard_plugin.evaluation.report.page import write_report
 
-    results, by_judge, present = [], {}, Present(plan, stored)
+    present = Present(plan, stored)
     known = {entry.name: known_of(plan, entry) for entry in plan.judges}
     # Which mode a judge was read in is part of the protocol, and known only once it has been probed.
     protocol = {
@@ -50,28 +49,10 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
         "thresholds": asdict(THRESHOLDS),
         "judged": {entry.name: reads_of(entry) for entry in plan.judges},
     }
-    for entry in plan.judges:
-        scored = by_judge[entry.name] = scored_answers(present, entry, known[entry.name])
-        rates = {role: {name: suite_rates(answers) for name, answers in by.items()} for role, by in scored.items()}
-        differences = {}
-        if "base" in scored:
-            differences = {name: difference(scored["base"][name], scored["tuned"][name]) for name in plan.suites}
-        gate = plan.config.fail_above
-        decided = None if gate is None else verdict(scored["tuned"]["questions"], gate)
-        measured = not entry.identity().get("not_a_measurement", False)
-        if decided and not measured:
-            decided = decided.model_copy(update={"outcome": "inconclusive", "reason": f"{entry.name}: no measurement"})
-        results.append(
-            JudgeResult(
-                name=entry.name,
-                rates=rates,
-                differences=differences,
-                verdict=decided,
-                measured=measured,
-                stopped=known[entry.name].get("stopped"),
-            )
-        )
-    pooled = {suite: {name: [a for by in scored.values() for a in by[suite]] for name, scored in by_judge.items()} for suite in plan.suites}
+    by_judge = {entry.name: scored_answers(present, entry, known[entry.name]) for entry in plan.judges}
+    measured = {entry.name: not entry.identity().get("not_a_measurement", False) for entry in plan.judges}
+    stopped = {entry.name: known[entry.name].get("stopped") for entry in plan.judges}
+    figures = figures_of(plan.folder, by_judge, measured, stopped, plan.config.fail_above)
     summary = Summary(
         created=stored["created"],
         versions=stored["versions"],
@@ -81,9 +62,9 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
         not_asked=[NotAsked(**asdict(one)) for one in plan.asking.not_asked],
         models=stored["models"],
         sources={name: named(source) if "://" in source else Path(source).name for name, source in plan.config.suites().items()},
-        judges=results,
-        agreement=[pair for suite, answers in pooled.items() for pair in agreement(answers, suite)],
-        fleiss_kappa=fleiss(pooled["questions"]),
+        judges=figures.judges,
+        agreement=figures.agreement,
+        fleiss_kappa=figures.fleiss_kappa,
         set_aside=present.judgments.others({entry.name: _by(entry, known[entry.name]) for entry in plan.judges}),
         folder=plan.folder,
     )
@@ -92,7 +73,7 @@ def report(plan: Plan, stored: dict[str, Any]) -> Summary:
     summary.save(plan.folder / "summary.json")
     write_report(summary, plan.folder / "report.html")
     write_exports(summary, plan.folder)
-    for result in results:
+    for result in figures.judges:
         open_ended = result.rates["tuned"]["questions"]
         if open_ended.em_all.n == 0:
             logger.warning("em_eval: %s scored no answer, so there is no EM rate: %s", result.name, why_unscored(open_ended))

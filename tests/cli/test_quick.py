@@ -12,7 +12,7 @@ import yaml
 
 from emguard_plugin.lab.export import export
 
-HEAVY = ("torch", "transformers", "axolotl", "datasets", "peft", "trl", "sae_lens")
+HEAVY = ("torch", "transformers", "axolotl", "datasets", "peft", "trl", "sae_lens", "statsmodels", "pandas", "scipy")
 RUN = "import sys\nfrom emguard_plugin.cli import main\ntry:\n    main()\nfinally:\n    print('LOADED', *[m for m in {!r} if m in sys.modules])"
 EVAL = {
     "questions": "lab/questions.yaml",
