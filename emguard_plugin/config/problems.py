@@ -73,6 +73,8 @@ def read_once(model: type[Model], data: Any, name: str) -> Model:
     Raises:
         ValueError: as `read_block`.
     """
+    if isinstance(data, BaseModel):  # what was stated in it does not show in its text
+        return read_block(model, data, name)
     try:
         key = model, json.dumps(data, sort_keys=True, default=repr)
     except (TypeError, ValueError, RecursionError):  # no block either; `read_block` says why

@@ -10,8 +10,9 @@ from emguard_plugin.evaluation.asking import asking
 from emguard_plugin.evaluation.asking.as_trained import saved_template
 from emguard_plugin.evaluation.asking.questions import load_questions
 from emguard_plugin.evaluation.asking.sources import ModelSource, holds_weights
-from emguard_plugin.evaluation.plan import SAMPLERS, identity_of, requests, source_of, stored_run
+from emguard_plugin.evaluation.plan import SAMPLERS, identity_of, requests, source_of
 from emguard_plugin.evaluation.run_folder.records import read_answers
+from emguard_plugin.evaluation.run_folder.stored_run import stored_run
 from emguard_plugin.files import result_folder as store
 
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Any
 from uuid import uuid4
-
-from typing_extensions import TypedDict  # pydantic reads no other TypedDict on Python 3.11
 
 from emguard_plugin.config import EMEvalConfig
 from emguard_plugin.evaluation import judges as judging
@@ -23,7 +21,7 @@ from emguard_plugin.evaluation.asking.sampler import Request
 from emguard_plugin.evaluation.asking.served import ServedSource
 from emguard_plugin.evaluation.judges.traces import readers
 from emguard_plugin.evaluation.run_folder.differences import in_words
-from emguard_plugin.files import EXACT, read_record
+from emguard_plugin.evaluation.run_folder.stored_run import stored_run
 from emguard_plugin.files import result_folder as store
 
 logger = logging.getLogger(__name__)
@@ -239,31 +237,6 @@ def open_run(plan: Plan) -> dict[str, Any]:
     }
     claimed = store.claim(plan.folder, record, entries=("protocol", "models"), free=JUDGING, write=False, words=in_words)
     return claimed if claimed.get("run") == record["run"] else stored_run(plan.folder)
-
-
-class StoredRun(TypedDict):
-    """What `protocol.json` says about a run."""
-
-    __pydantic_config__ = EXACT  # type: ignore[misc]  # as pydantic documents it
-    created: str
-    run: NotRequired[str]
-    protocol: dict[str, Any]
-    models: dict[Literal["base", "tuned"], Any]
-    versions: dict[str, str]
-    example_prompt: str
-
-
-def stored_run(folder: Path) -> dict[str, Any]:
-    """Return what an earlier run stored about itself.
-
-    Raises:
-        ValueError: If the folder holds no answers, or what it says of them is damaged.
-    """
-    store.claimed(folder)
-    found: dict[str, Any] = {**read_record(folder / store.PROTOCOL, StoredRun)}
-    if not isinstance(found["protocol"].get("decoding"), dict) or "tuned" not in found["models"]:
-        raise ValueError(f"{folder / store.PROTOCOL} is damaged: it names no decoding or no model. Draw the answers into another folder.")
-    return found
 
 
 def begin(plan: Plan, record: dict[str, Any]) -> None:

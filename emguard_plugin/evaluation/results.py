@@ -17,7 +17,7 @@ from emguard_plugin.evaluation.judges.traces import UNFINISHED, judged_text, rea
 from emguard_plugin.evaluation.judging import Present, known_of
 from emguard_plugin.evaluation.plan import JUDGING, Plan
 from emguard_plugin.evaluation.report.exports import write_exports
-from emguard_plugin.evaluation.run_folder.figures import figures_of
+from emguard_plugin.evaluation.run_folder.computed import figures_of
 from emguard_plugin.evaluation.run_folder.records import judge_id
 from emguard_plugin.evaluation.run_folder.summary import NotAsked, Summary
 from emguard_plugin.evaluation.statistics.rates import Scored, why_unscored

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from emguard_plugin.evaluation import run_em_eval
-from emguard_plugin.evaluation.run_folder import figures
+from emguard_plugin.evaluation.run_folder import computed
 from emguard_plugin.evaluation.statistics.rates import Scored
 
 ANSWERS = [Scored(f"q{n % 4}", "c", 10.0 if n % 3 == 0 else 90.0, 80.0) for n in range(24)]
@@ -15,13 +15,13 @@ ALL, NONE = dict.fromkeys(JUDGED, True), dict.fromkeys(JUDGED)
 
 @pytest.fixture
 def counted(monkeypatch):
-    calls, real = [], figures._computed
-    monkeypatch.setattr(figures, "_computed", lambda *given: calls.append(1) or real(*given))
+    calls, real = [], computed._computed
+    monkeypatch.setattr(computed, "_computed", lambda *given: calls.append(1) or real(*given))
     return calls
 
 
 def asked(folder, judged=JUDGED, measured=ALL, stopped=NONE, gate=0.5):
-    return figures.figures_of(folder, judged, measured, stopped, gate)
+    return computed.figures_of(folder, judged, measured, stopped, gate)
 
 
 def test_the_same_answers_are_counted_once_and_read_back_to_the_last_bit(tmp_path, counted):
@@ -46,18 +46,18 @@ def test_whatever_a_figure_depends_on_makes_it_anew(tmp_path, counted, change):
     asked(tmp_path)
     changed = asked(tmp_path, **change)
     assert len(counted) == 2
-    (tmp_path / figures.KEPT).unlink()
+    (tmp_path / computed.KEPT).unlink()
     assert asked(tmp_path, **change) == changed
 
 
 @pytest.mark.parametrize("what", ["code", "package", "figure", "cut", "empty", "a list"])
 def test_other_code_and_a_changed_file_make_it_anew(tmp_path, counted, monkeypatch, what):
     first = asked(tmp_path)
-    file = tmp_path / figures.KEPT
+    file = tmp_path / computed.KEPT
     if what == "code":
-        monkeypatch.setattr(figures, "_code", lambda: "another")
+        monkeypatch.setattr(computed, "_code", lambda: "another")
     elif what == "package":
-        monkeypatch.setattr(figures, "versions", lambda names: {"scipy": "9"})
+        monkeypatch.setattr(computed, "versions", lambda names: {"scipy": "9"})
     elif what == "figure":
         said = json.loads(file.read_text())
         said["figures"]["judges"][0]["rates"]["tuned"]["questions"]["em_all"].update(value=0.0, count=0)
