@@ -14,16 +14,17 @@ FIND_PYTHON = for v in 3.11 3.12 3.13; do \
     done; done
 PYTHON ?= $(shell $(FIND_PYTHON))
 
-# Axolotl 0.19 is the last that Python 3.11 is offered.
+# Axolotl 0.19 is the last that Python 3.11 is offered. Two stacks have no Axolotl: `newest` (of what Axolotl holds back) and `lowest`
+# (what pyproject.toml says is enough).
 RUNS  = $(shell for p in $(VENV)/bin/python "$(PYTHON)"; do "$$p" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null && break; done)
-STACK = $(if $(filter 3.11,$(RUNS)),axolotl-0.19,axolotl-0.21)
+STACK ?= $(if $(filter 3.11,$(RUNS)),axolotl-0.19,axolotl-0.21)
 LOCK  = constraints/$(STACK).txt
 
 # uv has settings of its own: the certificates and the package index that pip was pointed at are its as well.
 UV_LIKE_PIP = UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 \
     UV_DEFAULT_INDEX="$$($(VENV)/bin/python -m pip config get global.index-url 2>/dev/null || echo https://pypi.org/simple)"
 
-.PHONY: demo test test-all check clean browser lock compat
+.PHONY: demo test test-all check clean browser lock lock-of-bounds lock-of-axolotl compat
 demo: $(STAMP)
 	$(VENV)/bin/emguard demo
 
@@ -69,11 +70,19 @@ $(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 	touch $(STAMP)
 
 # Resolve anew what pyproject.toml asks for, with Axolotl's own pins: of the stack of PYTHON. What torch brings is left to torch.
+BROUGHT = ^(cuda-|nvidia-[^m])
 lock:
+	$(if $(filter newest lowest,$(STACK)),$(MAKE) lock-of-bounds STACK=$(STACK),$(MAKE) lock-of-axolotl)
+lock-of-bounds: $(STAMP)
+	{ sed -n '/^#/p' $(LOCK); $(UV_LIKE_PIP) $(VENV)/bin/uv pip compile -q pyproject.toml --extra sae --extra judge --extra dev --no-header \
+	  --no-annotate $(if $(filter newest,$(STACK)),--python-version 3.13 -P 'torch<2.15',--python-version 3.11 --resolution lowest-direct) | \
+	  grep -vE '$(BROUGHT)'; } > build/lock.txt
+	mv build/lock.txt $(LOCK)
+lock-of-axolotl:
 	rm -rf build/lock && "$(PYTHON)" -m venv build/lock
 	build/lock/bin/python -m pip install -q torch
 	build/lock/bin/python -m pip install -q -e ".[all,dev]"
-	{ sed -n '/^#/p' $(LOCK); build/lock/bin/python -m pip freeze --exclude-editable | grep -vE '^(cuda-|nvidia-[^m])' | \
+	{ sed -n '/^#/p' $(LOCK); build/lock/bin/python -m pip freeze --exclude-editable | grep -vE '$(BROUGHT)' | \
 	  sed -E 's/^(torch==[^+]*)\+.*/\1/; \
 	  s/^(zstandard==.*)/\1 ; python_version < "3.13"\nzstandard==0.25.0 ; python_version >= "3.13"/'; } > build/lock.txt
 	mv build/lock.txt $(LOCK)
