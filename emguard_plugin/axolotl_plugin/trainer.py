@@ -56,6 +56,6 @@ class AxolotlEMGuardTrainer(EMRegularizerMixin, AxolotlTrainer):
 
         return partial(read_chats, self.axolotl_cfg, getattr(self.processing_class, "tokenizer", self.processing_class))
 
-    def _packed_batch_tokens(self) -> int | None:
+    def _batch_tokens(self) -> float | None:
         cfg = self.axolotl_cfg
         return cfg.sequence_len * cfg.micro_batch_size if cfg.sample_packing else None

@@ -48,6 +48,8 @@ class Kept:
         kwargs: Its keyword arguments: what the host really fed it.
         autocast: (device type, dtype) of the autocast it ran under, or None. Accelerate wraps the outermost `forward` in it, which
             a call of the decoder goes around.
+        versions: How often each output had been changed in place when it was kept.
+        open: Whether the pass that runs is to be kept.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class Kept:
     kwargs: dict[str, Any] = field(default_factory=dict)
     autocast: tuple[str, torch.dtype] | None = None
     versions: dict[int, int] = field(default_factory=dict)
+    open: bool = False
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context with the autocast that the forward pass ran under."""
@@ -64,6 +67,8 @@ class Kept:
 
     def put(self, layer: int, output: Any) -> None:
         """Keep a layer's output, the first time."""
+        if not self.open:
+            return
         h = output[0] if isinstance(output, tuple | list) else output
         if layer not in self.hidden:
             self.hidden[layer], self.versions[layer] = h, h._version
@@ -97,12 +102,16 @@ class Kept:
 
 @contextlib.contextmanager
 def keep_residual(model: nn.Module, layers: Sequence[int]) -> Iterator[Kept]:
-    """Keep the output of decoder layers during a forward pass, and what the decoder was called with."""
+    """Keep the output of decoder layers during a forward pass, and what the decoder was called with.
+
+    Passes without gradient are another model's: a trainer's own reference, its adapter off, inside the same loss.
+    """
     kept = Kept()
     owner, modules = decoder(model)
 
     def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not kept.kwargs and not kept.args:
+        kept.open = torch.is_grad_enabled()
+        if kept.open and not kept.kwargs and not kept.args:
             kept.args, kept.kwargs = args, dict(kwargs)
             device = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)).device.type
             if torch.is_autocast_enabled(device):

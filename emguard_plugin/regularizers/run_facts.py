@@ -36,7 +36,8 @@ class RunFacts:
         wrapped_packing: Whether rows are TRL's `packing_strategy: wrapped` chunks, without boundaries.
         resume_from: The checkpoint folder that the run continues, or None.
         rows_per_batch: Rows of `dataset` in one micro-batch of one process.
-        batch_tokens: Tokens of one micro-batch where the host packs rows only while it trains, else None.
+        batch_tokens: Tokens of one micro-batch where `dataset` does not show them (packed while it trains, answers drawn), else None.
+        answers_drawn: Whether the model writes the answers while it trains, so that `dataset` has a word in their place.
         micro_batches: Micro-batches per optimizer step.
         processes: Number of processes, each with micro-batches of its own.
         rank: Which of them this is.
@@ -55,7 +56,8 @@ class RunFacts:
     wrapped_packing: bool = False
     resume_from: Path | None = None
     rows_per_batch: int = 1
-    batch_tokens: int | None = None
+    batch_tokens: float | None = None
+    answers_drawn: bool = False
     micro_batches: int = 1
     processes: int = 1
     rank: int = 0

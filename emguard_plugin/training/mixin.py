@@ -85,13 +85,14 @@ class EMRegularizerMixin(_Host):
         run = RunFacts(
             model=self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
             tokenizer=getattr(self.processing_class, "tokenizer", self.processing_class),
-            dataset=self.train_dataset,
+            dataset=self._rows_as_ids(),
             seed=self.args.seed,
             template_kwargs=self._template_kwargs(),
             wrapped_packing=getattr(self.args, "packing_strategy", None) == "wrapped" and bool(self.args.packing),
             resume_from=Path(str(resume)).resolve() if resume else None,  # what lies beside a checkpoint lies beside what a link names
             rows_per_batch=self.args.per_device_train_batch_size,
-            batch_tokens=self._packed_batch_tokens(),
+            batch_tokens=self._batch_tokens(),
+            answers_drawn=self._draws_answers,
             micro_batches=self.args.gradient_accumulation_steps,
             processes=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
@@ -156,9 +157,20 @@ class EMRegularizerMixin(_Host):
         """Return the settings by which the host renders chats, as its YAML names them."""
         return {"chat_template_kwargs": self._template_kwargs()}
 
-    def _packed_batch_tokens(self) -> int | None:
-        """Return the tokens of a micro-batch when the host packs rows only while it trains."""
+    _draws_answers = False
+    """Whether the model writes the answers that it is trained on while it trains."""
+
+    def _rows_as_ids(self) -> Any:
+        """Return the training set with `input_ids` per row."""
+        return self.train_dataset
+
+    def _batch_tokens(self) -> float | None:
+        """Return the tokens of a micro-batch where the rows do not show them."""
         return None
+
+    def _policy_batch(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch as rows that the trained model reads in the host's loss: `input_ids`, `attention_mask`, `labels`."""
+        return dict(inputs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Return the host's loss plus `sum_i coef_i * penalty_i`, scaled so that accumulation does not change it.
@@ -170,7 +182,7 @@ class EMRegularizerMixin(_Host):
         if not active:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         last, n = self.accelerator.sync_gradients, self.current_gradient_accumulation_steps
-        batch = dict(inputs)  # hosts pop from it
+        batch = self._policy_batch(inputs)  # a copy: hosts pop from theirs
         moment = Moment(
             model=self.accelerator.unwrap_model(model, keep_torch_compile=False),
             inputs=batch,

@@ -28,7 +28,7 @@ def parse(arguments: list[str]) -> tuple[Any, ...]:
     """
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-    from emguard_plugin.training.trl_trainer import EMGuardSFTConfig
+    from emguard_plugin.training.trl_config import EMGuardSFTConfig
 
     # TRL knows `--config FILE` alone; its `--config=FILE` would be dropped.
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from emguard_plugin import EMGuardSFTConfig, TReFTCallback
 from emguard_plugin.config import EMRegularizerConfig
-from emguard_plugin.training import trl_trainer
+from emguard_plugin.training import trl_config
 from tests.trl_runs import LOG, build, column, run, settings
 
 JUDGES = [{"provider": "exact", "function": "a.b:c"}]
@@ -91,7 +91,7 @@ def test_a_block_is_validated_once_however_often_the_host_asks(tmp_path, monkeyp
             made.append(block)
             return EMRegularizerConfig.model_validate(block)
 
-    monkeypatch.setattr(trl_trainer, "EMRegularizerConfig", Counted)
+    monkeypatch.setattr(trl_config, "EMRegularizerConfig", Counted)
     block = {"treft": {"coef": 1.25}}
     trainer = run(tmp_path, args=EMGuardSFTConfig, callbacks=[], em_regularizer=block)
     assert trainer.args.regularizer_config().treft.coef == 1.25

@@ -33,7 +33,7 @@ from emguard_plugin.regularizers.block_em.rules import (
     warn_if_bypassed,
     warn_of_dropout,
 )
-from emguard_plugin.regularizers.block_em.words import set_in_words
+from emguard_plugin.regularizers.block_em.words import drawn_answers, set_in_words
 from emguard_plugin.regularizers.functional import block_em_penalty, block_em_violation
 from emguard_plugin.regularizers.moment import Moment
 from emguard_plugin.regularizers.penalty import Penalty
@@ -134,6 +134,8 @@ class BlockEMCallback(EMRegularizerCallback):
         self._belongs = {**run.identity._asdict(), **(self._stored_state(run) or {})}
         about = {"model": self._belongs["reference"], "latents": content(latents)}
         self._base = BaseLatents(run.model, latents.encoders, self.cache, about, run.rank)
+        if run.answers_drawn and not self._base.source.live:
+            raise ValueError(drawn_answers(self.cache))
         self.reference_name = self._base.source.in_words()
         if self.freeze_above:
             self._frozen = freeze_above(run, max(latents.layers))

@@ -155,6 +155,11 @@ class KLCallback(EMRegularizerCallback):
                 self._prompts = an.prompts_of(an.load_chats(rest or "bundled"), run.tokenizer, run.template_kwargs)
             return
         if self.anchors == "train":
+            if run.answers_drawn:
+                raise ValueError(
+                    f"`{an.KEY}: train`: the model writes the answers of this run while it trains, so its rows are prompts alone. Use "
+                    "`bundled`, or chats of your own."
+                )
             prefix = run.template.prefix if run.wrapped_packing else None
             self._anchors = an.training_anchors(run.sample, self.tokens, prefix)
             return
