@@ -3,12 +3,14 @@
 import torch
 import trl
 from datasets import Dataset
+from peft import LoraConfig
 
 from emguard_plugin import guard
 from emguard_plugin.training.trl_config import EMGuardDPOConfig, EMGuardGRPOConfig, EMGuardKTOConfig
 from tests.tiny import TOPICS, chatml_tokenizer
 from tests.trl_runs import settings, tiny
 
+ADAPTER = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 
 
@@ -33,7 +35,10 @@ def pairs(n=24):
 
 
 def unpaired(n=24):
-    return [{"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)} for i, row in enumerate(pairs(n))]
+    return [
+        {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
+        for i, row in enumerate(pairs(n))
+    ]
 
 
 def prompts(n=24):
@@ -59,18 +64,19 @@ KINDS = {
 }  # fmt: skip
 
 
-def build(kind, folder, callbacks=(), plain=False, model=None, rows=None, block=None, cls=None, eval_rows=None, **over):
-    """Build a trainer of a kind; `plain` gives TRL's own."""
+def build(kind, folder, callbacks=(), plain=False, model=None, adapter=ADAPTER, rows=None, block=None, cls=None, eval_rows=None, **over):
+    """Build a trainer of a kind; `plain` gives TRL's own. The adapter is TRL's to make: of a given one it keeps a copy as reference."""
     host, config, guarded_config, make, given, args = KINDS[kind]
     asked = {k: v for k, v in {**settings(folder), **args, **over}.items() if v is not None}
     if block is not None:
         config, asked["em_regularizer"] = guarded_config, block
     return (cls or (host if plain else guard(host)))(
-        model=tiny() if model is None else model,
+        model=tiny(adapter=False) if model is None else model,
         args=config(**asked),
         train_dataset=Dataset.from_list(make() if rows is None else rows),
         processing_class=chatml_tokenizer(),
         callbacks=list(callbacks),
+        **({} if adapter is None else {"peft_config": adapter}),
         **({"eval_dataset": Dataset.from_list(eval_rows)} if eval_rows else {}),
         **given,
     )
@@ -78,7 +84,8 @@ def build(kind, folder, callbacks=(), plain=False, model=None, rows=None, block=
 
 def run(kind, folder, resume=None, **over):
     """Train and return the trainer."""
-    torch.manual_seed(0)
+    over["model"] = over.get("model") or tiny(adapter=False)
+    torch.manual_seed(0)  # the adapter is drawn next
     trainer = build(kind, folder, **over)
     torch.manual_seed(0)
     trainer.train(resume_from_checkpoint=resume)

@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
 
 LONGEST = 1500
 F = TypeVar("F", bound=Callable[..., None])
+# Of click, or of typer itself, which holds its own copy in later versions: what its commands raise under either.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+_ClickException: Any = _UsageError.__bases__[0]
 
 
 def at_work(doing: str) -> None:
@@ -53,21 +55,21 @@ class Frame(TyperGroup):
         """Read the options before the command; a wrong one is wrong input."""
         try:
             return super().make_context(*args, **kwargs)
-        except click.UsageError as error:
-            error.exit_code = EXIT_INPUT  # type: ignore[misc]  # click reads it from the error
+        except _UsageError as error:
+            error.exit_code = EXIT_INPUT  # click reads it from the error
             raise
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except click.exceptions.Exit:
+        except typer.Exit:
             raise
-        except (KeyboardInterrupt, click.Abort):
+        except (KeyboardInterrupt, typer.Abort):
             typer.echo(self._interrupted(ctx), err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
-        except click.ClickException as error:
-            error.exit_code = EXIT_INPUT  # type: ignore[misc]  # click reads it from the error
+        except _ClickException as error:
+            error.exit_code = EXIT_INPUT  # click reads it from the error
             raise
         except Exception as error:
             if os.environ.get("EMGUARD_DEBUG"):
@@ -76,7 +78,7 @@ class Frame(TyperGroup):
             typer.echo(f"emguard {ctx.invoked_subcommand or ''}: {sentence}", err=True)
             raise typer.Exit(code) from error
 
-    def _interrupted(self, ctx: click.Context) -> str:
+    def _interrupted(self, ctx: Any) -> str:
         name = ctx.invoked_subcommand or ""
         words, option = getattr(getattr(self.commands.get(name), "callback", None), "kept", ("", ""))
         given = ["emguard", *sys.argv[1:]]

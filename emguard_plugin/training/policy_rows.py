@@ -88,6 +88,7 @@ class PreferenceRows(EMRegularizerMixin):
 
     def _batch_tokens(self) -> float | None:
         longest = self.args.max_length or 2**31
+        next(iter(self._rows_as_ids() or ()), None)  # a row that was not tokenised is named there
         rows = [
             sum(min(len(row["prompt_ids"]) + len(row[answer]), longest) for answer in ("chosen_ids", "rejected_ids"))
             for row in spread(self.train_dataset)
