@@ -73,7 +73,8 @@ $(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 BROUGHT = ^(cuda-|nvidia-[^m])
 lock:
 	$(if $(filter newest lowest,$(STACK)),$(MAKE) lock-of-bounds STACK=$(STACK),$(MAKE) lock-of-axolotl)
-lock-of-bounds: $(STAMP)
+lock-of-bounds:
+	@[ -x $(VENV)/bin/uv ] || { echo "uv resolves these: run \`make $(STAMP)\` first"; exit 1; }
 	{ sed -n '/^#/p' $(LOCK); $(UV_LIKE_PIP) $(VENV)/bin/uv pip compile -q pyproject.toml --extra sae --extra judge --extra dev --no-header \
 	  --no-annotate $(if $(filter newest,$(STACK)),--python-version 3.13 -P 'torch<2.15',--python-version 3.11 --resolution lowest-direct) | \
 	  grep -vE '$(BROUGHT)'; } > build/lock.txt

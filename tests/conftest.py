@@ -12,7 +12,30 @@ if not torch.cuda.is_available():
     # Where Triton is installed these kernels stand in for transformers' own code, and then ask for a GPU.
     sys.modules["fla"] = None
 
+from importlib.util import find_spec
+from pathlib import Path
+
 from tests.tiny import FAMILIES, chat_rows, chatml_tokenizer, tiny_model
+
+NEEDS = {"axolotl": find_spec("axolotl"), "bitsandbytes": find_spec("bitsandbytes")}
+"""Packages that only some stacks have (`constraints/`), each with a marker of its name."""
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what a stack cannot run, and say so: it is no pass, and no skip among others."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here / "e2e") or item.path.name.startswith("test_axolotl"):
+            item.add_marker("axolotl")
+    lacking = [name for name, found in NEEDS.items() if found is None]
+    left = [item for item in items if any(item.get_closest_marker(name) for name in lacking)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
+
+
+def pytest_report_header():
+    return [f"{name} is not installed: what needs it is deselected" for name, found in NEEDS.items() if found is None]
 
 
 @pytest.fixture(autouse=True, scope="session")

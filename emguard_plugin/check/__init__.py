@@ -27,7 +27,7 @@ from emguard_plugin.config import (
 from emguard_plugin.config.settings_file import read_settings, search_beside
 from emguard_plugin.files.secrets import SecretInConfigError, redact, refuse_keys, shown
 from emguard_plugin.regularizers.preview import Findings, asked
-from emguard_plugin.training.tested_hosts import untested
+from emguard_plugin.training.tested_hosts import mixed, untested
 
 __all__ = ["Findings", "check_config"]
 
@@ -69,6 +69,7 @@ def _check(cfg: Mapping[str, Any], found: Findings) -> None:
     evaluation = _validate("em_eval", EMEvalConfig, cfg, found)
     if regularizer is not None:
         found.notes += [f"not tested with {host}." for host in untested()]
+        found.notes += [f"hosts that do not go together: {pair}. Install one stack whole." for pair in mixed()]
         data.check(cfg, regularizer, found)
         facts = YamlFacts(cfg, found)
         for preview, block in asked(regularizer):

@@ -105,6 +105,9 @@ def keep_residual(model: nn.Module, layers: Sequence[int]) -> Iterator[Kept]:
     """Keep the output of decoder layers during a forward pass, and what the decoder was called with.
 
     Passes without gradient are another model's: a trainer's own reference, its adapter off, inside the same loss.
+
+    Yields:
+        What is kept, filled while the context is open.
     """
     kept = Kept()
     owner, modules = decoder(model)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 TESTED = {
     "axolotl": ((0, 19), (0, 21)),
-    "trl": ((1, 9), (1, 14)),
-    "transformers": ((5, 16), (5, 20)),
+    "trl": ((1, 9), (1, 16)),
+    "transformers": ((5, 16), (5, 24)),
     "peft": ((0, 20), (0, 21)),
     "accelerate": ((1, 13), (1, 15)),
 }
 """By package the oldest and the newest (major, minor)."""
+ASKED_FOR = (*TESTED, "torch")
+"""What the hosts' own requirements are compared on."""
 NEEDED = ("callback_handler", "accelerator", "model_accepts_loss_kwargs", "compute_loss_func")
 """What a penalty reads of a trainer to know by what it is multiplied."""
 
@@ -32,8 +34,49 @@ def untested() -> list[str]:
     return found
 
 
+def mixed() -> list[str]:
+    """Return a sentence's part for each host beside one that it does not go with, as its own requirements say."""
+    from packaging.requirements import Requirement
+    from packaging.version import InvalidVersion
+
+    found = []
+    for package in TESTED:
+        try:
+            asked = requires(package) or []
+        except PackageNotFoundError:
+            continue
+        for line in asked:
+            requirement = Requirement(line)
+            if requirement.name not in ASKED_FOR or (requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})):
+                continue
+            try:
+                installed = version(requirement.name)
+                fits = requirement.specifier.contains(installed, prereleases=True)
+            except (PackageNotFoundError, InvalidVersion):
+                continue
+            if not fits:
+                found.append(f"{package} {version(package)} asks for {requirement.name}{requirement.specifier} and finds {installed}")
+    return found
+
+
+def host_warnings() -> list[str]:
+    """Return what is wrong with the installed hosts, each as a sentence."""
+    found = []
+    if together := mixed():
+        found.append(
+            f"these hosts do not go together: {'; '.join(together)}. Install one stack whole: a file of `constraints/`, or "
+            "`pip install 'emguard-plugin[axolotl]'` into an empty environment."
+        )
+    if untried := untested():
+        found.append(
+            f"not tested with {', '.join(untried)}. What the penalty needs of the trainer is looked for before the first step; compare "
+            "`em_regularizer/*` in the log with an earlier run."
+        )
+    return found
+
+
 def check_host(trainer: Any) -> str | None:
-    """Return a warning about hosts that the tests have not run with, or None.
+    """Return what is to be said about hosts that the tests have not run with, or that do not go together, or None.
 
     Raises:
         RuntimeError: when the trainer lacks what a penalty needs, whatever its version.
@@ -44,12 +87,7 @@ def check_host(trainer: Any) -> str | None:
             f"em_regularizer: {type(trainer).__name__} has no {', '.join(f'`{name}`' for name in missing)}, so a penalty cannot be scaled "
             f"as its loss is. Installed: {', '.join(found) or 'tested versions'}. Install versions that were tested."
         )
-    if not found:
-        return None
-    return (
-        f"em_regularizer: not tested with {', '.join(found)}. What the penalty needs of the trainer is there, so the run goes on; compare "
-        "`em_regularizer/*` in the log with an earlier run."
-    )
+    return "\n".join(f"em_regularizer: {warning}" for warning in host_warnings()) or None
 
 
 def _written(number: tuple[int, int]) -> str:

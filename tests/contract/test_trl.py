@@ -66,12 +66,13 @@ def trainer(trl, tmp_path):
 
 
 def test_the_default_loss_shows_no_logits(trainer):
-    """The fact that our penalties bring their own forward for. When it fails, TRL's loss has changed."""
+    """The fact that our penalties bring their own forward for; from 1.15 on TRL has the logits in hand, whole."""
     host = trainer()
     batch = next(iter(host.get_train_dataloader()))
     host.model.train()
     _, outputs = host.compute_loss(host.model, dict(batch), return_outputs=True)
-    assert getattr(outputs, "logits", None) is None
+    shows = tuple(map(int, trl.__version__.split(".")[:2])) >= (1, 15)
+    assert (getattr(outputs, "logits", None) is not None) == shows
 
 
 def test_compute_loss_changes_its_inputs(trainer):

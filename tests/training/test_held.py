@@ -216,7 +216,7 @@ POSTFIXES = {
 }
 
 
-@pytest.mark.parametrize("case", POSTFIXES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.axolotl] if "axolotl" in c else []) for c in POSTFIXES])
 def test_an_empty_trace_is_the_templates_unless_the_loss_takes_it(tmp_path, case):
     template, kwargs, over, want = POSTFIXES[case]
     tok = tokenizer_of(templates()[template])
@@ -289,6 +289,7 @@ def test_a_text_that_switches_something_and_has_parts():
     assert [found.text[slice(*s)] for s in (*found.users, *found.headers)] == ["Q1|/no|Q2", "<end><assistant>"]
 
 
+@pytest.mark.axolotl  # the template is one of its
 def test_tools_that_ids_do_not_show_are_said_so(tmp_path, caplog):
     tools = [
         {

@@ -128,6 +128,7 @@ def test_mode(tmp_path, plain, mode):
     assert (penalties(held) == pytest.approx(plain, rel=1e-4)) == same
 
 
+@pytest.mark.bitsandbytes
 def test_4_bit(tmp_path):
     folder = tmp_path / "base"
     tiny(adapter=False).save_pretrained(folder)

@@ -315,7 +315,7 @@ def test_what_cannot_be_recorded_of_drawn_answers_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the model writes the answers of this run while it trains, so no row is there before"):
         run("grpo", tmp_path, model=model, adapter=None, callbacks=[block_em(model, coef=1.0, layers=(1,))])
     run("grpo", tmp_path, model=model, adapter=None, callbacks=[block_em(model, coef=1.0, layers=(1,), cache="copy")], max_steps=1)
-    with pytest.raises(ValueError, match="`em_regularizer.kl.anchors: train`: the model writes the answers"):
+    with pytest.raises(ValueError, match=r"`em_regularizer\.kl\.anchors: train`: the model writes the answers"):
         run("grpo", tmp_path, callbacks=[KLCallback(coef=1.0, anchors="train")])
 
 

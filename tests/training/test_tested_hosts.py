@@ -14,10 +14,8 @@ LOCKS = Path(__file__).parents[2] / "constraints"
 
 def test_the_range_is_that_of_the_locks_that_the_tests_run_with():
     for package, (oldest, newest) in tested_hosts.TESTED.items():
-        found = sorted(
-            tuple(map(int, re.search(rf"^{package}==(\d+)\.(\d+)", lock.read_text(), re.MULTILINE).groups()))
-            for lock in LOCKS.glob("*.txt")
-        )
+        locked = [re.search(rf"^{package}==(\d+)\.(\d+)", lock.read_text(), re.MULTILINE) for lock in LOCKS.glob("*.txt")]
+        found = sorted(tuple(map(int, match.groups())) for match in locked if match)
         assert (found[0], found[-1]) == (oldest, newest), package
 
 
@@ -30,14 +28,31 @@ def test_nothing_is_said_of_what_was_tested():
     assert tested_hosts.untested() == []
 
 
-@pytest.mark.parametrize("number", ["1.8.9", "1.15.0", "2.0.0rc1", "main"])
+@pytest.mark.parametrize("number", ["1.8.9", "1.17.0", "2.0.0rc1", "main"])
 def test_what_was_not_tested_is_named_with_the_range_and_the_run_goes_on(tmp_path, monkeypatch, capsys, number):
     installed(monkeypatch, trl=number)
     trainer = run(tmp_path, callbacks=[TReFTCallback(coef=1.0)], max_steps=1)
     assert trainer.state.global_step == 1
     said = [line for line in capsys.readouterr().out.splitlines() if "not tested with" in line]
     assert len(said) == 1
-    assert f"not tested with trl {number} (tested: 1.9 to 1.14)." in said[0]
+    assert f"not tested with trl {number} (tested: 1.9 to 1.16)." in said[0]
+
+
+def test_two_stacks_mixed_are_named_before_training(tmp_path, monkeypatch, capsys):
+    asked = {"trl": ["transformers==5.20.1", "torch>=1; extra == 'dev'", "peft>=0.1"], "axolotl": ["trl==1.14.1", "numpy>=99"]}
+    installed(monkeypatch, axolotl="0.21.0", trl="1.9.0", transformers="5.16.1")
+    monkeypatch.setattr(tested_hosts, "requires", asked.get)
+    run(tmp_path, callbacks=[TReFTCallback(coef=1.0)], max_steps=1)
+    said = [line for line in capsys.readouterr().out.splitlines() if "do not go together" in line]
+    assert len(said) == 1
+    assert (
+        "axolotl 0.21.0 asks for trl==1.14.1 and finds 1.9.0; trl 1.9.0 asks for transformers==5.20.1 and finds 5.16.1. Install one"
+        in said[0]
+    )
+
+
+def test_the_stack_that_runs_these_tests_is_one():
+    assert tested_hosts.mixed() == []
 
 
 def test_a_trainer_without_what_a_penalty_needs_is_refused_whatever_its_version(tmp_path, monkeypatch):

@@ -138,7 +138,14 @@ class Poison(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step + 1 == self.step:
-            model.register_forward_hook(lambda m, a, out: out.__setitem__("loss", out.loss * float("nan")) if m.training else None)
+            model.register_forward_hook(self.spoil)
+
+    @staticmethod
+    def spoil(module, args, out):
+        if module.training:  # TRL takes the loss from the model, or from its logits (1.15 on)
+            for name in ("loss", "logits"):
+                if out.get(name) is not None:
+                    out[name] = out[name] * float("nan")
 
 
 @pytest.mark.parametrize("name", ["treft", "kl"])
