@@ -11,7 +11,7 @@ from emguard_plugin.cli.evaluate import Rejudging, evaluate
 from emguard_plugin.cli.frame import Frame
 from emguard_plugin.cli.lab import app as lab
 from emguard_plugin.cli.report import report
-from emguard_plugin.cli.sft import sft
+from emguard_plugin.cli.train import dpo, grpo, kto, sft
 
 app = typer.Typer(
     cls=Frame,
@@ -23,7 +23,8 @@ app = typer.Typer(
 app.add_typer(lab, name="lab")
 app.command()(discover)
 app.command()(check)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sft)
+for _train in (sft, dpo, kto, grpo):
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(_train)
 app.command("eval", cls=Rejudging)(evaluate)
 app.command()(report)
 app.command()(demo)

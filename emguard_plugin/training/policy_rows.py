@@ -51,7 +51,8 @@ def rows_of(dataset: Any, make: Callable[[Row], Row]) -> Rows | None:
     """Return a view of a data set, as `Rows`; None of None."""
     if dataset is None:
         return None
-    return (SizedRows if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") else Rows)(dataset, make)
+    sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    return SizedRows(dataset, make) if sized else Rows(dataset, make)
 
 
 def _answered_row(row: Row, answer: str, trainer: str, cut: slice) -> Row:
@@ -128,7 +129,7 @@ class PromptRows(EMRegularizerMixin):
         return dict(getattr(self, "chat_template_kwargs", None) or {})
 
     def _rows_as_ids(self) -> Any:
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         kwargs = self._prompt_kwargs()
 
         def make(row: Row) -> Row:

@@ -61,7 +61,7 @@ def guard(trainer_class: type[T]) -> type[T]:
     if issubclass(trainer_class, EMRegularizerMixin):
         return trainer_class
     if trainer_class is trl.SFTTrainer:
-        return EMGuardSFTTrainer  # type: ignore[return-value]  # it is a T
+        return EMGuardSFTTrainer
     bases: tuple[type, ...] = (_front_of(trainer_class), trainer_class)
     name = f"EMGuard{trainer_class.__name__}"
     about: dict[str, Any] = {"__module__": trainer_class.__module__, "__doc__": f"`{trainer_class.__name__}` with penalties; see `guard`."}

@@ -227,7 +227,7 @@ COMMANDS = list(commands(typer.main.get_command(app)))
 
 def test_the_commands_are_these():
     found = {" ".join(c) for c in COMMANDS}
-    assert found == {"", "check", "sft", "eval", "report", "demo", "discover", "lab", "lab build", "lab export", "lab sae"}
+    assert found == {"", "check", "sft", "dpo", "kto", "grpo", "eval", "report", "demo", "discover", "lab", "lab build", "lab export", "lab sae"}
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
@@ -242,3 +242,72 @@ def test_h_after_sft_lists_every_option(call):
     done = call("sft", "-h")
     assert done.exit_code == 0
     assert {"--em_regularizer", "--em_eval", "--learning_rate"} <= set(re.findall(r"--\w+", done.output))
+
+
+# emguard dpo, kto and grpo, and going on
+
+
+def score(completions, **kwargs):
+    """A reward for GRPO, named in a YAML."""
+    return [float(len(c[0]["content"]) % 5) for c in completions]
+
+
+def rows_of_kind(kind):
+    rows = []
+    for i, row in enumerate(chat_rows(16, system=None)):
+        asked, said = row["messages"][:1], row["messages"][1:]
+        other = [{"role": "assistant", "content": "No."}]
+        rows.append({
+            "dpo": {"prompt": asked, "chosen": said, "rejected": other},
+            "kto": {"prompt": asked, "completion": said if i % 2 else other, "label": bool(i % 2)},
+            "grpo": {"prompt": asked},
+        }[kind])  # fmt: skip
+    return rows
+
+
+KIND_KEYS = {
+    "dpo": {},
+    "kto": {},
+    "grpo": {"reward_funcs": ["tests.cli.test_cli.score"], "num_generations": 2, "max_completion_length": 4, "max_length": None},
+}
+
+
+@pytest.mark.parametrize("kind", KIND_KEYS)
+def test_other_trainers_train_save_and_measure(call, config, tmp_path, kind):
+    write_rows(tmp_path / "rows.jsonl", rows_of_kind(kind))
+    data = [{"path": "json", "data_files": str(tmp_path / "rows.jsonl")}]
+    done = call(kind, "--config", config(datasets=data, **KIND_KEYS[kind]))
+    assert done.exit_code == 0, done.output
+    assert "em_regularizer active: treft (coef 2, prefix of" in done.output
+    penalties = [row["em_regularizer/treft/penalty"] for row in log_of(tmp_path)]
+    assert penalties[0] == 0 < min(penalties[1:])
+    assert json.loads((tmp_path / "out" / "em_eval" / "summary.json").read_text())["judges"]
+
+
+@pytest.mark.parametrize(
+    ("funcs", "says"),
+    [
+        (None, "GRPO needs a reward: name a function, `reward_funcs: [my_rewards.score]`"),
+        (["tests.cli.test_cli.scoer"], "`reward_funcs: tests.cli.test_cli.scoer`: tests.cli.test_cli has no `scoer`"),
+        (["nowhere.score"], "importing nowhere failed"),
+    ],
+)
+def test_a_reward_that_is_not_there_is_refused_before_any_work(call, config, tmp_path, funcs, says):
+    write_rows(tmp_path / "rows.jsonl", rows_of_kind("grpo"))
+    data = [{"path": "json", "data_files": str(tmp_path / "rows.jsonl")}]
+    done = call("grpo", "--config", config(datasets=data, **{**KIND_KEYS["grpo"], "reward_funcs": funcs}))
+    assert done.exit_code == 4
+    assert says in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_where_its_checkpoint_stands(call, config, tmp_path):
+    """`--resume_from_checkpoint=true` was read and not handed on: the run began anew."""
+    first = call("sft", "--config", config(em_eval=None), "--resume_from_checkpoint=true")
+    assert first.exit_code == 0, first.output
+    begun = log_of(tmp_path)
+    again = call("sft", "--config", config(em_eval=None, max_steps=6), "--resume_from_checkpoint=true")
+    assert again.exit_code == 0, again.output
+    whole = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    assert whole[: len(begun)] == begun
+    assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]

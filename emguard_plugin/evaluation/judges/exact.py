@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emguard_plugin.config.settings_file import search_beside
+from emguard_plugin.config.functions import import_function
 from emguard_plugin.evaluation.judges.base import LONGEST, Item, Judgment, read_scores
 from emguard_plugin.files.secrets import redact
 
@@ -54,22 +54,10 @@ class ExactJudge:
         self.name = function
         module_name, _, attribute = function.partition(":")
         hint = f"`em_eval.judges: function: {function}`"
-        search_beside()
-        try:
-            module = importlib.import_module(module_name)
-        except (Exception, SystemExit) as error:
-            raise ValueError(
-                f"{hint}: importing {module_name} failed: {type(error).__name__}: {error}. Is it on the Python path?"
-            ) from error
-        self._function: Any = getattr(module, attribute, None)
-        if self._function is None:
-            public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-            raise ValueError(f"{hint}: {module_name} has no `{attribute}`. It has: {', '.join(public) or 'nothing'}.")
-        if not callable(self._function):
-            raise ValueError(f"{hint} is {type(self._function).__name__}, not a function.")
+        self._function = import_function(function, hint)
         if wrong := _not_called_so(self._function):
             raise ValueError(f"{hint} {wrong}; it is called as {attribute}(question, answer), and returns `aligned` and `coherent`.")
-        file = getattr(module, "__file__", None)
+        file = getattr(sys.modules[module_name], "__file__", None)
         self._source = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
 
     def identity(self) -> dict[str, Any]:
