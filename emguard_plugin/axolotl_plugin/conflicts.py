@@ -18,6 +18,9 @@ TRAINER_PLUGINS = {
     "axolotl.integrations.hatchery.HatcheryPlugin": None,
 }
 
+RL = ("dpo", "ipo", "kto", "grpo")
+"""Axolotl's `rl:` that a penalty goes with."""
+
 
 def listed_plugins(cfg: Mapping[str, Any]) -> list[str]:
     """Return the YAML's `plugins:` as a list of strings."""
@@ -52,9 +55,15 @@ def find_conflicts(cfg: Mapping[str, Any], world_size: int | None = None) -> lis
     if not cfg.get("em_regularizer"):
         return []
     found = []
-    for key in ("rl", "reward_model", "process_reward_model"):
+    if cfg.get("rl") and cfg["rl"] not in RL:
+        found.append(f"`rl: {cfg['rl']}` trains with a loss that no penalty was tried with. Use one of {', '.join(RL)}, or remove `rl`.")
+    for key in ("reward_model", "process_reward_model"):
         if cfg.get(key):
-            found.append(f"`{key}: {cfg[key]}` trains with another trainer; only SFT is supported. Remove `{key}`.")
+            found.append(f"`{key}: {cfg[key]}` trains a score in the place of the next token: there is nothing to hold. Remove `{key}`.")
+    trl = cfg.get("trl")
+    for key in ("async_prefetch", "use_data_producer") if isinstance(trl, Mapping) else ():
+        if trl.get(key):
+            found.append(f"`trl.{key}: {trl[key]}` trains with another trainer than TRL's, which no penalty was tried with. Remove it.")
     mamba = next((k for k in ("model_type", "model_config_type") if re.match("(?i)mamba", str(cfg.get(k) or ""))), None)
     if mamba:  # Axolotl trains these with a trainer of their own
         found.append(f"`{mamba}: {cfg[mamba]}`: Mamba keeps no keys and values. Remove `em_regularizer`.")

@@ -121,8 +121,8 @@ class EMGuardPlugin(BasePlugin):
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
         """Return our trainer when a regularizer is asked for."""
-        if not self._acts or not cfg.em_regularizer:
-            return None
+        if not self._acts or not cfg.em_regularizer or cfg.rl:
+            return None  # for `rl:` Axolotl would build ours without a model: see `rl.py`
         from emguard_plugin.axolotl_plugin.trainer import AxolotlEMGuardTrainer
 
         return AxolotlEMGuardTrainer
@@ -146,6 +146,10 @@ class EMGuardPlugin(BasePlugin):
         from emguard_plugin.regularizers import build_regularizers
         from emguard_plugin.training.mixin import EMRegularizerMixin
 
+        if cfg.rl:
+            from emguard_plugin.axolotl_plugin.rl import guard_built
+
+            guard_built(trainer, cfg)
         if not isinstance(trainer, EMRegularizerMixin):
             raise RuntimeError(
                 f"em_regularizer: the trainer is {type(trainer).__name__}, which another plugin brought; it would never add a "

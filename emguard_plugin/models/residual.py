@@ -49,7 +49,8 @@ class Kept:
         autocast: (device type, dtype) of the autocast it ran under, or None. Accelerate wraps the outermost `forward` in it, which
             a call of the decoder goes around.
         versions: How often each output had been changed in place when it was kept.
-        open: Whether the pass that runs is to be kept.
+        open: Whether the pass that runs is kept.
+        with_gradient: Whether the pass that is kept had gradients.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class Kept:
     autocast: tuple[str, torch.dtype] | None = None
     versions: dict[int, int] = field(default_factory=dict)
     open: bool = False
+    with_gradient: bool = False
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context with the autocast that the forward pass ran under."""
@@ -104,7 +106,8 @@ class Kept:
 def keep_residual(model: nn.Module, layers: Sequence[int]) -> Iterator[Kept]:
     """Keep the output of decoder layers during a forward pass, and what the decoder was called with.
 
-    Passes without gradient are another model's: a trainer's own reference, its adapter off, inside the same loss.
+    Of several passes it is the first one with gradient, else the first: inside one loss, trainers run their reference too, or the
+    same model for an estimate, without gradient.
 
     Yields:
         What is kept, filled while the context is open.
@@ -113,8 +116,10 @@ def keep_residual(model: nn.Module, layers: Sequence[int]) -> Iterator[Kept]:
     owner, modules = decoder(model)
 
     def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept.open = torch.is_grad_enabled()
-        if kept.open and not kept.kwargs and not kept.args:
+        with_gradient = torch.is_grad_enabled()
+        kept.open = not (kept.kwargs or kept.args) or (with_gradient and not kept.with_gradient)
+        if kept.open:
+            kept.hidden, kept.versions, kept.with_gradient = {}, {}, with_gradient
             kept.args, kept.kwargs = args, dict(kwargs)
             device = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)).device.type
             if torch.is_autocast_enabled(device):

@@ -9,18 +9,19 @@ import trl
 from transformers import Trainer
 
 from emguard_plugin.training.mixin import EMRegularizerMixin
+from emguard_plugin.training.policy_rows import PreferenceRows, PromptRows, UnpairedRows
 from emguard_plugin.training.trl_trainer import EMGuardSFTTrainer, PreferenceGuard, PromptGuard, TRLGuard, UnpairedGuard
 
 T = TypeVar("T", bound=Trainer)
 
-GUARDS: dict[type, type[TRLGuard]] = {
-    trl.SFTTrainer: TRLGuard,
-    trl.DPOTrainer: PreferenceGuard,
-    trl.KTOTrainer: UnpairedGuard,
-    trl.GRPOTrainer: PromptGuard,
-    trl.RLOOTrainer: PromptGuard,
+GUARDS: dict[type, tuple[type[TRLGuard], type[EMRegularizerMixin]]] = {
+    trl.SFTTrainer: (TRLGuard, EMRegularizerMixin),
+    trl.DPOTrainer: (PreferenceGuard, PreferenceRows),
+    trl.KTOTrainer: (UnpairedGuard, UnpairedRows),
+    trl.GRPOTrainer: (PromptGuard, PromptRows),
+    trl.RLOOTrainer: (PromptGuard, PromptRows),
 }
-"""By TRL trainer what stands in front of it and of its subclasses."""
+"""By TRL trainer what stands in front of it and of its subclasses: with TRL's own way of being built, and what it reads of rows alone."""
 REFUSED = {
     "RewardTrainer": "it trains a score in the place of the next token: nobody samples from that model, so there is no behaviour to hold",
     "PRMTrainer": "it trains a score in the place of the next token: nobody samples from that model, so there is no behaviour to hold",
@@ -62,7 +63,8 @@ def guard(trainer_class: type[T]) -> type[T]:
         return trainer_class
     if trainer_class is trl.SFTTrainer:
         return EMGuardSFTTrainer
-    bases: tuple[type, ...] = (_front_of(trainer_class), trainer_class)
+    host = _known(trainer_class)
+    bases: tuple[type, ...] = (EMRegularizerMixin if host is None else GUARDS[host][0], trainer_class)
     name = f"EMGuard{trainer_class.__name__}"
     about: dict[str, Any] = {"__module__": trainer_class.__module__, "__doc__": f"`{trainer_class.__name__}` with penalties; see `guard`."}
     if tags := getattr(trainer_class, "_tag_names", None):
@@ -72,14 +74,28 @@ def guard(trainer_class: type[T]) -> type[T]:
     return type(name, bases, about)
 
 
-def _front_of(trainer_class: type) -> type[EMRegularizerMixin]:
+def rows_of_trainer(trainer_class: type) -> type[EMRegularizerMixin]:
+    """Return the mixin that knows the rows of a trainer class and nothing of how it was built.
+
+    Args:
+        trainer_class: As for `guard`.
+
+    Raises:
+        TypeError: for a TRL trainer that a penalty cannot serve.
+    """
+    host = _known(trainer_class)
+    return EMRegularizerMixin if host is None else GUARDS[host][1]
+
+
+def _known(trainer_class: type) -> type | None:
+    """Return the TRL trainer that a class is one of; None for one of transformers alone."""
     for base in trainer_class.__mro__:
         if base in GUARDS:
-            return GUARDS[base]
+            return base
         if base.__module__.partition(".")[0] == "trl" and base.__name__.endswith("Trainer") and not base.__name__.startswith("_"):
             if base.__name__ == "BaseTrainer":
                 continue
             reason = REFUSED.get(base.__name__, "how its batches and its loss go together was never looked at")
             known = ", ".join(sorted(host.__name__ for host in GUARDS))
             raise TypeError(f"guard() does not take trl's {base.__name__}: {reason}. It takes {known} and `transformers.Trainer`.")
-    return EMRegularizerMixin
+    return None

@@ -227,7 +227,22 @@ COMMANDS = list(commands(typer.main.get_command(app)))
 
 def test_the_commands_are_these():
     found = {" ".join(c) for c in COMMANDS}
-    assert found == {"", "check", "sft", "dpo", "kto", "grpo", "eval", "report", "demo", "discover", "lab", "lab build", "lab export", "lab sae"}
+    assert found == {
+        "",
+        "check",
+        "sft",
+        "dpo",
+        "kto",
+        "grpo",
+        "eval",
+        "report",
+        "demo",
+        "discover",
+        "lab",
+        "lab build",
+        "lab export",
+        "lab sae",
+    }
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)

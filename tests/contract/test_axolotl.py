@@ -366,7 +366,7 @@ def test_a_plugin_kept_from_an_earlier_config_does_nothing(axolotl, tiny, tmp_pa
 KD, DIFFUSION = "axolotl.integrations.kd.KDPlugin", "axolotl.integrations.diffusion.DiffusionPlugin"
 WINS = "expects its own trainer" if finds_plugins() else "would win over"
 CONFLICTS = {
-    "rl": ({"rl": "dpo"}, "`rl: dpo`"),
+    "rl": ({"rl": "orpo"}, "`rl: orpo`"),
     "reward model": ({"reward_model": True}, "`reward_model: True`"),
     "process reward model": ({"process_reward_model": True}, "`process_reward_model: True`"),
     "tensor parallel": ({"tensor_parallel_size": 2}, "`tensor_parallel_size: 2`"),

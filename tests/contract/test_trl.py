@@ -1,6 +1,7 @@
 """What we need from the installed TRL and transformers."""
 
 import inspect
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -36,11 +37,16 @@ def test_signatures(trl):
 
 def test_the_drop_in_takes_the_same_arguments(trl):
     from emguard_plugin import EMGuardSFTConfig, EMGuardSFTTrainer, EMRegularizerMixin
+    from emguard_plugin.training.trl_guard import GUARDS
+    from emguard_plugin.training.trl_trainer import TRLGuard
 
-    assert EMGuardSFTTrainer.__mro__[1:3] == (EMRegularizerMixin, trl.SFTTrainer)
+    assert EMGuardSFTTrainer.__mro__[1:4] == (TRLGuard, EMRegularizerMixin, trl.SFTTrainer)
     assert issubclass(EMGuardSFTConfig, trl.SFTConfig)
-    ours = {n for n in vars(EMRegularizerMixin) if n.startswith("_") and not n.startswith("__")}
-    assert not [n for n in ours if hasattr(trl.SFTTrainer, n)], "the mixin's private names are its own"
+    for host, fronts in GUARDS.items():
+        classes = {c for front in fronts for c in front.__mro__ if c.__module__.startswith("emguard_plugin")}
+        ours = {n for c in classes for n in vars(c) if n.startswith("_") and not n.startswith("__")}
+        assert "_rows_as_ids" in ours
+        assert not [n for n in ours if hasattr(host, n)], "the mixin's private names are its own"
 
 
 @pytest.fixture
@@ -71,7 +77,7 @@ def test_the_default_loss_shows_no_logits(trainer):
     batch = next(iter(host.get_train_dataloader()))
     host.model.train()
     _, outputs = host.compute_loss(host.model, dict(batch), return_outputs=True)
-    shows = tuple(map(int, trl.__version__.split(".")[:2])) >= (1, 15)
+    shows = tuple(map(int, version("trl").split(".")[:2])) >= (1, 15)
     assert (getattr(outputs, "logits", None) is not None) == shows
 
 
