@@ -88,16 +88,10 @@ lock-of-axolotl:
 	  s/^(zstandard==.*)/\1 ; python_version < "3.13"\nzstandard==0.25.0 ; python_version >= "3.13"/'; } > build/lock.txt
 	mv build/lock.txt $(LOCK)
 
-# The other stacks of Axolotl, each by a Python of its own, in environments of their own: what we rely on, training, the examples.
-OTHERS = 3.12
+# Every stack that is claimed, in an environment and by a Python of its own; several GB each. STACKS and TESTS choose; `make compat
+# STACKS="newest lowest"`. Writes what passed where into README.md.
 compat:
-	@for v in $(OTHERS); do \
-	  python=$$(for p in python$$v "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v.*/bin/python; do "$$p" -c '' 2>/dev/null && echo "$$p" && break; done); \
-	  [ -n "$$python" ] || { echo "compat: no Python $$v here: not run"; continue; }; \
-	  $(MAKE) VENV=build/compat-$$v PYTHON="$$python" build/compat-$$v/.emguard-ready || exit 1; \
-	  OMP_NUM_THREADS=1 build/compat-$$v/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider $(COMPAT_TESTS) || exit 1; \
-	done
-COMPAT_TESTS = tests/contract tests/regularizers tests/training tests/models tests/latents tests/e2e tests/examples/test_yamls.py
+	@"$(PYTHON)" benchmarks/compat.py $(STACKS) $(if $(TESTS),--tests $(TESTS))
 
 # ./demo goes only if `emguard demo` made it.
 clean:

@@ -60,9 +60,9 @@ def find_conflicts(cfg: Mapping[str, Any], world_size: int | None = None) -> lis
     for key in ("reward_model", "process_reward_model"):
         if cfg.get(key):
             found.append(f"`{key}: {cfg[key]}` trains a score in the place of the next token: there is nothing to hold. Remove `{key}`.")
-    trl = cfg.get("trl")
-    for key in ("async_prefetch", "use_data_producer") if isinstance(trl, Mapping) else ():
-        if trl.get(key):
+    trl: Any = cfg.get("trl")
+    for key in ("async_prefetch", "use_data_producer"):
+        if isinstance(trl, Mapping) and trl.get(key):
             found.append(f"`trl.{key}: {trl[key]}` trains with another trainer than TRL's, which no penalty was tried with. Remove it.")
     mamba = next((k for k in ("model_type", "model_config_type") if re.match("(?i)mamba", str(cfg.get(k) or ""))), None)
     if mamba:  # Axolotl trains these with a trainer of their own

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import TrainerCallback
+from trl import SFTTrainer
 
-from emguard_plugin import KLCallback, TReFTCallback
+from emguard_plugin import KLCallback, TReFTCallback, guard
 from emguard_plugin.reference.checkpoints import siblings, whole_checkpoint
 from emguard_plugin.regularizers.kl.callback import STATE_FILE as KL_STATE
 from tests.regularizers.block_em_parts import block_em
@@ -130,22 +131,12 @@ def test_a_folder_that_is_no_checkpoint_is_the_hosts_to_refuse(tmp_path):
 # weights-unharmed: a sentence that is true
 
 
-class Poison(TrainerCallback):
-    """Makes the host's own loss NaN from a step on."""
+class Poisoned(SFTTrainer):
+    """A host whose own loss is NaN in its second step."""
 
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step + 1 == self.step:
-            model.register_forward_hook(self.spoil)
-
-    @staticmethod
-    def spoil(module, args, out):
-        if module.training:  # TRL takes the loss from the model, or from its logits (1.15 on)
-            for name in ("loss", "logits"):
-                if out.get(name) is not None:
-                    out[name] = out[name] * float("nan")
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 1 else loss
 
 
 @pytest.mark.parametrize("name", ["treft", "kl"])
@@ -155,7 +146,7 @@ def test_weights_that_the_hosts_own_loss_broke_are_not_called_unharmed(tmp_path,
     with pytest.raises(
         FloatingPointError, match=r"the penalty is nan at step 3.*The weights are not finite any more \(.*Go back to the last checkpoint"
     ) as found:
-        run(tmp_path / "run", model=model, callbacks=[callback, Poison(2)], max_steps=4, max_grad_norm=0.0)
+        run(tmp_path / "run", model=model, cls=guard(Poisoned), callbacks=[callback], max_steps=4, max_grad_norm=0.0)
     assert not all(torch.isfinite(p).all() for p in model.parameters())
     assert "unharmed" not in str(found.value)
 
