@@ -24,7 +24,7 @@ LOCK  = constraints/$(STACK).txt
 UV_LIKE_PIP = UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 \
     UV_DEFAULT_INDEX="$$($(VENV)/bin/python -m pip config get global.index-url 2>/dev/null || echo https://pypi.org/simple)"
 
-.PHONY: demo test test-all check clean browser lock lock-of-bounds lock-of-axolotl compat
+.PHONY: demo test test-all check clean browser lock lock-of-bounds lock-of-axolotl compat zero
 demo: $(STAMP)
 	$(VENV)/bin/emguard demo
 
@@ -92,6 +92,12 @@ lock-of-axolotl:
 # STACKS="newest lowest"`. Writes what passed where into README.md.
 compat:
 	@"$(PYTHON)" benchmarks/compat.py $(STACKS) $(if $(TESTS),--tests $(TESTS))
+
+# DeepSpeed compiles nothing for CPUs; gloo does without.
+zero: $(STAMP)
+	@$(VENV)/bin/python -c 'import deepspeed' 2>/dev/null || DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VENV)/bin/python -m pip install -q \
+	  --disable-pip-version-check --no-build-isolation -c $(LOCK) 'deepspeed>=0.18.6,<0.20'
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/distributed/test_zero3.py tests/distributed/test_zero_trains.py
 
 # ./demo goes only if `emguard demo` made it.
 clean:

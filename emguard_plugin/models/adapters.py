@@ -22,6 +22,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
+def in_zero3_parts(model: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has cut the weights into parts."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Run the base model of a PEFT model.

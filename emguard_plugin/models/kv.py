@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from emguard_plugin.models.adapters import peft_model
+from emguard_plugin.models.adapters import is_sharded, peft_model
 from emguard_plugin.models.modes import eval_mode
 
 
@@ -64,10 +64,9 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _tie(model: nn.Module, out: Any) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    if any(isinstance(p, DTensor) for p in model.parameters()):
-        # FSDP2 gathers a layer for backward only when an output of the root depends on it.
+    if is_sharded(model):
+        # FSDP2 gathers a layer for backward only when an output of the root depends on it; ZeRO-3 counts modules that ran and waits
+        # for the backward pass of each.
         return out.logits.float().sum() * 0.0
     return out.logits.new_zeros((), dtype=torch.float32)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from emguard_plugin.models.adapters import in_zero3_parts, peft_model
 from emguard_plugin.models.graph import may_train
 from emguard_plugin.models.identity import Identity
 from emguard_plugin.processes.values import over_processes
@@ -158,7 +159,9 @@ class EMRegularizerCallback(Resumable):
         Raises:
             RuntimeError: when `coef > 0` and no trainable parameter stands behind the penalty.
         """
-        with torch.set_grad_enabled(self.coef > 0):
+        # A pass of its own without gradient, before the host's, leaves ZeRO-3 with empty weights in the host's backward pass.
+        counted = self.own_forward and in_zero3_parts(moment.model) and peft_model(moment.model) is None
+        with torch.set_grad_enabled(self.coef > 0 or counted):
             penalty = self.penalty(moment)
         if penalty is None:
             return None

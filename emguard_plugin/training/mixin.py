@@ -210,6 +210,8 @@ class EMRegularizerMixin(_Host):
                 continue
             if regularizer.coef > 0:
                 loss = loss + scale(regularizer.every, host_divides, n) * regularizer.coef * penalty.value.to(loss.device)
+            elif penalty.value.requires_grad:  # its graph must be gone through, and adds nothing
+                loss = loss + 0.0 * penalty.value.nan_to_num(0.0, 0.0, 0.0).to(loss.device)
             self._record(regularizer, penalty, share(regularizer.every, n))
             self._watch.count(regularizer, penalty)
         if last:

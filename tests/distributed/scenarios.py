@@ -86,7 +86,8 @@ def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, dtyp
         model = perturb(lora(model), scale=0.02) if continued else lora(model)
     if dtype is not None:
         model = model.to(dtype)
-    args = SFTConfig(
+    regularizer = TReFTCallback(coef=coef) if regularizer is None else regularizer()
+    args = SFTConfig(  # from here on DeepSpeed makes models in parts
         **{
             "output_dir": str(folder),
             "max_steps": STEPS,
@@ -110,7 +111,6 @@ def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, dtyp
         }
     )
     recorder = Recorder()
-    regularizer = TReFTCallback(coef=coef) if regularizer is None else regularizer()
     trainer = EMGuardSFTTrainer(
         model=model,
         args=args,
