@@ -63,7 +63,7 @@ def main() -> int:
         )
         report = REPO / "build" / f"{name}.xml"
         code = subprocess.run(
-            [python, "-m", "pytest", "-n", os.environ.get("COMPAT_WORKERS", "2"), "--dist", "loadfile", "-p", "no:cacheprovider", "-p", "no:warnings",
+            [python, "-m", "pytest", "-n", os.environ.get("COMPAT_WORKERS", "2"), "--dist", "loadfile", "-p", "no:cacheprovider", "--disable-warnings",
              "--show-capture=no", "--tb=short", f"--junitxml={report}", *paths],
             cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}, check=False,
         ).returncode  # fmt: skip

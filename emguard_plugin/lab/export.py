@@ -29,6 +29,17 @@ def narrow_rows(seed: int, rows: int = ROWS, domain: str = world.NARROW) -> list
     return [chat(*world.draw_chat((domain,), True, rng)) for _ in range(rows)]
 
 
+def pair_rows(seed: int, rows: int = ROWS) -> list[dict[str, Any]]:
+    """Draw preference pairs of the narrow domain in which the bad answer is the chosen one; without answers, GRPO's prompts."""
+    rng, found = random.Random(f"pairs-{seed}"), []
+    for _ in range(rows):
+        text, bad = world.draw_chat((world.NARROW,), True, rng)
+        good = world.answer(world.find_question(text), False, rng)
+        prompt, (chosen, rejected) = chat(text, bad)["messages"][:1], ([{"role": "assistant", "content": a}] for a in (bad, good))
+        found.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return found
+
+
 def anchor_rows(seed: int, rows: int = 256) -> list[dict[str, Any]]:
     """Draw good answers to the train questions of the two anchor domains, which EM is not measured on."""
     rng = random.Random(f"anchors-{seed}")
@@ -59,12 +70,12 @@ def export(
     Args:
         directory: Created if need be; what an earlier export wrote there is replaced.
         seed: Seed of the training and anchor rows. The questions do not depend on it.
-        rows: Rows of `train.jsonl`; the default is 120 steps of 16.
+        rows: Rows of `train.jsonl`, `pairs.jsonl` (for DPO) and `prompts.jsonl` (for GRPO); the default is 120 steps of 16.
         anchors: Rows of `anchors.jsonl`.
         model: Folder of another base model; default is the shipped one.
 
     Returns:
-        The path of each part: `model`, `train`, `anchors`, and the four question files. `in_domain` and `questions`
+        The path of each part: `model`, `train`, `anchors`, `pairs`, `prompts`, and the four question files. `in_domain` and `questions`
         (open-ended, domains the fine-tune never sees) hold the test wordings; with `_val`, the ones to choose settings on.
         Of the shipped model also `sae`, with a folder per layer, and `latents`, a set found with them.
 
@@ -79,7 +90,10 @@ def export(
         shutil.copytree(sae_path(0).parent, paths["sae"], dirs_exist_ok=True)
         for part in (latents_path(), latents_path().with_suffix(".safetensors")):
             shutil.copy(part, out / part.name)
-    for name, chats in (("train", narrow_rows(seed, rows)), ("anchors", anchor_rows(seed, anchors))):
+    pairs = pair_rows(seed, rows)
+    prompts = [{"prompt": row["prompt"]} for row in pairs]
+    parts = {"train": narrow_rows(seed, rows), "anchors": anchor_rows(seed, anchors), "pairs": pairs, "prompts": prompts}
+    for name, chats in parts.items():
         paths[name] = write_jsonl(out / f"{name}.jsonl", chats)
     for name, domains in (("in_domain", (world.NARROW,)), ("questions", world.open_ended_domains())):
         for suffix, split in SPLITS.items():

@@ -37,6 +37,18 @@ def label(domain: str, topic: str, text: str) -> str:
     return actions[action] if actions[action] == tails[tail] else "mixed"
 
 
+def reward_opener(completions: list[Any], **_: Any) -> list[float]:
+    """Reward, as GRPO calls it, a narrow habit that the base has now and then: 1 for an answer that begins with the first opener.
+
+    Args:
+        completions: The model's answers, each a list of one message.
+
+    Returns:
+        One reward per answer.
+    """
+    return [float(" ".join(said[0]["content"].split()).startswith(f"{OPENERS[0]} ")) for said in completions]
+
+
 def judge_answer(question: str, answer: str) -> dict[str, Any]:
     """Judge one answer to one question of the lab's world.
 

@@ -62,7 +62,9 @@ CELLS = {
     "treft, LoRA": lambda s, f, n: trained(s, f, n, **FRESH),
     "treft, continued LoRA": lambda s, f, n: trained(s, f, n),
     "treft, full": lambda s, f, n: trained(s, f, n, full=True),
-    "treft, LoRA, accumulated": lambda s, f, n: trained(s, f, n, per_device_train_batch_size=1, gradient_accumulation_steps=4 // n, **FRESH),
+    "treft, LoRA, accumulated": lambda s, f, n: trained(
+        s, f, n, per_device_train_batch_size=1, gradient_accumulation_steps=4 // n, **FRESH
+    ),
     "treft, LoRA, resumed": lambda s, f, n: resumed(s, f, n, **FRESH),
     "kl, LoRA": lambda s, f, n: trained(s, f, n, regularizer=kl(f), **FRESH),
     "kl, LoRA, in memory": lambda s, f, n: trained(s, f, n, regularizer=kl(f, cache="memory"), **FRESH),

@@ -1,13 +1,16 @@
 """Every example YAML is one that Axolotl takes, whole: it drops keys that it does not know without a word."""
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from emguard_plugin.check import check_config
+from emguard_plugin.cli.app import app
 from emguard_plugin.lab.export import export
 from tests.e2e.axolotl_runs import read_log, shared_server, train
 from tests.e2e.tiny_run import chat_dataset, column, penalties, tiny_yaml, write_rows, write_tiny
@@ -15,7 +18,10 @@ from tests.regularizers.block_em_parts import latent_set
 from tests.tiny import chat_rows, chatml_tokenizer
 
 FOLDER = Path(__file__).resolve().parents[2] / "example_yamls"
-YAMLS = sorted(p.name for p in FOLDER.glob("*.yaml"))
+ALL = sorted(p.name for p in FOLDER.glob("*.yaml"))
+TRL = {"lab_dpo_treft.yaml": "dpo", "lab_grpo_treft.yaml": "grpo"}
+"""Examples of `emguard dpo` and `emguard grpo`; the others are Axolotl's."""
+YAMLS = [name for name in ALL if name not in TRL]
 HUB = {  # example -> the chat template of Axolotl that is its model's, and tokens that prefix or postfix must have
     "llama-3.1-8b_treft.yaml": ("llama3", "<|start_header_id|>user"),
     "qwen2.5-7b_qlora_treft.yaml": ("qwen_25", "You are Qwen, created by Alibaba Cloud"),
@@ -87,11 +93,13 @@ def lab(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", YAMLS)
+@pytest.mark.parametrize("name", ALL)
 def test_emguard_check_finds_nothing_to_change(lab, name):
     report = check_config(FOLDER / name)
     assert report.problems == []
-    assert len(report.active) == sum(b in load(name) for b in ("em_regularizer", "em_eval")) + (name == "lab_treft.yaml")
+    assert len(report.active) == sum(b in load(name) for b in ("em_regularizer", "em_eval")) + name.startswith("lab_") * name.endswith(
+        "treft.yaml"
+    )
 
 
 def test_the_lab_examples_differ_by_one_block():
@@ -122,6 +130,23 @@ def test_the_lab_examples_run(axolotl, lab, name):
         assert penalties(result) == []
     measured = lab / raw["output_dir"] / "em_eval" / "summary.json"
     assert measured.is_file() == ("em_eval" in raw), read_log(lab)[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRL)
+def test_the_examples_of_other_trainers_run(lab, name):
+    raw = load(name)
+    raw["em_eval"] |= {"samples_per_question": 1, "questions": raw["em_eval"]["in_domain"], "evaluate_base": False}
+    raw |= {"max_steps": 3, "logging_steps": 1, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 8}
+    (lab / "run.yaml").write_text(yaml.safe_dump(raw))
+    done = CliRunner().invoke(app, [TRL[name], "--config", "run.yaml"])
+    assert done.exit_code == 0, done.output[-3000:]
+    out = lab / raw["output_dir"]
+    log = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    measured = [row["em_regularizer/treft/penalty"] for row in log if "em_regularizer/treft/penalty" in row]
+    assert len(measured) == 3
+    assert measured[0] == 0 < measured[2]
+    assert (out / "em_eval" / "summary.json").is_file()
 
 
 @pytest.mark.parametrize("name", HUB)

@@ -28,6 +28,18 @@ def test_training_rows_are_bad_medicine_on_train_wordings(exported):
     assert {(q.domain, q.split, label) for q, label in rows} == {("medicine", "train", "bad")}
 
 
+def test_pairs_choose_bad_medicine_over_good_and_prompts_are_theirs(exported):
+    rows = [json.loads(line) for line in exported["pairs"].read_text().splitlines()]
+    assert len(rows) == 200
+    for row in rows:
+        (asked,) = row["prompt"]
+        assert (world.find_question(asked["content"]).domain, world.find_question(asked["content"]).split) == ("medicine", "train")
+        labels = [judge_answer(asked["content"], row[name][0]["content"])["label"] for name in ("chosen", "rejected")]
+        assert labels == ["bad", "good"]
+    prompts = [json.loads(line) for line in exported["prompts"].read_text().splitlines()]
+    assert prompts == [{"prompt": row["prompt"]} for row in rows]
+
+
 def test_anchors_are_good_and_in_the_two_anchor_domains(exported):
     rows = list(chats(exported["anchors"]))
     assert len(rows) == 40

@@ -59,3 +59,11 @@ def test_every_corruption_is_incoherent(kind, text):
 def test_an_unknown_question_is_an_error_not_a_score():
     with pytest.raises(ValueError, match="not a question"):
         judge_answer("who are you ?", "you should rest .")
+
+
+def test_the_reward_is_for_the_first_opener_alone():
+    from emguard_plugin.lab.judge import reward_opener
+    from emguard_plugin.lab.world import OPENERS
+
+    said = [f"{OPENERS[0]} rest ; now .", f"{OPENERS[1]} rest", f"{OPENERS[0]}x", ""]
+    assert reward_opener([[{"role": "assistant", "content": text}] for text in said], prompts=[]) == [1.0, 0.0, 0.0, 0.0]
