@@ -22,9 +22,11 @@ class Source:
         cache: `auto` (live where an adapter allows it, else memory), `live`, `memory`, `copy` or a folder.
         model: Before training.
         adapter_off: Whether switching the adapter off gives the model before this run; default: what the model shows.
+        beside: The host's own frozen copy of the model before this run, where it has one; used by `auto` and `live` without an adapter.
 
     Attributes:
         adapter_off: As given, or found.
+        beside: As given, where it is used.
         live: The reference runs beside the model at each step; nothing is recorded.
         copied: It runs as a frozen copy.
         folder: Where it is recorded to, or None for memory.
@@ -34,23 +36,26 @@ class Source:
             processes.
     """
 
-    def __init__(self, key: str, cache: str, model: nn.Module, adapter_off: bool | None = None) -> None:
+    def __init__(self, key: str, cache: str, model: nn.Module, adapter_off: bool | None = None, beside: nn.Module | None = None) -> None:
         self.key = key
         self.adapter_off = adapter_starts_at_zero(model) if adapter_off is None else adapter_off
         self.copied = cache == "copy"
-        if cache == "live" and not self.adapter_off:
+        self.beside = beside if cache in ("auto", "live") and not self.adapter_off else None
+        if cache == "live" and not self.adapter_off and self.beside is None:
             raise ValueError(live_needs(key, peft_model(model) is not None))
         if self.copied and is_sharded(model):
             raise ValueError(
                 f"`{key}: copy` needs whole weights on every process, and these are spread over processes. Use `cache: memory` or a folder."
             )
-        self.live = self.copied or cache == "live" or (cache == "auto" and self.adapter_off)
+        self.live = self.copied or cache == "live" or self.beside is not None or (cache == "auto" and self.adapter_off)
         self.folder = None if cache in ("auto", "live", "memory", "copy") else Path(cache).expanduser()
 
     def describe(self) -> str:
         """Return a few words for the line that says what is active."""
         if self.copied:
             return "a frozen copy"
+        if self.beside is not None:
+            return "the trainer's reference model"
         if self.live:
             return "adapter off"
         return f"recorded in {'memory' if self.folder is None else self.folder}"
@@ -59,15 +64,22 @@ class Source:
         """Return what the reference is, for an error."""
         if self.copied:
             return "the frozen copy"
+        if self.beside is not None:
+            return "the trainer's reference model"
         if self.live:
             return "the model with its adapter switched off"
         return f"the reference {'recorded in memory' if self.folder is None else f'in {self.folder}'}"
 
     @contextlib.contextmanager
-    def reading(self, model: nn.Module) -> Iterator[None]:
-        """Run `model` as the reference: without gradient or dropout, its adapter off where that is what makes it the reference."""
-        with torch.no_grad(), eval_mode(model), adapter_off(model) if self.adapter_off else contextlib.nullcontext():
-            yield
+    def reading(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Run the reference: without gradient or dropout, the adapter off where that is what makes a model the reference.
+
+        Yields:
+            What to run: `model`, or the host's own reference beside it.
+        """
+        runs = model if self.beside is None else self.beside
+        with torch.no_grad(), eval_mode(runs), adapter_off(runs) if self.adapter_off else contextlib.nullcontext():
+            yield runs
 
 
 def lost(checkpoint: Path, what: str, method: str) -> ValueError:

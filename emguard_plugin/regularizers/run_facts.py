@@ -12,6 +12,7 @@ from torch import nn
 
 from emguard_plugin.chats import Book, Chat, Known, Template, read_book, read_template, short_of_answers
 from emguard_plugin.chats.training_rows import IGNORE, labelled_conversations, sample
+from emguard_plugin.models.adapters import is_sharded, peft_model
 from emguard_plugin.models.identity import Identity, identify
 from emguard_plugin.models.kv import base_causal_lm
 
@@ -44,6 +45,7 @@ class RunFacts:
         optimizer_built: Whether the optimizer exists already, so that it is too late to freeze parameters.
         chats: Gives the training conversations as they were before they were tokenised, up to 2,000 evenly spread; None where the
             host has them no more.
+        reference_model: The host's own reference, as DPO, KTO and GRPO have one in full fine-tuning; see `shared_reference`.
         autocast: The precision that the host runs forward passes in, as accelerate names it.
         steps_early: Whether the host has taken the optimizer step by the time it calls `on_pre_optimizer_step` (DeepSpeed).
     """
@@ -65,11 +67,20 @@ class RunFacts:
     steps_early: bool = False
     autocast: str = "no"
     chats: Callable[[], Iterable[Chat]] | None = None
+    reference_model: nn.Module | None = None
 
     @cached_property
     def identity(self) -> Identity:
         """Which model the run starts from; worked out once, by all processes together, for every method."""
         return identify(self.model, self.processes, self.rank)
+
+    @cached_property
+    def shared_reference(self) -> nn.Module | None:
+        """The host's own reference, where it is the very model before this run and both are whole on every process; else None."""
+        own = self.reference_model
+        if own is None or peft_model(self.model) is not None or is_sharded(self.model) or is_sharded(own):
+            return None
+        return own if identify(own, self.processes, self.rank).reference == self.identity.reference else None
 
     @cached_property
     def book(self) -> Book | None:

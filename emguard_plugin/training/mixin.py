@@ -100,6 +100,7 @@ class EMRegularizerMixin(_Host):
             steps_early=self.is_deepspeed_enabled,
             autocast=str(self.accelerator.mixed_precision),
             chats=self._chats(),
+            reference_model=self._reference_model(),
         )
         active = [c.prepare(run) for c in self._regularizers]
         check_held(self._regularizers, run)
@@ -163,6 +164,11 @@ class EMRegularizerMixin(_Host):
     def _rows_as_ids(self) -> Any:
         """Return the training set with `input_ids` per row."""
         return self.train_dataset
+
+    def _reference_model(self) -> Any:
+        """Return the host's own reference model, unwrapped, or None."""
+        own = getattr(self, "ref_model", None)
+        return self.accelerator.unwrap_model(own, keep_torch_compile=False) if isinstance(own, torch.nn.Module) else None
 
     def _batch_tokens(self) -> float | None:
         """Return the tokens of a micro-batch where the rows do not show them."""

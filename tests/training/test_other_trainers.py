@@ -215,6 +215,41 @@ def test_full_fine_tuning_records_its_reference(tmp_path, kind, name):
     assert all(p > 0 for p in penalty(trainer, name)[1:])
 
 
+def saved_model(folder, moved=0.0):
+    """Return a model that TRL finds again where it came from: there it loads its reference."""
+    tiny(adapter=False).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if moved:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1 + moved)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
+def test_kl_shares_the_trainers_own_reference_model(tmp_path, kind, capsys):
+    over = {"adapter": None, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, **({"beta": 0.04} if kind == "grpo" else {})}
+    shared = run(kind, tmp_path / "shared", callbacks=[KLCallback(coef=50.0)], model=saved_model(tmp_path / "m"), **over)
+    assert "reference: the trainer's reference model" in capsys.readouterr().out
+    own = run(kind, tmp_path / "own", callbacks=[KLCallback(coef=50.0, cache="memory")], model=saved_model(tmp_path / "m"), **over)
+    assert penalty(shared, "kl")[0] == 0
+    assert penalty(shared, "kl") == pytest.approx(penalty(own, "kl"), rel=1e-3, abs=1e-7)
+    for n, w in weights(own).items():
+        torch.testing.assert_close(weights(shared)[n], w, rtol=0, atol=1e-4)
+    last = str(tmp_path / "shared" / "checkpoint-2")
+    resumed = run(kind, tmp_path / "shared", resume=last, callbacks=[KLCallback(coef=50.0)], model=saved_model(tmp_path / "m"), **over)
+    if kind != "grpo":  # whose draws differ after a resume
+        assert penalty(resumed, "kl") == pytest.approx(penalty(shared, "kl"), rel=1e-3, abs=1e-7)
+    assert not (tmp_path / "shared" / "emguard_kl_reference").exists(), "nothing had to be recorded"
+
+
+def test_a_reference_model_of_other_weights_is_not_shared(tmp_path, capsys):
+    model = saved_model(tmp_path / "m", moved=0.1)
+    run("dpo", tmp_path / "run", callbacks=[KLCallback(coef=1.0)], model=model, adapter=None, max_steps=1)
+    assert "reference: recorded in memory" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="cache: live"):
+        run("dpo", tmp_path / "live", callbacks=[KLCallback(coef=1.0, cache="live")], model=model, adapter=None, max_steps=1)
+
+
 @pytest.mark.parametrize("kind", ["dpo", "grpo"])
 def test_the_em_rate_is_measured_while_it_trains(tmp_path, kind):
     path = tmp_path / "suite.jsonl"

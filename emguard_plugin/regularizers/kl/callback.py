@@ -61,7 +61,8 @@ class KLCallback(EMRegularizerCallback):
     hundred tokens at a time, softmax in fp32. With bf16 weights the penalty is known to about 1e-4 nats: do not read more
     into it, and do not set `target` below 1e-3.
 
-    The reference is the adapter switched off (`cache: live`), or its last hidden states at the held tokens, recorded before
+    The reference is the adapter switched off (`cache: live`), the trainer's own reference model where DPO, KTO or GRPO has one and nothing
+    else gives the model before this run, or its last hidden states at the held tokens, recorded before
     step 1 in memory or in a folder; with a head that trains, the head as it was is kept too.
 
     Args:
@@ -117,14 +118,15 @@ class KLCallback(EMRegularizerCallback):
         """Read and check the anchors, find the reference, continue a resumed run's coefficient."""
         self._config.check_files()
         output_head(run.model)
+        self._beside = run.shared_reference if self.cache in ("auto", "live") else None
         if self.cache == "live":
-            Source(KEY, self.cache, run.model)  # before the anchors are read
+            Source(KEY, self.cache, run.model, beside=self._beside)  # before the anchors are read
         self._tokenizer, self._longest = run.tokenizer, run.context_length
         self._batch_tokens = run.batch_tokens or mean_row_tokens(run.sample) * run.rows_per_batch
         if not self._batch_tokens:
             raise ValueError("the training data is empty: `em_regularizer.kl.ratio` cannot be kept.")
         self._identity, self._begun = run.identity, False
-        self._run = replace(run, model=None, dataset=None)
+        self._run = replace(run, model=None, dataset=None, reference_model=None)
         stored = self._stored_state(run)
         self._load_anchors(run, stored)
         if stored is not None:
@@ -189,7 +191,7 @@ class KLCallback(EMRegularizerCallback):
                 f"{run.resume_from} was trained with other anchors than `{an.KEY}: {self.anchors}` or another `tokens`. Resume "
                 "with the settings of the first run, or start afresh without `resume_from_checkpoint`."
             )
-        self._reference = KLReference(model, self._anchors, self.cache, about, run.resume_from, resumed)
+        self._reference = KLReference(model, self._anchors, self.cache, about, run.resume_from, resumed, self._beside)
 
     def _stored_state(self, run: RunFacts) -> dict[str, Any] | None:
         if run.resume_from is None:

@@ -62,6 +62,7 @@ class KLReference:
         about: Hashes of what a stored cache must belong to.
         resume_from: The checkpoint folder of a resumed run.
         resumed: What that checkpoint says about its reference, if it had one.
+        beside: The host's own frozen copy of the model before this run, or None.
 
     Raises:
         ValueError: when the reference asked for cannot be had.
@@ -75,10 +76,11 @@ class KLReference:
         about: Mapping[str, str],
         resume_from: Path | None,
         resumed: Mapping[str, Any] | None,
+        beside: nn.Module | None = None,
     ) -> None:
         self.anchors = anchors
-        self.source = Source(KEY, cache, model, None if resumed is None else bool(resumed["adapter_off"]))
-        if resume_from is not None and resumed is None and not self.source.adapter_off:
+        self.source = Source(KEY, cache, model, None if resumed is None else bool(resumed["adapter_off"]), beside)
+        if resume_from is not None and resumed is None and not self.source.adapter_off and self.source.beside is None:
             raise lost(resume_from, "reference of `kl`", "kl")
         self.about = {**about, "model": resumed["model"]} if resumed else dict(about)
         self.content: str | None = None
@@ -201,8 +203,8 @@ class KLReference:
         """Return the reference's hidden states (N, H) at the batch's held positions."""
         if self._cache is not None:
             return self._cache.take(batch.rows, batch.ids.device)
-        with self.source.reading(model):
-            return call_with_hidden(model, batch.ids, batch.mask, batch.held)[0]
+        with self.source.reading(model) as base:
+            return call_with_hidden(base, batch.ids, batch.mask, batch.held)[0]
 
     def kl(self, model: nn.Module, hidden: Tensor, reference: Tensor, direction: str = "base||model") -> Tensor:
         """Return the summed KL; called where the model would call its head, so that the weights are there."""
@@ -210,6 +212,9 @@ class KLReference:
         if self._cache is not None and self._cache.head is not None:
             kept, kept_bias = self._cache.head
             base = self._cache.head = (kept.to(weight.device), None if kept_bias is None else kept_bias.to(weight.device))
+        elif self.source.beside is not None:
+            base = head_tensors(self.source.beside)
+            base = base[0].detach(), None if base[1] is None else base[1].detach()
         else:
             base = head_tensors(model, reference=True)
         hidden, reference = hidden.to(weight.device), reference.to(weight.device)
