@@ -246,9 +246,7 @@ class BlockEMCallback(EMRegularizerCallback):
             metrics["outside_shift"] = outside.to(device)
         if self.yardstick is not None:
             metrics["unguarded"] = shares.new_tensor(self.yardstick)
-        misheld = None
-        if self._answers_alone:
-            misheld = (held & answered(inputs["labels"])).sum()
+        misheld = (held & answered(inputs["labels"])).sum() if self._answers_alone else None
         return Penalty(shares.sum(), metrics, shares, away, held.sum(), misheld)
 
     @torch.no_grad()
