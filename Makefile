@@ -97,7 +97,7 @@ compat:
 zero: $(STAMP)
 	@$(VENV)/bin/python -c 'import deepspeed' 2>/dev/null || DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VENV)/bin/python -m pip install -q \
 	  --disable-pip-version-check --no-build-isolation -c $(LOCK) 'deepspeed>=0.18.6,<0.20'
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/distributed/test_zero3.py tests/distributed/test_zero_trains.py
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/distributed/test_zero3.py tests/distributed/test_engines.py
 
 # ./demo goes only if `emguard demo` made it.
 clean:

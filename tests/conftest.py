@@ -17,15 +17,15 @@ from pathlib import Path
 
 from tests.tiny import FAMILIES, chat_rows, chatml_tokenizer, tiny_model
 
-NEEDS = {"axolotl": find_spec("axolotl"), "bitsandbytes": find_spec("bitsandbytes")}
-"""Packages that only some stacks have (`constraints/`), each with a marker of its name."""
+NEEDS = {name: find_spec(name) for name in ("axolotl", "bitsandbytes", "deepspeed")}
+"""Packages that only some stacks have (`constraints/`), or none (`make zero`), each with a marker of its name."""
 
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what a stack cannot run, and say so: it is no pass, and no skip among others."""
     here = Path(__file__).parent
     for item in items:
-        if item.path.is_relative_to(here / "e2e") or item.path.name.startswith("test_axolotl"):
+        if item.path.is_relative_to(here / "e2e") or item.path.name.startswith("test_axolotl") or "axolotl" in item.fixturenames:
             item.add_marker("axolotl")
     lacking = [name for name, found in NEEDS.items() if found is None]
     left = [item for item in items if any(item.get_closest_marker(name) for name in lacking)]

@@ -23,6 +23,7 @@ from emguard_plugin.training.em_rate import EMRateCallback
 from emguard_plugin.training.held_guard import check_held
 from emguard_plugin.training.held_watch import HeldWatch
 from emguard_plugin.training.host_checks import check_trainer
+from emguard_plugin.training.resumed_adapter import restore_adapter
 from emguard_plugin.training.scale import scale, share
 from emguard_plugin.training.tested_hosts import check_host
 
@@ -134,6 +135,13 @@ class EMRegularizerMixin(_Host):
         """Return whether the host looked for a checkpoint itself, so that none means a fresh run."""
         return False
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._regularizers:
+            unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            if done := restore_adapter(unwrapped, Path(resume_from_checkpoint)):
+                self.accelerator.print(f"em_regularizer: {done}")
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the host does; into a checkpoint, put what the regularizers need before the host completes it.
 
@@ -142,6 +150,8 @@ class EMRegularizerMixin(_Host):
         super().save_model(output_dir, _internal_call=_internal_call)
         if not (_internal_call and output_dir and self._regularizers and step_of(Path(output_dir)) is not None):
             return
+        if self.is_world_process_zero():
+            Path(output_dir).mkdir(parents=True, exist_ok=True)  # under FSDP with shards the host has written nothing yet
         for callback in self._regularizers:
             if callback.prepared:
                 callback.save(Path(output_dir), self.is_world_process_zero())

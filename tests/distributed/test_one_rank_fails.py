@@ -1,15 +1,14 @@
 """A failure on one of two processes reaches both within seconds, although the group's timeout is minutes away."""
 
 import json
-import multiprocessing
 import os
-import socket
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.distributed.ranks import gloo, started
 
 LIMIT_S = 60
 """For both processes, from start to end, imports included; the failure itself must reach the other rank within `SOON_S`."""
@@ -46,7 +45,7 @@ def sampling(folder, sharded, rank):
 def preparing(folder):
     """A regularizer that cannot be prepared on rank 1."""
     from emguard_plugin import TReFTCallback
-    from tests.distributed.scenarios import train
+    from tests.distributed.runs import train
 
     class Faulty(TReFTCallback):
         def prepare(self, run):
@@ -59,7 +58,7 @@ def preparing(folder):
 def penalising(folder, sharded):
     """A penalty that fails on rank 1 in the second step."""
     from emguard_plugin import TReFTCallback
-    from tests.distributed.scenarios import fsdp2_trained, train
+    from tests.distributed.engines import trained
 
     class Faulty(TReFTCallback):
         def penalty(self, moment):
@@ -67,9 +66,7 @@ def penalising(folder, sharded):
                 fails_on(1)
             return super().penalty(moment)
 
-    if sharded:
-        return fsdp2_trained(folder, 2, full=False, regularizer=lambda: Faulty(coef=1.0), continued=False)
-    return train(folder, 2, regularizer=lambda: Faulty(coef=1.0))
+    return trained("FSDP2" if sharded else "DDP", folder, 2, regularizer=lambda: Faulty(coef=1.0), continued=False)
 
 
 def lingering(folder):
@@ -92,13 +89,10 @@ SCENARIOS = {
 }
 
 
-def rank(number, name, port, out):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(number), LOCAL_RANK=str(number),
-        FAILED_AT=str(out / "failed_at"),
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
+def rank(name, out):
+    number = int(os.environ["RANK"])
+    os.environ["FAILED_AT"] = str(out / "failed_at")
+    gloo(minutes=10)
     found = {"error": None}
     try:
         result = SCENARIOS[name](out / "run")
@@ -114,25 +108,12 @@ def rank(number, name, port, out):
 
 def run(name, out):
     """Return what each rank says of itself, its exit code, and when the failure was."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["emguard_plugin.training.trl_trainer", "emguard_plugin.regularizers.treft.callback", "datasets", "peft"]
-    )
-    processes = [context.Process(target=rank, args=(number, name, port, out)) for number in (0, 1)]
-    for process in processes:
-        process.start()
-    try:
+    with started(rank, name, out) as processes:
         until = time.monotonic() + LIMIT_S
         for process in processes[: 1 if name == "a rank that lives on" else 2]:
             process.join(max(0.1, until - time.monotonic()))
-    finally:
         codes = [process.exitcode for process in processes]
         ended = time.time()
-        for process in processes:
-            process.kill()
     said = [json.loads(file.read_text()) if (file := out / f"{n}.json").exists() else None for n in (0, 1)]
     return said, codes, ended - float((out / "failed_at").read_text())
 

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -6,30 +8,26 @@ from emguard_plugin.models.kv import decoder_layers, has_rotary_positions, num_l
 from tests.tiny import FAMILIES, lora, perturb, tiny_model
 
 IDS = torch.tensor([[4, 9, 17, 33, 8, 21, 60]])
-SDPA = {"attn_implementation": "sdpa"}
-CAPLESS = {"attn_logit_softcapping": None}  # sdpa knows no cap, and from transformers 5.24 on says so
 REST = torch.randint(4, 300, (1, 9), generator=torch.Generator().manual_seed(0))
 
 
 def full_sequence_kv(model, ids, monkeypatch):
     """Keys and values inside the training forward, caught where attention uses them: an independent second way."""
-    from transformers.integrations import sdpa_attention
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    seen = []
+    module, seen = sys.modules[type(model).__module__], []
+    attention = module.eager_attention_forward
 
     def record(module, query, key, value, *args, **kwargs):
         seen.append((key.transpose(1, 2).flatten(2), value.transpose(1, 2).flatten(2)))
-        return sdpa_attention.sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+        return attention(module, query, key, value, *args, **kwargs)
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", record)
-    model.set_attn_implementation("sdpa")
-    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "eager_attention_forward", record)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return seen
 
 
 def test_prefix_forward_sees_what_every_training_row_sees(family, monkeypatch):
-    model = perturb(tiny_model(family, **SDPA, **(CAPLESS if family == "gemma2" else {})))
+    model = perturb(tiny_model(family, attn_implementation="eager"))
     alone = read_kv(model, IDS, range(3))
     inside = full_sequence_kv(model.train(), torch.cat([IDS, REST], 1), monkeypatch)
     assert len(inside) == 3
@@ -39,7 +37,7 @@ def test_prefix_forward_sees_what_every_training_row_sees(family, monkeypatch):
 
 
 def test_gradient_equals_the_training_rows_gradient(family, monkeypatch):
-    model = perturb(tiny_model(family, **SDPA, **(CAPLESS if family == "gemma2" else {})))
+    model = perturb(tiny_model(family, attn_implementation="eager"))
     grads = []
     for way in ("alone", "inside"):
         model.zero_grad()

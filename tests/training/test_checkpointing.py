@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.distributed.scenarios import train
+from tests.distributed.runs import train
 
 KINDS = {
     "off": {},

@@ -11,8 +11,8 @@ from emguard_plugin.regularizers.functional import token_kl
 from emguard_plugin.regularizers.kl import replies
 from emguard_plugin.regularizers.kl.reference import FOLDER
 from emguard_plugin.regularizers.moment import Moment
-from tests.distributed import scenarios
-from tests.distributed.scenarios import COEF, kl
+from tests.distributed import runs
+from tests.distributed.runs import COEF, kl
 from tests.regularizers.kl_parts import batch, drawn, started, write_anchors
 from tests.tiny import chat_rows, chatml_tokenizer, lora, perturb, tiny_model
 
@@ -25,7 +25,7 @@ METRIC = "em_regularizer/kl/"
 
 
 def train(folder, processes=1, **over):
-    return scenarios.train(folder, processes, **{"continued": False, "learning_rate": 0.05, **over})
+    return runs.train(folder, processes, **{"continued": False, "learning_rate": 0.05, **over})
 
 
 def same(a, b, rtol=1e-4):

@@ -228,6 +228,7 @@ def saved_model(folder, moved=0.0):
 @pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
 def test_kl_shares_the_trainers_own_reference_model(tmp_path, kind, capsys):
     over = {"adapter": None, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, **({"beta": 0.04} if kind == "grpo" else {})}
+    over |= {"optim": "sgd", "learning_rate": 0.1}  # Adam makes whole steps of the rounding errors of a penalty of 0
     shared = run(kind, tmp_path / "shared", callbacks=[KLCallback(coef=50.0)], model=saved_model(tmp_path / "m"), **over)
     assert "reference: the trainer's reference model" in capsys.readouterr().out
     own = run(kind, tmp_path / "own", callbacks=[KLCallback(coef=50.0, cache="memory")], model=saved_model(tmp_path / "m"), **over)
