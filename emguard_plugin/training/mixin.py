@@ -23,7 +23,7 @@ from emguard_plugin.training.em_rate import EMRateCallback
 from emguard_plugin.training.held_guard import check_held
 from emguard_plugin.training.held_watch import HeldWatch
 from emguard_plugin.training.host_checks import check_trainer
-from emguard_plugin.training.resumed_adapter import restore_adapter
+from emguard_plugin.training.resumed_adapter import restored_adapter
 from emguard_plugin.training.scale import scale, share
 from emguard_plugin.training.tested_hosts import check_host
 
@@ -69,8 +69,10 @@ class EMRegularizerMixin(_Host):
             return whole
 
         try:
-            with linked("training") if found or rated else nullcontext():
+            with linked("training") if found or rated else nullcontext(), ExitStack() as resumed:
                 resume = agree(prepare, "em_regularizer") if found else resume_from_checkpoint
+                if found and resume:
+                    resumed.enter_context(restored_adapter(self, Path(str(resume))))
                 return super().train(resume, *args, **kwargs)
         finally:
             for callback in found:
@@ -134,13 +136,6 @@ class EMRegularizerMixin(_Host):
     def _resumes_by_itself(self) -> bool:
         """Return whether the host looked for a checkpoint itself, so that none means a fresh run."""
         return False
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._regularizers:
-            unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            if done := restore_adapter(unwrapped, Path(resume_from_checkpoint)):
-                self.accelerator.print(f"em_regularizer: {done}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the host does; into a checkpoint, put what the regularizers need before the host completes it.

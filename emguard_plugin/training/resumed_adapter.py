@@ -6,13 +6,38 @@ of a checkpoint with two adapters that TRL made of one `PeftModel`, the host loa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 WEIGHTS = "adapter_model.safetensors"
+
+
+@contextmanager
+def restored_adapter(trainer: Any, folder: Path) -> Iterator[None]:
+    """Look at the adapter of a resumed run when the host has loaded it, and say what was put right.
+
+    Args:
+        trainer: The host's.
+        folder: The checkpoint that it goes on from.
+    """
+
+    class Restored(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            if done := restore_adapter(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False), folder):
+                trainer.accelerator.print(f"em_regularizer: {done}")
+
+    callback = Restored()
+    trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(callback)
 
 
 def restore_adapter(model: Any, folder: Path) -> str | None:

@@ -1,11 +1,12 @@
 """The runs of README's table of engines: what a method does with a kind of adapter, on any engine."""
 
+import os
 import traceback
 
 import torch
 
-from tests.distributed.engines import begin, trained
-from tests.distributed.runs import STEPS, block_em, kl
+from tests.distributed.engines import ENGINES, begin, trained
+from tests.distributed.runs import block_em, kl
 
 FRESH = {"continued": False}
 ACCUMULATED = lambda n: {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // n}  # noqa: E731
@@ -51,7 +52,7 @@ CELLS = {
     "block_em, LoRA, accumulated": lambda e, f, n: trained(
         e, f, n, regularizer=block_em(coef=2.0, layers=(0, 2)), **ACCUMULATED(n), **FRESH
     ),
-    "block_em, LoRA, resumed": lambda e, f, n: resumed(e, f, n, regularizer=block_em(), **FRESH),
+    "block_em, LoRA, resumed": lambda e, f, n: resumed(e, f, n, regularizer=block_em(coef=2.0), **FRESH),
     "block_em, full": lambda e, f, n: trained(e, f, n, full=True, regularizer=block_em(coef=0.2), **FRESH),
     "block_em, full, coef 0": lambda e, f, n: trained(e, f, n, full=True, regularizer=block_em(coef=0.0), **FRESH),
 }
@@ -62,8 +63,6 @@ REFUSED = {(engine, name) for engine in ("ZeRO-3",) for name in CELLS if "LoRA, 
 
 def rank(engine, out):
     """Run every cell as one rank, and leave the results in `out`."""
-    import os
-
     begin(engine)
     for name, cell in CELLS.items():
         try:
@@ -73,4 +72,14 @@ def rank(engine, out):
         torch.save(result, out / f"{name}.{os.environ['RANK']}.pt")
 
 
-assert STEPS > 1
+def table():
+    """Return README's table: what was compared under which engine."""
+    rows = [["", *ENGINES], ["---"] * (len(ENGINES) + 1)]
+    some = {name for _, name in REFUSED}
+    for method in ("treft", "kl", "block_em"):
+        for refused in (False, True):
+            names = [name for name in CELLS if name.split(", ")[0] == method and (name in some) == refused]
+            if names:
+                verdicts = ["refused" if (engine, names[0]) in REFUSED else "same" for engine in ENGINES]
+                rows.append([f"`{method}`: " + "; ".join(name.partition(", ")[2] for name in names), *verdicts])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -23,7 +23,7 @@ RUNS = {  # with an anchor for each of four processes in every step
     "kl, LoRA": lambda folder: {"regularizer": kl(folder, ratio=2.0), **FRESH},
     "kl, LoRA, target": lambda folder: {"regularizer": kl(folder, ratio=2.0, coef=None, target=0.02), **FRESH},
     "kl, full": lambda folder: {"regularizer": kl(folder, ratio=2.0), "full": True, **FRESH},
-    "block_em, LoRA": lambda folder: {"regularizer": block_em(), **FRESH},
+    "block_em, LoRA": lambda folder: {"regularizer": block_em(coef=2.0), **FRESH},
     "block_em, full": lambda folder: {"regularizer": block_em(coef=0.2), "full": True, **FRESH},
 }
 CHANGES = [("DDP", 2, 1), ("DDP", 1, 2), ("FSDP2", 2, 4)]

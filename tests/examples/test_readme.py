@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from emguard_plugin.config import BlockEMConfig, EMEvalConfig, EMRegularizerConfig, KLConfig, TReFTConfig
 from emguard_plugin.evaluation import run_em_eval
 from emguard_plugin.lab import model_path
+from tests.distributed.cells import table
 from tests.evaluation.fake_server import FakeServer
 from tests.evaluation.judging_parts import graded
 
@@ -210,3 +211,7 @@ def test_the_table_of_block_em_is_the_stored_measurement(run):
     cells = [cell("in_domain", lambda t: t["bad"]), cell("open_ended", lambda t: t["bad"])]
     cells.append(cell("open_ended", lambda t: t["n"] - t["incoherent"]))
     assert f"| {run} | {' | '.join(cells)} |" in README
+
+
+def test_the_table_of_engines_names_the_cells_that_are_run():
+    assert table() in README

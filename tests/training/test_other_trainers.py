@@ -8,6 +8,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from emguard_plugin import EMGuardSFTTrainer, EMRateCallback, EMRegularizerMixin, KLCallback, TReFTCallback, guard
@@ -15,7 +16,7 @@ from emguard_plugin.training.policy_rows import rows_of
 from emguard_plugin.training.trl_config import EMGuardDPOConfig
 from tests.regularizers.block_em_parts import block_em
 from tests.tiny import CHATML, chat_rows, chatml_tokenizer
-from tests.trl_policy_runs import KINDS, answer, build, losses, pairs, prompt, run, unpaired, weights
+from tests.trl_policy_runs import ADAPTER, KINDS, answer, build, losses, pairs, prompt, run, unpaired, weights
 from tests.trl_runs import column, different, tiny
 from tests.trl_runs import run as run_sft
 
@@ -202,6 +203,23 @@ def test_a_resumed_run_goes_on_against_the_same_reference(tmp_path, kind, name):
         assert penalty(resumed, name) == pytest.approx(penalty(whole, name), rel=1e-4)
         for n, w in weights(whole).items():
             torch.testing.assert_close(weights(resumed)[n], w, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_given_peft_model_goes_on_with_the_trained_adapter(tmp_path, kind, capsys):
+    """Of a checkpoint with the copy that TRL makes of a given adapter, the host loads the copy alone."""
+    saved = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "adapter": None}
+
+    def go(folder, **kw):
+        return run(kind, folder, callbacks=[TReFTCallback(coef=5.0)], model=get_peft_model(tiny(adapter=False), ADAPTER), **saved, **kw)
+
+    torch.manual_seed(0)
+    whole = go(tmp_path / "run")
+    torch.manual_seed(0)
+    resumed = go(tmp_path / "run", resume=str(tmp_path / "run" / "checkpoint-2"))
+    assert penalty(resumed, "treft") == pytest.approx(penalty(whole, "treft"), rel=1e-4)
+    for n, w in weights(whole).items():
+        torch.testing.assert_close(weights(resumed)[n], w, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "grpo"])
