@@ -1,7 +1,7 @@
 """Run the tests on every stack of hosts that is claimed, and write what passed where into README.md.
 
-`make compat`; with names of stacks, those alone, and the table keeps the others' earlier rows. A stack without its Python, or whose
-environment cannot be installed, is named and is no pass.
+`make compat`; with names of stacks, those alone, and with tests, those alone: the table keeps the other stacks' columns, and the rows
+whose tests were not all among them. A stack without its Python, or whose environment cannot be installed, is named and is no pass.
 
 Ends with 0, with 1 where a test failed, with 3 where a stack could not be had and nothing failed.
 """
@@ -50,7 +50,7 @@ def main() -> int:
     """Run; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stacks", nargs="*", default=list(STACKS), choices=[*STACKS, []], metavar="STACK")
-    parser.add_argument("--tests", nargs="+", help="run these alone, and write no table")
+    parser.add_argument("--tests", nargs="+", help="run these alone")
     given = parser.parse_args()
     failed, lacking = [], []
     for name in given.stacks:
@@ -69,8 +69,7 @@ def main() -> int:
         ).returncode  # fmt: skip
         if code:
             failed.append(name)
-        if not given.tests:
-            store(name, python, report)
+        store(name, python, report, [f for f, of in FEATURES.items() if set(of) <= set(paths) or not given.tests])
     for name in lacking:
         print(f"compat: {name} was NOT run: {' on Python '.join(STACKS[name])} cannot be had here")
     print(f"compat: ran {', '.join(n for n in given.stacks if n not in lacking) or 'nothing'}; failed: {', '.join(failed) or 'none'}")
@@ -96,19 +95,21 @@ def environment(name: str) -> str | None:
     return str(REPO / folder / "bin" / "python") if made.returncode == 0 else None
 
 
-def store(name: str, python: str, report: Path) -> None:
-    """Store what a stack's tests came to, and write the table anew."""
+def store(name: str, python: str, report: Path, ran: list[str]) -> None:
+    """Store what a stack's tests came to in the rows whose tests all ran, and write the table anew."""
+    if not ran:
+        return
     listed = subprocess.run([python, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
     versions = dict(re.findall(r"^(\S+)==(\S+)$", listed, re.MULTILINE))
-    counts = {feature: {"passed": 0, "failed": 0, "skipped": 0} for feature in FEATURES}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
+    counts = {f: {"passed": 0, "failed": 0, "skipped": 0, "commit": commit, "date": str(date.today())} for f in ran}
     for path, outcome in outcomes(report):
-        if (feature := feature_of(path)) is not None:
+        if (feature := feature_of(path)) in counts:
             counts[feature][outcome] += 1
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
     known[name] = {
-        "stack": STACKS[name][0], "python": STACKS[name][1], "date": str(date.today()), "commit": commit,
-        "hosts": {host: versions.get(host) for host in HOSTS}, "tests": counts,
+        "stack": STACKS[name][0], "python": STACKS[name][1], "hosts": {host: versions.get(host) for host in HOSTS},
+        "tests": {**known.get(name, {}).get("tests", {}), **counts},
     }  # fmt: skip
     RESULTS.write_text(json.dumps({n: known[n] for n in STACKS if n in known}, indent=2) + "\n")
     text = README.read_text()
