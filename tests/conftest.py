@@ -5,6 +5,7 @@ import sys
 
 os.environ.update(HF_HUB_OFFLINE="1", AXOLOTL_DO_NOT_TRACK="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", WANDB_DISABLED="true")
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,6 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tests.tiny import FAMILIES, chat_rows, chatml_tokenizer, tiny_model
+
+hypothesis.settings.register_profile("emguard", deadline=None)  # a busy machine is no fault
+hypothesis.settings.load_profile("emguard")
 
 NEEDS = {name: find_spec(name) for name in ("axolotl", "bitsandbytes", "deepspeed")}
 """Packages that only some stacks have (`constraints/`), or none (`make zero`), each with a marker of its name."""

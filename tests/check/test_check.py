@@ -119,8 +119,14 @@ def test_plugins_that_are_no_list(check, value):
     assert "Write `plugins: [emguard_plugin.EMGuardPlugin]`" in found
 
 
-def test_a_block_without_the_plugin(check, questions):
+@pytest.mark.parametrize("found", [False, True])
+def test_a_block_without_the_plugin(check, questions, monkeypatch, found):
+    """Axolotl from 0.21 on finds us by an entry point."""
+    monkeypatch.setattr("emguard_plugin.check.finds_plugins", lambda: found)
     for block in (treft(), {"em_eval": {"questions": questions, "judges": [EXACT]}}):
+        if found:
+            assert not check(plugins=None, **block).problems
+            continue
         assert problem(check(plugins=None, **block)).startswith(f"`{next(iter(block))}:` is set but the plugin is not")
 
 

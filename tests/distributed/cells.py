@@ -13,7 +13,7 @@ ACCUMULATED = lambda n: {"per_device_train_batch_size": 1, "gradient_accumulatio
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 
-ADAM = {"optim": "adamw_torch", "adam_epsilon": 0.01}
+ADAM = {"optim": "adamw_torch", "adam_epsilon": 1.0}
 """An optimizer with a state; its epsilon keeps rounding errors as small as they are under SGD."""
 
 

@@ -1,6 +1,7 @@
 import json
 import logging
 from dataclasses import asdict
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def test_the_build_stores_settings_versions_figures_and_digest(built):
     assert stored == record
     assert stored["settings"] == asdict(TINY)
     assert stored["sha256"] == sha256(folder / "model.safetensors")
-    assert stored["versions"]["torch"] == torch.__version__
+    assert stored["versions"]["torch"] == version("torch")
     for split in ("val", "test"):
         figures = stored["figures"][split]
         assert figures["n"] == 120 == sum(figures[k] for k in ("good", "bad", "mixed", "incoherent"))
