@@ -98,7 +98,7 @@ def test_gradients_are_those_of_one_process(engine, two, one, name):
     assert len(first["gradients"]) == len(alone) > 1
     for a, b, c in zip(first["gradients"], second["gradients"], alone, strict=True):
         same(a, b, within=0)
-        same(a, c)
+        same(a, c, within=1e-3)  # of weights that are within 1e-4 of each other
 
 
 @pytest.mark.parametrize("name", [n for n in CELLS if "treft, LoRA" in n and "coef 0" not in n])
