@@ -211,3 +211,4 @@ def _watched(board: _Board) -> Iterator[None]:
         yield
     finally:
         over.set()
+        thread.join(VAIN)  # one that is inside the store's C++ while Python ends aborts the process
