@@ -22,12 +22,12 @@ LAUNCHERS = {
         "--main_process_ip=127.0.0.1", "--main_process_port={port}", HERE / "emguard",
     ],
 }  # fmt: skip
-CONFIG = {
-    "model_name_or_path": "./lab/model", "dtype": "float32", "dataset_name": "json", "use_peft": True, "lora_r": 8,
-    "lora_target_modules": "all-linear", "max_steps": 4, "learning_rate": 2e-3, "optim": "sgd", "lr_scheduler_type": "constant",
+CONFIG = {  # without an adapter: TRL draws that unseeded, so no two launches would be the same
+    "model_name_or_path": "./lab/model", "dtype": "float32", "dataset_name": "json",
+    "max_steps": 4, "learning_rate": 2e-3, "optim": "sgd", "lr_scheduler_type": "constant",
     "max_length": 128, "gradient_checkpointing": False, "bf16": False, "use_cpu": True, "report_to": "none", "logging_steps": 1,
     "save_strategy": "steps", "save_steps": 4, "train_sampling_strategy": "sequential", "disable_tqdm": True,
-    "em_regularizer": {"kl": {"coef": 100.0, "ratio": 1.0, "anchors": "./lab/anchors.jsonl"}},
+    "em_regularizer": {"kl": {"coef": 10.0, "ratio": 1.0, "anchors": "./lab/anchors.jsonl"}},
     "em_eval": {
         "questions": "./lab/in_domain.yaml", "samples_per_question": 1, "max_new_tokens": 32, "evaluate_base": False,
         "judges": [{"function": "emguard_plugin.lab.judge:judge_answer"}],
