@@ -1,6 +1,6 @@
 # Axolotl with emguard, from the wheel of this checkout:
 #   docker build -t emguard .
-#   docker run --gpus all -v "$PWD:/run" emguard axolotl train run.yaml
+#   docker run --gpus all -v "$PWD:/work" emguard axolotl train run.yaml
 FROM python:3.12-slim AS wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
@@ -15,5 +15,5 @@ COPY constraints/axolotl-0.21.txt /tmp/locked.txt
 RUN pip install --no-cache-dir -c /tmp/locked.txt torch && grep -v '^torch==' /tmp/locked.txt > /tmp/rest.txt && pip install --no-cache-dir --no-deps -r /tmp/rest.txt
 COPY --from=wheel /wheel /wheel
 RUN pip install --no-cache-dir --no-deps /wheel/*.whl && emguard --help > /dev/null && axolotl --help > /dev/null
-WORKDIR /run
+WORKDIR /work
 CMD ["emguard", "--help"]

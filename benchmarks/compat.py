@@ -62,6 +62,7 @@ def main() -> int:
             {path for paths in FEATURES.values() for path in paths if not path.endswith(("rl.py", "trainers.py"))}
         )
         report = REPO / "build" / f"{name}.xml"
+        report.unlink(missing_ok=True)
         code = subprocess.run(
             [python, "-m", "pytest", "-n", os.environ.get("COMPAT_WORKERS", "2"), "--dist", "loadfile", "-p", "no:cacheprovider", "--disable-warnings",
              "--show-capture=no", "--tb=short", f"--junitxml={report}", *paths],
@@ -69,7 +70,9 @@ def main() -> int:
         ).returncode  # fmt: skip
         if code:
             failed.append(name)
-        store(name, python, report, [f for f, of in FEATURES.items() if set(of) <= set(paths) or not given.tests])
+        ran = [f for f, of in FEATURES.items() if set(of) <= set(paths) or not given.tests]
+        if ran and report.is_file():
+            store(name, python, report, ran)
     for name in lacking:
         print(f"compat: {name} was NOT run: {' on Python '.join(STACKS[name])} cannot be had here")
     print(f"compat: ran {', '.join(n for n in given.stacks if n not in lacking) or 'nothing'}; failed: {', '.join(failed) or 'none'}")
@@ -97,8 +100,6 @@ def environment(name: str) -> str | None:
 
 def store(name: str, python: str, report: Path, ran: list[str]) -> None:
     """Store what a stack's tests came to in the rows whose tests all ran, and write the table anew."""
-    if not ran:
-        return
     listed = subprocess.run([python, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
     versions = dict(re.findall(r"^(\S+)==(\S+)$", listed, re.MULTILINE))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
@@ -135,7 +136,7 @@ def feature_of(path: str) -> str | None:
 def table(known: dict[str, dict]) -> str:
     """Return the table in Markdown."""
     stacks = [n for n in STACKS if n in known]
-    rows = [["", *(f"Python {known[n]['python']}" for n in stacks)]]
+    rows = [["", *(f"{known[n]['stack'].replace('-', ' ')}, Python {known[n]['python']}" for n in stacks)]]
     for host in HOSTS:
         rows.append([host, *((known[n]["hosts"][host] or "none").partition("+")[0] for n in stacks)])
     for feature in FEATURES:
@@ -143,7 +144,9 @@ def table(known: dict[str, dict]) -> str:
         for n in stacks:
             found = known[n]["tests"].get(feature, {})
             ran = found.get("passed", 0) + found.get("failed", 0)
-            cells.append("not there" if not ran else f"{found['passed']} pass" + (f", {found['failed']} FAIL" if found["failed"] else ""))
+            words = {"passed": "pass", "failed": "FAIL", "skipped": "skipped"}
+            told = [f"{found[outcome]} {word}" for outcome, word in words.items() if ran and found[outcome]]
+            cells.append(", ".join(told) or "not there")
         rows.append([feature, *cells])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"

@@ -101,3 +101,10 @@ def test_the_installed_command_line_answers(installed):
     for command in ("check", "sft", "eval", "lab"):
         assert command in shown
     assert installed("-c", "from importlib.metadata import version; print(version('emguard-plugin'))")
+
+
+def test_the_container_copies_what_is_there():
+    steps = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [word for step in steps if step.startswith("COPY ") and "--from" not in step for word in step.split()[1:-1]]
+    assert len(copied) > 4
+    assert not [path for path in copied if not (ROOT / path).exists()]

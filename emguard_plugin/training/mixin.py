@@ -23,7 +23,7 @@ from emguard_plugin.training.em_rate import EMRateCallback
 from emguard_plugin.training.held_guard import check_held
 from emguard_plugin.training.held_watch import HeldWatch
 from emguard_plugin.training.host_checks import check_trainer
-from emguard_plugin.training.resumed_adapter import restored_adapter
+from emguard_plugin.training.resumed_adapter import whole_adapter
 from emguard_plugin.training.scale import scale, share
 from emguard_plugin.training.tested_hosts import check_host
 
@@ -69,11 +69,10 @@ class EMRegularizerMixin(_Host):
             return whole
 
         try:
-            with linked("training") if found or rated else nullcontext(), ExitStack() as resumed:
+            with linked("training") if found or rated else nullcontext():
                 resume = agree(prepare, "em_regularizer") if found else resume_from_checkpoint
-                if found and resume:
-                    resumed.enter_context(restored_adapter(self, Path(str(resume))))
-                return super().train(resume, *args, **kwargs)
+                with whole_adapter(self, Path(str(resume)) if resume else None) if found else nullcontext():
+                    return super().train(resume, *args, **kwargs)
         finally:
             for callback in found:
                 callback.ended()

@@ -1,7 +1,8 @@
-"""A resumed run goes on from its checkpoint's adapter, also where the host leaves it out or loads a part of it.
+"""A run has the whole adapter of the checkpoint that the host loaded, also where that leaves it out or loads a part of it.
 
-Under FSDP2 with `state_dict_type: FULL_STATE_DICT` accelerate gives a LoRA's weights to rank 0 alone (seen up to accelerate 1.15), and
-of a checkpoint with two adapters that TRL made of one `PeftModel`, the host loads TRL's copy alone (seen up to TRL 1.16).
+Under FSDP2 with `state_dict_type: FULL_STATE_DICT` accelerate gives a LoRA's weights to rank 0 alone (seen up to accelerate 1.15), when
+it resumes and when it takes the best checkpoint in the end. Of a checkpoint with two adapters that TRL made of one `PeftModel`, the host
+resumes with TRL's copy alone (seen up to TRL 1.16).
 """
 
 from __future__ import annotations
@@ -13,26 +14,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 WEIGHTS = "adapter_model.safetensors"
 
 
 @contextmanager
-def restored_adapter(trainer: Any, folder: Path) -> Iterator[None]:
-    """Look at the adapter of a resumed run when the host has loaded it, and say what was put right.
+def whole_adapter(trainer: Any, resumed_from: Path | None) -> Iterator[None]:
+    """Look at the adapter each time when the host has loaded a checkpoint, and say what was put right.
 
     Args:
         trainer: The host's.
-        folder: The checkpoint that it goes on from.
+        resumed_from: The checkpoint that the run goes on from.
     """
 
-    class Restored(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            if done := restore_adapter(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False), folder):
-                trainer.accelerator.print(f"em_regularizer: {done}")
+    def look(folder: Path) -> None:
+        if done := restore_adapter(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False), folder):
+            trainer.accelerator.print(f"em_regularizer: {done}")
 
-    callback = Restored()
+    class Looking(TrainerCallback):
+        def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+            if resumed_from is not None:
+                look(resumed_from)
+
+        def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                look(Path(state.best_model_checkpoint))
+
+    callback = Looking()
     trainer.add_callback(callback)
     try:
         yield
@@ -44,8 +53,8 @@ def restore_adapter(model: Any, folder: Path) -> str | None:
     """Put a checkpoint's adapter into the model where the model holds another one. Every process calls it.
 
     Args:
-        model: Any; without an adapter nothing is done.
-        folder: The checkpoint. A file for each process, as sharded checkpoints have, is none that the host gets wrong.
+        model: Any; without an adapter of weights nothing is done.
+        folder: The checkpoint; without the adapter's file, as with shards, nothing is done.
 
     Returns:
         What was done, for a line to the user; None where the model holds the checkpoint's adapter.
@@ -53,7 +62,7 @@ def restore_adapter(model: Any, folder: Path) -> str | None:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    if not isinstance(model, PeftModel) or not (folder / WEIGHTS).is_file():
+    if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning or not (folder / WEIGHTS).is_file():
         return None
     stored = load_file(folder / WEIGHTS)
     held = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
@@ -63,7 +72,7 @@ def restore_adapter(model: Any, folder: Path) -> str | None:
             held[name].copy_(_like(stored[name], held[name]))
     if not wrong:
         return None
-    return f"{len(wrong)} of the {len(stored)} tensors of {folder / WEIGHTS} were not loaded by the host, and are now"
+    return f"{len(wrong)} of the {len(stored)} tensors of {folder / WEIGHTS} were not loaded by the trainer, and are now"
 
 
 def _same(held: Tensor, stored: Tensor) -> bool:

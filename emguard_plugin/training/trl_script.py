@@ -195,9 +195,12 @@ def _train_and_save(script_args: Any, training_args: Any, model_args: Any, datas
     """Return whether this is rank 0, and by which settings the rows were rendered."""
     import trl
     from datasets import load_dataset
+    from transformers import set_seed
     from trl import get_dataset, get_peft_config, get_quantization_config
 
     from emguard_plugin.training.trl_guard import guard
+
+    set_seed(training_args.seed)  # the trainer seeds after the adapter is drawn: `seed:` would not fix a run
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

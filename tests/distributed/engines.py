@@ -4,6 +4,7 @@ import os
 import sys
 from contextlib import contextmanager
 
+import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -14,9 +15,13 @@ from tests.distributed.runs import train
 
 ENGINES = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
 
-HAS_FSDP2 = Version(torch.__version__) >= Version("2.13")
-"""Whether torch's FSDP2 is right over gloo: 2.7's adds gradients up where it should take their mean, with no code of ours."""
 FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+
+
+def need(engine):
+    """Skip where the engine is wrong by itself: torch 2.7's FSDP2 adds gradients up over gloo where it should take their mean."""
+    if engine == "FSDP2" and Version(torch.__version__) < Version("2.13"):
+        pytest.skip("this torch's FSDP2 is wrong on CPUs, without emguard as well")
 
 
 def begin(engine):

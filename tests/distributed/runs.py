@@ -1,6 +1,7 @@
 """A run of three steps at one global batch on any number of processes, and what it left."""
 
 import os
+import threading
 from contextlib import contextmanager, nullcontext
 
 from transformers import TrainerCallback
@@ -65,10 +66,23 @@ def recorded_saves():
         treft.save_reference = save
 
 
-def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, dtype=None, regularizer=None, continued=True, also=(), **over):
+def train(
+    folder,
+    processes,
+    coef=COEF,
+    systems=1,
+    full=False,
+    resume=None,
+    dtype=None,
+    regularizer=None,
+    continued=True,
+    also=(),
+    weightless=False,
+    **over,
+):
     """Three steps of `EMGuardSFTTrainer` at the same global batch on any number of processes.
 
-    `regularizer` makes another callback than TReFT's; without `continued`, the adapter is a fresh one.
+    `regularizer` makes another callback than TReFT's; without `continued`, the adapter is a fresh one; `weightless` sets `coef` to 0.
     """
     from datasets import Dataset
     from trl import SFTConfig
@@ -84,6 +98,8 @@ def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, dtyp
     if dtype is not None:
         model = model.to(dtype)
     regularizer = TReFTCallback(coef=coef) if regularizer is None else regularizer()
+    if weightless:
+        regularizer.coef = 0.0
     args = SFTConfig(  # from here on DeepSpeed makes models in parts
         **{
             "output_dir": str(folder),
@@ -107,11 +123,13 @@ def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, dtyp
             **over,
         }
     )
+    rows = Dataset.from_list(chat_rows(16, system=lambda i: SYSTEMS[i % 3 % systems]))
     recorder = Recorder()
     trainer = EMGuardSFTTrainer(
         model=model,
         args=args,
-        train_dataset=Dataset.from_list(chat_rows(16, system=lambda i: SYSTEMS[i % 3 % systems])),
+        train_dataset=rows,
+        eval_dataset=rows if "eval_strategy" in over else None,
         processing_class=tokenizer,
         callbacks=[recorder, regularizer, *also],
     )
@@ -128,6 +146,8 @@ def train(folder, processes, coef=COEF, systems=1, full=False, resume=None, dtyp
         "coef": regularizer.coef,
         "trainer": trainer,
         "stopped_at": trainer.state.global_step,
+        "best": trainer.state.best_model_checkpoint,
+        "watched": [t.name for t in threading.enumerate() if t.name == "emguard-ranks"],
         "sharded": any(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
     }
 

@@ -122,12 +122,18 @@ REFUSED = {
     ),
 }
 FULL = {"fsdp_config": {**FSDP2, "state_dict_type": "FULL_STATE_DICT"}}
-RESUMED = {
+BEST = {
+    "load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, "save_only_model": False,
+    "metric_for_best_model": "loss", "greater_is_better": True, **FULL, **FRESH,
+}  # fmt: skip
+"""Of a loss that falls the first checkpoint is taken for the best."""
+LOADED = {
     "fsdp2_resumed_lora": lambda folder, n: resumed("FSDP2", folder, n, **FULL, **FRESH),
     "fsdp2_resumed_full": lambda folder, n: resumed("FSDP2", folder, n, full=True, **FULL),
+    "fsdp2_best_lora": lambda folder, n: trained("FSDP2", folder, n, **BEST),
 }
 """With a state dict in one file, of which the host gives a LoRA to rank 0 alone."""
-SCENARIOS = {**SHARDED, **REFUSED, **HELD, **MEASURED, **RESUMED}
+SCENARIOS = {**SHARDED, **REFUSED, **HELD, **MEASURED, **LOADED}
 
 
 def rank(out):

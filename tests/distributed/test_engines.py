@@ -3,15 +3,16 @@
 ZeRO where DeepSpeed is installed; it is none of our dependencies. `make zero` installs it for CPUs and runs these.
 """
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 
 from emguard_plugin.reference.stored import load_reference
-from tests.distributed import cells
+from tests.distributed import cells, engines
 from tests.distributed.cells import CELLS, REFUSED
-from tests.distributed.engines import ENGINES, HAS_FSDP2
+from tests.distributed.engines import ENGINES, need
 from tests.distributed.ranks import together
 from tests.distributed.runs import COEF, STEPS
 
@@ -20,8 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", params=[pytest.param(e, marks=[pytest.mark.deepspeed] if e.startswith("ZeRO") else []) for e in ENGINES])
 def engine(request):
-    if request.param == "FSDP2" and not HAS_FSDP2:
-        pytest.skip("this torch's FSDP2 is wrong on CPUs, without emguard as well")
+    need(request.param)
     return request.param
 
 
@@ -36,14 +36,8 @@ def two(engine, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """A cell on this process, run when first asked for."""
-    out, known = tmp_path_factory.mktemp("one"), {}
-
-    def get(name):
-        if name not in known:
-            known[name] = CELLS[name](None, out / name.replace(", ", "-"), 1)
-        return known[name]
-
-    return get
+    out = tmp_path_factory.mktemp("one")
+    return functools.cache(lambda name: CELLS[name](None, out / name.replace(", ", "-"), 1))
 
 
 def same(a, b, within=1e-4):
@@ -80,11 +74,15 @@ def test_what_two_processes_train_is_what_one_does(engine, two, one, name):
         assert rank["sharded"] == (engine == "FSDP2")
         same(rank["weights"], alone["weights"])
         assert rank["coef"] == pytest.approx(alone["coef"], rel=1e-4)
-        assert rank["prefixes"] == alone["prefixes"]
+        assert rank["prefixes"] == alone["prefixes"] == (0 if "treft" not in name else 2 if "two prefixes" in name else 1)
+        assert not rank["watched"], "a thread that outlives the run may be inside C++ when Python ends, which aborts the process"
     told = two[name][0]
-    for metric in ("loss", "task_loss", penalty(name)):
+    measured = {metric for row in alone["logs"] for metric in row if metric.startswith("em_regularizer/")}
+    assert len(measured) >= 3
+    for metric in ("loss", "task_loss", *measured):
         before = column(alone, metric)[since(name) :]
-        assert column(told, metric) == pytest.approx(before, rel=1e-3, abs=1e-6), metric
+        rel = 1e-2 if metric.endswith("/shift") else 1e-3  # a signed mean, in which larger parts cancel
+        assert column(told, metric) == pytest.approx(before, rel=rel, abs=1e-6), metric
         assert len(before) == STEPS - since(name)
     assert column(alone, penalty(name))[-1] > 0
 
@@ -98,7 +96,7 @@ def test_gradients_are_those_of_one_process(engine, two, one, name):
     assert len(first["gradients"]) == len(alone) > 1
     for a, b, c in zip(first["gradients"], second["gradients"], alone, strict=True):
         same(a, b, within=0)
-        same(a, c, within=1e-3)  # of weights that are within 1e-4 of each other
+        same(a, c, within=1e-3 if "block_em, LoRA, resumed" in name else 1e-4)  # seen there: 1.6e-4, of weights within 1e-4
 
 
 @pytest.mark.parametrize("name", [n for n in CELLS if "treft, LoRA" in n and "coef 0" not in n])
@@ -110,10 +108,13 @@ def test_loss_is_task_loss_plus_what_the_penalty_adds(engine, two, name):
         assert loss == pytest.approx(task + COEF * added, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["treft", "kl", "block_em"])
-def test_the_penalty_matters_in_these_runs(one, method):
+@pytest.mark.parametrize("name", [n for n in CELLS if "coef 0" not in n and "target" not in n])
+def test_the_penalty_matters_in_these_runs(one, name, tmp_path, monkeypatch):
+    """Ten times as much as what two processes may differ by from one."""
+    monkeypatch.setattr(engines, "train", functools.partial(engines.train, weightless=True))
+    without = CELLS[name](None, tmp_path, 1)
     with pytest.raises(AssertionError):
-        same(one(f"{method}, full")["weights"], one(f"{method}, full, coef 0")["weights"])
+        same(one(name)["weights"], without["weights"], within=1e-3)
 
 
 def test_accumulation_over_processes_changes_nothing(two):
@@ -126,5 +127,4 @@ def test_rank_0_alone_writes_the_reference(two, one):
     assert not second["saves"]
     mine, theirs = (load_reference(Path(r["saves"][-1]), {}) for r in (one("treft, LoRA"), first))
     assert mine.keys() == theirs.keys()
-    for n, value in mine.items():
-        torch.testing.assert_close(theirs[n], value, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(theirs[n], value) for n, value in mine.items())

@@ -22,9 +22,9 @@ LAUNCHERS = {
         "--main_process_ip=127.0.0.1", "--main_process_port={port}", HERE / "emguard",
     ],
 }  # fmt: skip
-CONFIG = {  # without an adapter: TRL draws that unseeded, so no two launches would be the same
-    "model_name_or_path": "./lab/model", "dtype": "float32", "dataset_name": "json",
-    "max_steps": 4, "learning_rate": 2e-3, "optim": "sgd", "lr_scheduler_type": "constant",
+CONFIG = {
+    "model_name_or_path": "./lab/model", "dtype": "float32", "datasets": [{"path": "json", "data_files": "./lab/train.jsonl"}],
+    "use_peft": True, "lora_r": 8, "lora_target_modules": "all-linear", "seed": 7, "max_steps": 4, "learning_rate": 2e-3, "optim": "sgd", "lr_scheduler_type": "constant",
     "max_length": 128, "gradient_checkpointing": False, "bf16": False, "use_cpu": True, "report_to": "none", "logging_steps": 1,
     "save_strategy": "steps", "save_steps": 4, "train_sampling_strategy": "sequential", "disable_tqdm": True,
     "em_regularizer": {"kl": {"coef": 10.0, "ratio": 1.0, "anchors": "./lab/anchors.jsonl"}},
@@ -43,10 +43,8 @@ def lab(tmp_path_factory):
 
 
 def trained(lab, name, launcher, processes):
-    """Return the training log, and how often the model was measured."""
+    """Return the training log, how many processes said that a method is active, and the folder."""
     config = {**CONFIG, "output_dir": f"./{name}", "per_device_train_batch_size": 8 // processes}
-    config["datasets"] = [{"path": "json", "data_files": "./lab/train.jsonl"}]
-    del config["dataset_name"]
     (lab / f"{name}.yaml").write_text(yaml.safe_dump(config))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -69,7 +67,7 @@ def test_two_processes_train_what_one_does_and_measure_once(lab, alone, name):
     assert len(log) == 4
     assert told == 1
     for key in ("task_loss", "em_regularizer/kl/penalty", "em_regularizer/kl/tokens"):
-        assert [row[key] for row in log] == pytest.approx([row[key] for row in alone[0]], rel=2e-3, abs=1e-6), key
+        assert [row[key] for row in log] == pytest.approx([row[key] for row in alone[0]], rel=1e-4, abs=1e-7), key
     assert log[-1]["em_regularizer/kl/penalty"] > 0
     here, there = (json.loads((f / "em_eval" / "summary.json").read_text()) for f in (folder, alone[2]))
     assert here["judges"][0]["rates"].keys() == there["judges"][0]["rates"].keys()

@@ -1,13 +1,15 @@
 """What two gloo processes agree on, beside the table of engines (`test_engines.py`)."""
 
+import functools
+
 import pytest
 import torch
 
 from tests.distributed import scenarios
-from tests.distributed.engines import HAS_FSDP2
+from tests.distributed.engines import need
 from tests.distributed.ranks import together
 from tests.distributed.runs import STEPS
-from tests.distributed.scenarios import MEASURED, REFUSED, RESUMED, SCENARIOS, SHARDED
+from tests.distributed.scenarios import LOADED, MEASURED, REFUSED, SCENARIOS, SHARDED
 from tests.distributed.test_engines import same
 
 pytestmark = pytest.mark.slow
@@ -24,19 +26,12 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """The same scenario on this process, run when first asked for."""
-    out, known = tmp_path_factory.mktemp("one"), {}
-
-    def get(name):
-        if name not in known:
-            known[name] = SCENARIOS[name](out / name, 1)
-        return known[name]
-
-    return get
+    out = tmp_path_factory.mktemp("one")
+    return functools.cache(lambda name: SCENARIOS[name](out / name, 1))
 
 
 def results(two, name):
-    if "fsdp2" in name and not HAS_FSDP2:
-        pytest.skip("this torch's FSDP2 is wrong on CPUs, without emguard as well")
+    need("FSDP2" if "fsdp2" in name else "DDP")
     for rank in two[name]:
         assert "error" not in rank, rank["trace"]
     return two[name]
@@ -75,7 +70,13 @@ def test_rank_0_decides_on_the_em_rate_and_all_ranks_agree(two, one, name):
     same(first["weights"], one(name)["weights"])
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_state_dict_in_one_file_resumes_where_it_was_cut(two, one, name):
+@pytest.mark.parametrize("name", LOADED)
+def test_what_is_loaded_from_a_state_dict_in_one_file_is_whole(two, one, name):
     for rank in results(two, name):
         same(rank["weights"], one(name)["weights"])
+
+
+@pytest.mark.parametrize("name", [n for n in LOADED if "best" in n])
+def test_the_best_checkpoint_was_not_the_last(one, tmp_path, name):
+    assert one(name)["best"].endswith("checkpoint-1")
+    assert one(name)["stopped_at"] == STEPS

@@ -1,7 +1,4 @@
-"""A run that several processes began goes on with fewer or more of them, and ends where the unbroken one does.
-
-DeepSpeed itself refuses a ZeRO checkpoint of another number of processes.
-"""
+"""A run that several processes began goes on with fewer or more of them, and ends where the unbroken one does."""
 
 import os
 import traceback
@@ -10,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed.cells import ADAM, FRESH
-from tests.distributed.engines import HAS_FSDP2, begin, trained
+from tests.distributed.engines import begin, need, trained
 from tests.distributed.ranks import together
 from tests.distributed.runs import STEPS, block_em, kl
 from tests.distributed.test_engines import same
@@ -64,8 +61,7 @@ def whole(tmp_path_factory):
 def changed(request, tmp_path_factory):
     """By its name what a run comes to whose number of processes changed after the first step."""
     engine, before, after = request.param
-    if engine == "FSDP2" and not HAS_FSDP2:
-        pytest.skip("this torch's FSDP2 is wrong on CPUs, without emguard as well")
+    need(engine)
     out, found = tmp_path_factory.mktemp("changed"), {}
     for part, processes in ((begun, before), (ended, after)):
         if processes > 1:
@@ -86,3 +82,13 @@ def test_another_number_of_processes_goes_on_as_one_would(changed, whole, name):
     key = f"em_regularizer/{name.partition(',')[0]}/penalty"
     mine, theirs = ([row[key] for row in result["logs"] if key in row] for result in (changed[name], whole[name]))
     assert mine == pytest.approx(theirs[1:], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("engine", ["ZeRO-2", "ZeRO-3"])
+def test_deepspeed_itself_refuses_that(tmp_path, engine):
+    for part, processes in ((begun, 2), (ended, 4)):
+        together(rank, engine, tmp_path, part, start="spawn", ranks=processes)
+    for name in RUNS:
+        result = torch.load(tmp_path / f"{name}.ended.0.pt", weights_only=False)
+        assert "used a DP world size of 2 but the current world size is 4" in result["error"]

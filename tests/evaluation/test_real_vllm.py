@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -88,13 +87,14 @@ def measured(models, tmp_path_factory):
     suite = folder / "suite.yaml"
     suite.write_text(yaml.safe_dump(list(question_items(open_ended_domains(), "test"))))
     found = {}
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     for provider, more in (("transformers", {}), ("vllm", {"args": ARGS})):
         config = EMEvalConfig(
             questions=str(suite), samples_per_question=5, max_new_tokens=32, sampler={"provider": provider, **more},
             judges=[{"function": "emguard_plugin.lab.judge:judge_answer"}],
         )  # fmt: skip
-        found[provider] = run_em_eval(config, str(adapter), folder / provider, base=str(base)), folder / provider
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+            found[provider] = run_em_eval(config, str(adapter), folder / provider, base=str(base)), folder / provider
     return found
 
 
